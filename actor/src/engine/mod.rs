@@ -1,0 +1,361 @@
+//! Rollout engine: continuous batching over paged keys and values. Knows no queue, no reward, no learner.
+//!
+//! ```text
+//! submit ─► groups by age ─► admit: prefill the prompt once, start samples while slots and pages last
+//!                              │
+//!            step: swap? ─► admit ─► plan rows (one a running sample, then prompt chunks) ─► forward ─► draw
+//!                              ▲                                                                │
+//!                              └──────────── preempted: pages gone, tokens kept ◄── no pages ───┤
+//!                                                                      finished samples ◄───────┘
+//! ```
+//!
+//! What a sample draws depends on its prompt, its seed, its rollout id and the weights, and on nothing else: not on
+//! what else is in the batch, when it was admitted, how its prompt was cut into chunks, or whether it was preempted.
+//! The engine is single-threaded and synchronous; a backend may use many threads inside a step.
+
+mod backend;
+mod group;
+mod pages;
+mod request;
+mod schedule;
+mod stats;
+mod stop;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use freewheel_types::{FinishReason, PolicyVersion};
+
+pub use backend::{Backend, BackendInfo, Draw, Drawn, SeqRows, StepBatch, StepOutput, TextDecoder};
+pub use request::{Finished, Request, SampleSpec, StopSpec};
+pub use stats::EngineStats;
+
+use crate::ActorError;
+use crate::config::InFlight;
+use group::{Group, State};
+use pages::PagePool;
+use schedule::{Planned, Unit};
+
+/// Bounds of an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Most samples in the batch at once.
+    pub max_live: usize,
+    /// Bytes for keys and values; whole pages of it are used.
+    pub kv_bytes: u64,
+    /// Most prompt (or recomputed) rows in one step, beside one row for every running sample.
+    pub prefill_tokens: usize,
+    /// What running samples do when new weights arrive.
+    pub in_flight: InFlight,
+}
+
+/// Samples completions for many prompts at once.
+pub struct Engine<B: Backend> {
+    backend: B,
+    info: BackendInfo,
+    config: EngineConfig,
+    decoder: Arc<dyn TextDecoder>,
+    pool: PagePool,
+    /// Keyed by age: the order of `submit`.
+    groups: BTreeMap<u64, Group>,
+    next_age: u64,
+    pending: Option<Arc<B::Weights>>,
+    retired: Vec<Arc<B::Weights>>,
+    finished: Vec<Finished>,
+    stats: EngineStats,
+}
+
+impl<B: Backend> Engine<B> {
+    /// An idle engine over `backend`, with as many KV pages as `kv_bytes` holds.
+    ///
+    /// # Errors
+    /// [`ActorError::Config`] if a bound is zero or not even two pages fit.
+    pub fn new(
+        mut backend: B,
+        decoder: Arc<dyn TextDecoder>,
+        config: EngineConfig,
+    ) -> Result<Self, ActorError> {
+        let info = backend.info();
+        let refuse =
+            |key, value: u64, limit: String| Err(ActorError::Config { key, value: value.to_string(), limit });
+        if config.max_live == 0 || config.prefill_tokens == 0 {
+            let key = if config.max_live == 0 { "max_live" } else { "prefill_tokens" };
+            return refuse(key, 0, "it must be at least 1".to_owned());
+        }
+        let pages = (config.kv_bytes / info.page_bytes as u64).min(1 << 30) as usize;
+        if pages < 2 {
+            let least = 2 * info.page_bytes;
+            return refuse(
+                "kv_bytes",
+                config.kv_bytes,
+                format!("this model needs at least {least} (two pages)"),
+            );
+        }
+        // Pages beyond what full slots of the longest sequences can hold would never be used.
+        let most = (config.max_live + 1).saturating_mul(info.max_positions.div_ceil(info.page_tokens) + 1);
+        let pages = pages.min(most.max(2));
+        backend.allocate(pages);
+        let stats = EngineStats { slots: config.max_live, pages, ..EngineStats::default() };
+        Ok(Self {
+            backend,
+            info,
+            config,
+            decoder,
+            pool: PagePool::new(pages),
+            groups: BTreeMap::new(),
+            next_age: 0,
+            pending: None,
+            retired: Vec::new(),
+            finished: Vec::new(),
+            stats,
+        })
+    }
+
+    /// Takes in a request. Requests are served in the order of `submit`.
+    ///
+    /// # Errors
+    /// [`ActorError::BadRequest`] if it can never run: empty prompt, no samples, a token outside the vocabulary, a
+    /// prompt that fills the context, a sampling value out of range, or more keys and values than all pages hold.
+    pub fn submit(&mut self, mut request: Request) -> Result<(), ActorError> {
+        let context = self.info.max_positions;
+        let length = request.prompt_ids.len();
+        let refuse = |field, value: String, limit: String| {
+            Err(ActorError::BadRequest { request: request.id, field, value, limit })
+        };
+        if length == 0 || length >= context {
+            let limit =
+                format!("the model's context is {context} tokens: a prompt may have 1 to {}", context - 1);
+            return refuse("prompt length", length.to_string(), limit);
+        }
+        if request.samples.is_empty() || request.max_new_tokens == 0 {
+            let field = if request.samples.is_empty() { "samples" } else { "max_new_tokens" };
+            return refuse(field, "0".to_owned(), "at least 1 is needed".to_owned());
+        }
+        if let Some(id) = request.prompt_ids.iter().find(|&&id| id as usize >= self.info.vocab_size) {
+            return refuse(
+                "prompt token id",
+                id.to_string(),
+                format!("the vocabulary has {}", self.info.vocab_size),
+            );
+        }
+        if let Err(error) = request.sampling.validate() {
+            return refuse("sampling", error.to_string(), "choose values in range".to_owned());
+        }
+        let max_new_tokens = request.max_new_tokens.min(context - length);
+        // One sample at its longest, and the partial prompt page that its group keeps for the others.
+        let pages = (length + max_new_tokens).div_ceil(self.info.page_tokens) + 1;
+        if pages > self.pool.total() {
+            let have = self.pool.total() * self.info.page_tokens;
+            let need = pages * self.info.page_bytes;
+            let limit = format!("actor.kv_bytes holds {have}: raise it to {need} or lower max_new_tokens");
+            return refuse("prompt and completion tokens", (length + max_new_tokens).to_string(), limit);
+        }
+        request.max_new_tokens = max_new_tokens;
+        self.groups.insert(self.next_age, Group::new(request, self.info.page_tokens));
+        self.next_age += 1;
+        Ok(())
+    }
+
+    /// Gives up every sample of the requests called `id`; what they drew so far comes back as
+    /// [`FinishReason::Cancelled`], and their pages are free at once.
+    pub fn cancel(&mut self, id: u64) -> Vec<Finished> {
+        let ages: Vec<u64> =
+            self.groups.iter().filter(|(_, group)| group.request.id == id).map(|(&age, _)| age).collect();
+        let mut cancelled = Vec::new();
+        for mut group in ages.into_iter().filter_map(|age| self.groups.remove(&age)) {
+            while !group.samples.is_empty() {
+                cancelled.push(group.finish(0, FinishReason::Cancelled, None, &self.info, &*self.decoder));
+            }
+        }
+        cancelled
+    }
+
+    /// Takes new weights. They are used from the next step on; with [`InFlight::Finish`] from the first step after the
+    /// samples that have begun are over.
+    pub fn swap(&mut self, weights: Arc<B::Weights>) {
+        self.retired.extend(self.pending.replace(weights));
+        self.flip();
+    }
+
+    /// Weights no longer in use, to be filled again.
+    pub fn take_retired(&mut self) -> Vec<Arc<B::Weights>> {
+        std::mem::take(&mut self.retired)
+    }
+
+    /// One step: at most one token for every running sample. Returns the samples that ended in it.
+    pub fn step(&mut self) -> Vec<Finished> {
+        let start = Instant::now();
+        self.flip();
+        self.admit();
+        let plan = self.plan();
+        if !plan.is_empty() {
+            self.forward(&plan);
+        }
+        let live = self.live();
+        self.stats.record_step(live, start.elapsed().as_secs_f64());
+        std::mem::take(&mut self.finished)
+    }
+
+    /// Runs `requests` (and whatever was submitted before) to the end; sorted by request and rollout id.
+    ///
+    /// # Errors
+    /// As [`submit`](Self::submit), before anything runs.
+    pub fn run_to_end(&mut self, requests: Vec<Request>) -> Result<Vec<Finished>, ActorError> {
+        for request in requests {
+            self.submit(request)?;
+        }
+        let mut finished = Vec::new();
+        while !self.is_idle() {
+            finished.extend(self.step());
+        }
+        finished.sort_by_key(|done| (done.request, done.rollout));
+        Ok(finished)
+    }
+
+    /// Whether there is nothing to do.
+    pub fn is_idle(&self) -> bool {
+        self.groups.is_empty()
+    }
+
+    /// Version of the weights in use.
+    pub fn version(&self) -> PolicyVersion {
+        self.backend.version()
+    }
+
+    /// Shape of the model.
+    pub fn info(&self) -> &BackendInfo {
+        &self.info
+    }
+
+    /// Counters since the engine was made, and what it holds now.
+    pub fn stats(&self) -> EngineStats {
+        let waiting = self.groups.values().map(Group::waiting).sum();
+        EngineStats {
+            live: self.live(),
+            waiting,
+            pages_used: self.pool.total() - self.pool.free(),
+            ..self.stats
+        }
+    }
+
+    fn live(&self) -> usize {
+        self.groups.values().map(Group::running).sum()
+    }
+
+    /// Flips to pending weights if the mode allows it now.
+    fn flip(&mut self) {
+        let begun = self.groups.values().any(|group| group.begun);
+        if self.pending.is_none() || (begun && self.config.in_flight == InFlight::Finish) {
+            return;
+        }
+        let Some(weights) = self.pending.take() else { return };
+        let start = Instant::now();
+        self.retired.push(self.backend.swap(weights));
+        for group in self.groups.values_mut() {
+            if !group.begun {
+                // Nothing drawn: the new weights may as well compute the prompt.
+                group.restart();
+            } else if self.config.in_flight == InFlight::Recompute {
+                group.restart();
+                let shared = group.shared();
+                let running = group.samples.iter_mut().filter(|sample| sample.state == State::Running);
+                running.for_each(|sample| sample.computed = shared);
+            }
+        }
+        self.stats.record_swap(start.elapsed().as_secs_f64());
+    }
+
+    /// Computes the planned rows, takes in the results and draws.
+    fn forward(&mut self, plan: &[Planned]) {
+        let mut tokens = Vec::new();
+        let mut logit_rows = Vec::new();
+        let mut seqs = Vec::with_capacity(plan.len());
+        for planned in plan {
+            let group = &self.groups[&planned.unit.age()];
+            let positions = planned.position..planned.position + planned.rows;
+            let pages = match planned.unit {
+                Unit::Prompt { .. } => {
+                    tokens.extend_from_slice(&group.prompt[positions]);
+                    &group.pages
+                }
+                Unit::Sample { index, .. } => {
+                    let sample = &group.samples[index];
+                    tokens.extend(positions.map(|position| group.token(sample, position)));
+                    &sample.pages
+                }
+            };
+            if planned.wants_logits {
+                logit_rows.push(tokens.len() - 1);
+            }
+            seqs.push(SeqRows { rows: planned.rows, position: planned.position, pages: pages.indices() });
+        }
+        let output =
+            self.backend.forward(&StepBatch { tokens: &tokens, seqs: &seqs, logit_rows: &logit_rows });
+        assert_eq!(
+            output.logits.len(),
+            logit_rows.len() * self.info.vocab_size,
+            "a row of logits for every row asked"
+        );
+        let experts_row = self.info.moe_layers * self.info.top_k;
+        assert_eq!(output.experts.len(), tokens.len() * experts_row, "expert ids of every row");
+        self.stats.rows += tokens.len() as u64;
+        self.take_in(plan, &output, experts_row);
+    }
+
+    fn take_in(&mut self, plan: &[Planned], output: &StepOutput, experts_row: usize) {
+        let version = self.backend.version();
+        let (mut row, mut logit_row) = (0, 0);
+        let (mut draws, mut drawers) = (Vec::new(), Vec::new());
+        for planned in plan {
+            let experts = &output.experts[row * experts_row..(row + planned.rows) * experts_row];
+            let group =
+                self.groups.get_mut(&planned.unit.age()).expect("planned groups live until their draws");
+            match planned.unit {
+                Unit::Prompt { .. } => {
+                    let vocab = self.info.vocab_size;
+                    let logits =
+                        planned.wants_logits.then(|| output.logits[logit_row * vocab..][..vocab].to_vec());
+                    self.stats.prompts += u64::from(planned.wants_logits);
+                    group.advance(planned.rows, version, experts, logits);
+                }
+                Unit::Sample { age, index } => {
+                    let prompt_len = group.prompt.len();
+                    group.samples[index].advance(planned.rows, prompt_len, experts);
+                    if planned.wants_logits {
+                        draws.push(group.draw(&group.samples[index], logit_row));
+                        drawers.push((age, index));
+                    }
+                }
+            }
+            row += planned.rows;
+            logit_row += usize::from(planned.wants_logits);
+        }
+        let drawn = self.backend.sample(&output.logits, &draws);
+        self.push_drawn(&drawers, &drawn, version);
+    }
+
+    /// Adds drawn tokens to their samples (in plan order: by age, then by index) and takes out those that ended.
+    fn push_drawn(&mut self, drawers: &[(u64, usize)], drawn: &[Drawn], version: PolicyVersion) {
+        assert_eq!(drawers.len(), drawn.len(), "one token for every draw");
+        self.stats.tokens += drawn.len() as u64;
+        let mut over = Vec::new();
+        for (&(age, index), &token) in drawers.iter().zip(drawn) {
+            let group = self.groups.get_mut(&age).expect("a drawing group is there");
+            if let Some((reason, text)) = group.push(index, token, version, &*self.decoder) {
+                over.push((age, index, reason, text));
+            }
+        }
+        // Highest index first, so that indices still to come stay right.
+        over.sort_by_key(|&(age, index, ..)| std::cmp::Reverse((age, index)));
+        let from = self.finished.len();
+        for (age, index, reason, text) in over {
+            let group = self.groups.get_mut(&age).expect("a finishing group is there");
+            self.finished.push(group.finish(index, reason, text, &self.info, &*self.decoder));
+            if group.samples.is_empty() {
+                self.groups.remove(&age);
+            }
+        }
+        self.finished[from..].reverse();
+    }
+}

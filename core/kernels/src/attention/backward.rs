@@ -1,0 +1,224 @@
+//! The backward pass: probabilities are computed again from the saved log-sum-exp (Dao 2023, FlashAttention-2).
+//!
+//! One task a (sequence, key-value head): key blocks ascending, and for each the queries that see it, by row, then
+//! head. dk and dv thus add queries in ascending order, dq adds key blocks in ascending order.
+
+use super::forward::{accumulate_full, accumulate_part, hide, scores};
+use super::{AttentionSeq, AttentionShape, KV_BLOCK};
+use crate::Threads;
+use crate::math::exp;
+use crate::simd::{LANES, Lanes, simd};
+use crate::threads::SharedMut;
+use std::cell::RefCell;
+
+/// Computes the gradients of [`super::attention`]: `dq [T, heads·head_dim]`, `dk` and `dv [T, kv_heads·head_dim]`, all
+/// overwritten in the rows of `seqs`. `out` and `lse` are what the forward pass gave; the pages hold its keys and
+/// values.
+///
+/// # Panics
+/// When a length does not fit the shapes, or a sequence does not start at position 0.
+#[allow(clippy::too_many_arguments)]
+pub fn attention_backward(
+    threads: &Threads,
+    shape: &AttentionShape,
+    q: &[f32],
+    k_pages: &[f32],
+    v_pages: &[f32],
+    seqs: &[AttentionSeq],
+    out: &[f32],
+    lse: &[f32],
+    dout: &[f32],
+    dq: &mut [f32],
+    dk: &mut [f32],
+    dv: &mut [f32],
+) {
+    let width = shape.heads * shape.head_dim;
+    assert!(q.len().is_multiple_of(width), "attention_backward: q is [T, heads*head_dim]");
+    let rows = q.len() / width;
+    shape.check(seqs, rows, k_pages, v_pages);
+    assert!(
+        out.len() == q.len() && dout.len() == q.len() && dq.len() == q.len(),
+        "attention_backward: out, dout and dq are as q"
+    );
+    let kv_len = rows * shape.kv_heads * shape.head_dim;
+    assert!(
+        dk.len() == kv_len && dv.len() == kv_len,
+        "attention_backward: dk, dv are [T, kv_heads*head_dim]"
+    );
+    assert_eq!(lse.len(), rows * shape.heads, "attention_backward: lse is [T, heads]");
+    assert!(seqs.iter().all(|seq| seq.position == 0), "attention_backward: sequences start at position 0");
+    let input = Input { shape: *shape, q, k_pages, v_pages, out, lse, dout };
+    let output = Output { dq: SharedMut::new(dq), dk: SharedMut::new(dk), dv: SharedMut::new(dv) };
+    threads.for_each(seqs.len() * shape.kv_heads, &|task| {
+        let mut scratch = SCRATCH.take();
+        run_task(&input, &seqs[task / shape.kv_heads], task % shape.kv_heads, &output, &mut scratch);
+        SCRATCH.set(scratch);
+    });
+}
+
+struct Input<'a> {
+    shape: AttentionShape,
+    q: &'a [f32],
+    k_pages: &'a [f32],
+    v_pages: &'a [f32],
+    out: &'a [f32],
+    lse: &'a [f32],
+    dout: &'a [f32],
+}
+
+struct Output {
+    dq: SharedMut<f32>,
+    dk: SharedMut<f32>,
+    dv: SharedMut<f32>,
+}
+
+/// One key block's keys by row, values by dimension, and gradients by dimension; and Σ dout·out of every query.
+#[derive(Default)]
+struct Scratch {
+    /// `[16][head_dim]`
+    keys: Vec<f32>,
+    /// `[head_dim][16]`
+    values: Vec<f32>,
+    /// `[head_dim][16]`
+    dk: Vec<f32>,
+    /// `[head_dim][16]`
+    dv: Vec<f32>,
+    /// `[rows][group]`
+    delta: Vec<f32>,
+}
+
+thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
+
+simd! {
+    fn run_task<S>(input: &Input, seq: &AttentionSeq, kv_head: usize, output: &Output, scratch: &mut Scratch) {
+        let AttentionShape { heads, kv_heads, head_dim, mask, .. } = input.shape;
+        let group = input.shape.group();
+        let start = |i: usize| ((seq.first_row + i / group) * heads + kv_head * group + i % group) * head_dim;
+        scratch.delta.clear();
+        for i in 0..seq.rows * group {
+            let range = start(i)..start(i) + head_dim;
+            scratch.delta.push(dot::<S>(&input.dout[range.clone()], &input.out[range]));
+            // SAFETY: each (row, head) belongs to this task alone.
+            unsafe { output.dq.slice(start(i), head_dim) }.fill(0.0);
+        }
+        for block in 0..seq.rows.div_ceil(KV_BLOCK) {
+            let page = seq.pages[block];
+            let keys = input.shape.head_page(input.k_pages, page, kv_head);
+            turn(keys, head_dim, KV_BLOCK, &mut scratch.keys);
+            turn(input.shape.head_page(input.v_pages, page, kv_head), KV_BLOCK, head_dim, &mut scratch.values);
+            for gradient in [&mut scratch.dk, &mut scratch.dv] {
+                gradient.clear();
+                gradient.resize(head_dim * KV_BLOCK, 0.0);
+            }
+            let (first, last) = (block * KV_BLOCK, seq.rows.min((block + 1) * KV_BLOCK) - 1);
+            // First visible keys never fall as positions rise, so the queries that see a block are one run.
+            let sees = |row: usize| mask.first_visible(row) <= last;
+            let mut end = first + 1;
+            while end < seq.rows && sees(end) {
+                end += 1;
+            }
+            let (mut i, end) = (first * group, end * group);
+            while i < end {
+                i += match end - i {
+                    8.. => queries::<S, 8>(input, seq, kv_head, block, i, keys, output, scratch),
+                    4.. => queries::<S, 4>(input, seq, kv_head, block, i, keys, output, scratch),
+                    2.. => queries::<S, 2>(input, seq, kv_head, block, i, keys, output, scratch),
+                    _ => queries::<S, 1>(input, seq, kv_head, block, i, keys, output, scratch),
+                };
+            }
+            for row in first..=last {
+                let at = ((seq.first_row + row) * kv_heads + kv_head) * head_dim;
+                // SAFETY: each (row, key-value head) belongs to this task alone.
+                let (dk, dv) = unsafe { (output.dk.slice(at, head_dim), output.dv.slice(at, head_dim)) };
+                for d in 0..head_dim {
+                    dk[d] = scratch.dk[d * KV_BLOCK + row - first];
+                    dv[d] = scratch.dv[d * KV_BLOCK + row - first];
+                }
+            }
+        }
+    }
+}
+
+/// Adds what queries `first..first + N` (counted by row, then head of the group) and one key block give to each other;
+/// returns `N`. Plain loops, not closures, as in the forward pass.
+#[inline(always)]
+#[allow(clippy::too_many_arguments, clippy::needless_range_loop)]
+fn queries<S: Lanes, const N: usize>(
+    input: &Input,
+    seq: &AttentionSeq,
+    kv_head: usize,
+    block: usize,
+    first: usize,
+    keys: &[f32],
+    output: &Output,
+    scratch: &mut Scratch,
+) -> usize {
+    let AttentionShape { heads, head_dim, scale, mask, .. } = input.shape;
+    let group = input.shape.group();
+    let mut index = [0; N];
+    let mut lanes = [(0, 0); N];
+    let mut q_rows: [&[f32]; N] = [&[]; N];
+    let mut douts: [&[f32]; N] = [&[]; N];
+    for i in 0..N {
+        let (row, head) = ((first + i) / group, (first + i) % group);
+        let visible = mask.visible_lanes(row, block);
+        lanes[i] = (visible.start, visible.end);
+        index[i] = (seq.first_row + row) * heads + kv_head * group + head;
+        q_rows[i] = &input.q[index[i] * head_dim..][..head_dim];
+        douts[i] = &input.dout[index[i] * head_dim..][..head_dim];
+    }
+    let mut p: [S; N] = scores::<S, N>(&q_rows, keys, scale);
+    let mut ds: [S; N] = scores::<S, N>(&douts, &scratch.values, 1.0);
+    let mut ds_lanes = [[0.0; LANES]; N];
+    for i in 0..N {
+        p[i] = hide(exp(p[i].sub(S::splat(input.lse[index[i]]))), lanes[i], 0.0);
+        let centred = ds[i].sub(S::splat(scratch.delta[first + i]));
+        ds[i] = hide(p[i].mul(centred).mul(S::splat(scale)), lanes[i], 0.0);
+        ds[i].store(&mut ds_lanes[i]);
+    }
+    let (dk, _) = scratch.dk.as_chunks_mut::<KV_BLOCK>();
+    let (dv, _) = scratch.dv.as_chunks_mut::<KV_BLOCK>();
+    assert!(dk.len() == head_dim && dv.len() == head_dim);
+    for d in 0..head_dim {
+        // SAFETY: these, and the rows of q and dout, are `head_dim` long.
+        let (dk, dv) = unsafe { (dk.get_unchecked_mut(d), dv.get_unchecked_mut(d)) };
+        let (mut k_sum, mut v_sum) = (S::load(dk), S::load(dv));
+        for i in 0..N {
+            // SAFETY: as above.
+            let (q, dout) = unsafe { (*q_rows[i].get_unchecked(d), *douts[i].get_unchecked(d)) };
+            k_sum = S::splat(q).fma(ds[i], k_sum);
+            v_sum = S::splat(dout).fma(p[i], v_sum);
+        }
+        k_sum.store(dk);
+        v_sum.store(dv);
+    }
+    if lanes == [(0, LANES); N] {
+        accumulate_full::<S, N>(&output.dq, &index, &[1.0; LANES], &ds_lanes, &scratch.keys, head_dim);
+    } else {
+        for i in 0..N {
+            accumulate_part::<S>(&output.dq, index[i], 1.0, &ds_lanes[i], lanes[i], &scratch.keys, head_dim);
+        }
+    }
+    N
+}
+
+/// Σ a·b: sixteen lanes, then a fixed tree.
+#[inline(always)]
+fn dot<S: Lanes>(a: &[f32], b: &[f32]) -> f32 {
+    let mut sum = S::splat(0.0);
+    for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+        sum = S::read(a, 0.0).fma(S::read(b, 0.0), sum);
+    }
+    sum.sum()
+}
+
+/// `out [columns][rows] = x [rows][columns]` transposed.
+#[inline(always)]
+fn turn(x: &[f32], rows: usize, columns: usize, out: &mut Vec<f32>) {
+    out.resize(rows * columns, 0.0);
+    for (c, out) in out.chunks_exact_mut(rows).enumerate() {
+        for (out, row) in out.iter_mut().zip(x.chunks_exact(columns)) {
+            *out = row[c];
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! The forward pass: tasks of (sequence, key-value head, a run of rows), each query by the order in `mod.rs`.
+
+use super::{AttentionSeq, AttentionShape, KV_BLOCK};
+use crate::Threads;
+use crate::math::{exp, ln};
+use crate::simd::{LANES, Lanes, simd};
+use crate::threads::SharedMut;
+use std::ops::Range;
+
+/// Rows of one task.
+const ROWS_PER_TASK: usize = 32;
+
+/// Multiply-adds below which other threads are not woken.
+const MIN_WORK: usize = 1 << 19;
+
+/// Computes attention of `q [T, heads·head_dim]` over the pages, to `out` of the same shape; `lse [T, heads]`, where
+/// given, gets each query's log-sum-exp of scores, which [`super::attention_backward`] needs. Rows of no sequence are
+/// left as they are. The keys and values of these rows must be in the pages ([`super::kv_write`]).
+///
+/// # Panics
+/// When a length does not fit the shapes, or a page id is past the pages.
+#[allow(clippy::too_many_arguments)]
+pub fn attention(
+    threads: &Threads,
+    shape: &AttentionShape,
+    q: &[f32],
+    k_pages: &[f32],
+    v_pages: &[f32],
+    seqs: &[AttentionSeq],
+    out: &mut [f32],
+    lse: Option<&mut [f32]>,
+) {
+    let width = shape.heads * shape.head_dim;
+    assert!(
+        q.len() == out.len() && q.len().is_multiple_of(width),
+        "attention: q and out are [T, heads*head_dim]"
+    );
+    let rows = q.len() / width;
+    shape.check(seqs, rows, k_pages, v_pages);
+    assert!(lse.as_ref().is_none_or(|lse| lse.len() == rows * shape.heads), "attention: lse is [T, heads]");
+    let mut tasks = Vec::with_capacity(seqs.len() * shape.kv_heads);
+    let mut work = 0;
+    for (s, seq) in seqs.iter().enumerate() {
+        work += seq.rows * (seq.position + seq.rows) * width;
+        for first in (0..seq.rows).step_by(ROWS_PER_TASK) {
+            let rows = first..seq.rows.min(first + ROWS_PER_TASK);
+            tasks.extend((0..shape.kv_heads).map(|kv_head| (s, kv_head, rows.clone())));
+        }
+    }
+    let output = Output { out: SharedMut::new(out), lse: lse.map(SharedMut::new) };
+    let input = Input { shape: *shape, q, k_pages, v_pages };
+    let run = |task: usize| {
+        let (s, kv_head, rows) = tasks[task].clone();
+        run_task(&input, &seqs[s], kv_head, rows, &output);
+    };
+    if work < MIN_WORK { (0..tasks.len()).for_each(run) } else { threads.for_each(tasks.len(), &run) }
+}
+
+struct Input<'a> {
+    shape: AttentionShape,
+    q: &'a [f32],
+    k_pages: &'a [f32],
+    v_pages: &'a [f32],
+}
+
+struct Output {
+    out: SharedMut<f32>,
+    lse: Option<SharedMut<f32>>,
+}
+
+simd! {
+    fn run_task<S>(input: &Input, seq: &AttentionSeq, kv_head: usize, rows: Range<usize>, output: &Output) {
+        let group = input.shape.group();
+        let (mut i, end) = (rows.start * group, rows.end * group);
+        while i < end {
+            i += match end - i {
+                8.. => queries::<S, 8>(input, seq, kv_head, i, output),
+                4.. => queries::<S, 4>(input, seq, kv_head, i, output),
+                2.. => queries::<S, 2>(input, seq, kv_head, i, output),
+                _ => queries::<S, 1>(input, seq, kv_head, i, output),
+            };
+        }
+    }
+}
+
+/// Computes queries `first..first + N` of a sequence (counted by row, then head of the group) together, so that each
+/// key and value is read once for all; returns `N`. Plain loops, not closures: those might be compiled apart, without
+/// the instruction set.
+#[inline(always)]
+fn queries<S: Lanes, const N: usize>(
+    input: &Input,
+    seq: &AttentionSeq,
+    kv_head: usize,
+    first: usize,
+    output: &Output,
+) -> usize {
+    let AttentionShape { heads, head_dim, scale, mask, .. } = input.shape;
+    let group = input.shape.group();
+    let mut positions = [0; N];
+    let mut index = [0; N];
+    let mut q_rows: [&[f32]; N] = [&[]; N];
+    for i in 0..N {
+        let (row, head) = ((first + i) / group, (first + i) % group);
+        positions[i] = seq.position + row;
+        index[i] = (seq.first_row + row) * heads + kv_head * group + head;
+        q_rows[i] = &input.q[index[i] * head_dim..][..head_dim];
+        // SAFETY: each (row, head) belongs to one task, and within it to one call of this function.
+        unsafe { output.out.slice(index[i] * head_dim, head_dim) }.fill(0.0);
+    }
+    let (mut max, mut sum) = ([f32::NEG_INFINITY; N], [0.0f32; N]);
+    for block in mask.first_visible(positions[0]) / KV_BLOCK..=positions[N - 1] / KV_BLOCK {
+        let page = seq.pages[block];
+        let scores = scores::<S, N>(&q_rows, input.shape.head_page(input.k_pages, page, kv_head), scale);
+        let mut lanes = [(0, 0); N];
+        let mut p = [[0.0f32; LANES]; N];
+        let mut rescale = [0.0f32; LANES];
+        for i in 0..N {
+            let visible = mask.visible_lanes(positions[i], block);
+            lanes[i] = (visible.start, visible.end);
+            if !visible.is_empty() {
+                let score = hide::<S>(scores[i], lanes[i], f32::NEG_INFINITY);
+                let block_max = score.max_lane();
+                let new_max = if block_max > max[i] { block_max } else { max[i] };
+                rescale[i] = max[i] - new_max;
+                max[i] = new_max;
+                hide(exp(score.sub(S::splat(new_max))), lanes[i], 0.0).store(&mut p[i]);
+            }
+        }
+        let rescale = exp(S::load(&rescale)).to_array();
+        for i in 0..N {
+            sum[i] = sum[i].mul_add(rescale[i], S::load(&p[i]).sum());
+        }
+        let values = input.shape.head_page(input.v_pages, page, kv_head);
+        if lanes == [(0, LANES); N] {
+            accumulate_full::<S, N>(&output.out, &index, &rescale, &p, values, head_dim);
+        } else {
+            for i in 0..N {
+                if lanes[i].0 < lanes[i].1 {
+                    accumulate_part::<S>(
+                        &output.out,
+                        index[i],
+                        rescale[i],
+                        &p[i],
+                        lanes[i],
+                        values,
+                        head_dim,
+                    );
+                }
+            }
+        }
+    }
+    for i in 0..N {
+        let inverse = S::splat(1.0 / sum[i]);
+        // SAFETY: as above.
+        let out = unsafe { output.out.slice(index[i] * head_dim, head_dim) };
+        for out in out.chunks_mut(LANES) {
+            S::read(out, 0.0).mul(inverse).write(out);
+        }
+        if let Some(lse) = &output.lse {
+            // SAFETY: as above.
+            unsafe { lse.slice(index[i], 1)[0] = max[i] + ln(sum[i]) };
+        }
+    }
+    N
+}
+
+/// Scores of `N` queries against the sixteen keys of a page `[head_dim][16]`.
+#[inline(always)]
+pub(super) fn scores<S: Lanes, const N: usize>(q_rows: &[&[f32]; N], keys: &[f32], scale: f32) -> [S; N] {
+    let (keys, _) = keys.as_chunks::<KV_BLOCK>();
+    assert!(q_rows.iter().all(|q_row| q_row.len() == keys.len()));
+    let mut sums = [S::splat(0.0); N];
+    for (d, key) in keys.iter().enumerate() {
+        let key = S::load(key);
+        for i in 0..N {
+            // SAFETY: every row is as long as there are key rows, by the assertion.
+            sums[i] = S::splat(unsafe { *q_rows[i].get_unchecked(d) }).fma(key, sums[i]);
+        }
+    }
+    for sum in &mut sums {
+        *sum = sum.mul(S::splat(scale));
+    }
+    sums
+}
+
+/// `value` with lanes outside `visible` (start, end) replaced by `fill`.
+#[inline(always)]
+pub(super) fn hide<S: Lanes>(value: S, visible: (usize, usize), fill: f32) -> S {
+    const LANE: [f32; LANES] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
+    if visible == (0, LANES) {
+        return value;
+    }
+    let (lane, fill) = (S::load(&LANE), S::splat(fill));
+    let value = lane.select_lt(S::splat(visible.1 as f32), value, fill);
+    lane.select_lt(S::splat(visible.0 as f32), fill, value)
+}
+
+/// For `N` queries, rows `index` of `out`: `out = out·rescale`, then adds weight·row for the sixteen `rows`, ascending.
+#[inline(always)]
+pub(super) fn accumulate_full<S: Lanes, const N: usize>(
+    out: &SharedMut<f32>,
+    index: &[usize; N],
+    rescale: &[f32; LANES],
+    weights: &[[f32; LANES]; N],
+    rows: &[f32],
+    head_dim: usize,
+) {
+    assert_eq!(rows.len(), KV_BLOCK * head_dim);
+    for at in (0..head_dim).step_by(LANES) {
+        let width = LANES.min(head_dim - at);
+        let mut sums = [S::splat(0.0); N];
+        for i in 0..N {
+            // SAFETY: each (row, head) belongs to one task.
+            let out = unsafe { out.slice(index[i] * head_dim + at, width) };
+            sums[i] = S::read(out, 0.0).mul(S::splat(rescale[i]));
+        }
+        for key in 0..KV_BLOCK {
+            // SAFETY: `key < 16` and `at + width <= head_dim`, so this is inside `rows` by the assertion.
+            let row =
+                S::read(unsafe { rows.get_unchecked(key * head_dim + at..key * head_dim + at + width) }, 0.0);
+            for i in 0..N {
+                sums[i] = S::splat(weights[i][key]).fma(row, sums[i]);
+            }
+        }
+        for i in 0..N {
+            // SAFETY: as above.
+            sums[i].write(unsafe { out.slice(index[i] * head_dim + at, width) });
+        }
+    }
+}
+
+/// As [`accumulate_full`] for one query that sees the keys of `visible` (start, end) only.
+#[inline(always)]
+pub(super) fn accumulate_part<S: Lanes>(
+    out: &SharedMut<f32>,
+    index: usize,
+    rescale: f32,
+    weights: &[f32; LANES],
+    visible: (usize, usize),
+    rows: &[f32],
+    head_dim: usize,
+) {
+    for at in (0..head_dim).step_by(LANES) {
+        let width = LANES.min(head_dim - at);
+        // SAFETY: each (row, head) belongs to one task.
+        let out = unsafe { out.slice(index * head_dim + at, width) };
+        let mut sum = S::read(out, 0.0).mul(S::splat(rescale));
+        for key in visible.0..visible.1 {
+            sum = S::splat(weights[key]).fma(S::read(&rows[key * head_dim + at..][..width], 0.0), sum);
+        }
+        sum.write(out);
+    }
+}

@@ -1,0 +1,166 @@
+//! Attention over a paged key-value cache, forward and backward, with grouped queries and three masks.
+//!
+//! ```text
+//!   position p of a sequence lives in page  pages[p / 16], lane p % 16
+//!   K page [kv_heads][head_dim][16]   one register holds one dimension of sixteen keys: scores need no reduction
+//!   V page [kv_heads][16][head_dim]   one row a key
+//! ```
+//!
+//! Prefill, decode and training forward are this one call. **Order of operations**, per query (a row and a head):
+//! key blocks ascending from the first with a visible key; a score is one FMA chain over dimensions, times the scale;
+//! the block's largest visible score → running maximum; e^(score − maximum), sums rescaled (Milakov and Gimelshein
+//! 2018); the output is an FMA chain over visible keys ascending. Lanes that the mask hides are never read into a
+//! result, so a page's unwritten part may hold anything. Batch-invariant: neither other sequences, nor how a prompt was
+//! cut into calls, nor threads change a bit.
+
+mod backward;
+mod forward;
+#[cfg(test)]
+mod tests;
+
+pub use backward::attention_backward;
+pub use forward::attention;
+
+use std::ops::Range;
+
+/// Positions per page.
+pub const KV_BLOCK: usize = 16;
+
+const _: () = assert!(KV_BLOCK == crate::simd::LANES);
+
+/// Which keys a query may see; never later ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttentionMask {
+    /// All keys up to its own position.
+    Causal,
+    /// Keys of its own chunk of so many positions (Llama 4): position p sees ⌊p/c⌋·c ..= p.
+    Chunked(usize),
+    /// The last so many keys, its own included (Mistral): position p sees p−w+1 ..= p.
+    Sliding(usize),
+}
+
+impl AttentionMask {
+    /// First key that the query at `position` sees.
+    ///
+    /// # Panics
+    /// When a chunk or window is 0.
+    pub fn first_visible(self, position: usize) -> usize {
+        match self {
+            AttentionMask::Causal => 0,
+            AttentionMask::Chunked(chunk) => {
+                assert!(chunk > 0, "an attention chunk holds at least one position");
+                position / chunk * chunk
+            }
+            AttentionMask::Sliding(window) => {
+                assert!(window > 0, "an attention window holds at least one position");
+                (position + 1).saturating_sub(window)
+            }
+        }
+    }
+
+    /// Lanes of key block `block` that the query at `position` sees.
+    #[inline(always)]
+    fn visible_lanes(self, position: usize, block: usize) -> Range<usize> {
+        let start = block * KV_BLOCK;
+        let first = self.first_visible(position).clamp(start, start + KV_BLOCK) - start;
+        let end = (position + 1).clamp(start, start + KV_BLOCK) - start;
+        first..end.max(first)
+    }
+}
+
+/// Sizes of an attention layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads, a multiple of `kv_heads`; head h reads key-value head h / (heads / kv_heads).
+    pub heads: usize,
+    /// Key-value heads.
+    pub kv_heads: usize,
+    /// Dimensions of a head.
+    pub head_dim: usize,
+    /// Factor on scores, usually 1/√head_dim.
+    pub scale: f32,
+    /// Which keys a query sees.
+    pub mask: AttentionMask,
+}
+
+impl AttentionShape {
+    /// Values of one K page, and of one V page.
+    pub fn page_len(&self) -> usize {
+        self.kv_heads * self.head_dim * KV_BLOCK
+    }
+
+    fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    fn check(&self, seqs: &[AttentionSeq], rows: usize, k_pages: &[f32], v_pages: &[f32]) {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = *self;
+        assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads) && head_dim > 0, "attention: {self:?}");
+        assert_eq!(k_pages.len(), v_pages.len(), "attention: as many K pages as V pages");
+        let page_count = k_pages.len() / self.page_len();
+        for seq in seqs {
+            assert!(seq.first_row + seq.rows <= rows, "attention: a sequence ends past row {rows}");
+            let blocks = (seq.position + seq.rows).div_ceil(KV_BLOCK);
+            assert!(seq.pages.len() >= blocks, "attention: {} pages for {blocks} blocks", seq.pages.len());
+            let visible = self.mask.first_visible(seq.position) / KV_BLOCK..blocks;
+            let pages_exist = seq.pages[visible].iter().all(|&page| (page as usize) < page_count);
+            assert!(pages_exist, "attention: a page id past the {page_count} pages");
+        }
+    }
+
+    /// Page `page` of one key-value head.
+    #[inline(always)]
+    fn head_page<'a>(&self, pages: &'a [f32], page: u32, kv_head: usize) -> &'a [f32] {
+        let len = self.head_dim * KV_BLOCK;
+        &pages[page as usize * self.page_len() + kv_head * len..][..len]
+    }
+}
+
+/// One sequence's part of a batch of packed rows.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionSeq<'a> {
+    /// Row of the batch where it starts.
+    pub first_row: usize,
+    /// Number of rows, at consecutive positions.
+    pub rows: usize,
+    /// Position of the first row in the sequence.
+    pub position: usize,
+    /// Page i holds positions 16·i .. 16·i+16. Pages that the mask hides from every row may be any number.
+    pub pages: &'a [u32],
+}
+
+/// Writes the keys and values of all rows, `k` and `v` `[T, kv_heads·head_dim]`, to their pages. Must precede
+/// [`attention`] over the same rows.
+///
+/// # Panics
+/// When a length does not fit the shapes, or a page id is past the pages.
+pub fn kv_write(
+    shape: &AttentionShape,
+    k: &[f32],
+    v: &[f32],
+    seqs: &[AttentionSeq],
+    k_pages: &mut [f32],
+    v_pages: &mut [f32],
+) {
+    let (head_dim, width) = (shape.head_dim, shape.kv_heads * shape.head_dim);
+    assert!(
+        k.len() == v.len() && k.len().is_multiple_of(width),
+        "kv_write: k and v are [T, kv_heads*head_dim]"
+    );
+    shape.check(seqs, k.len() / width, k_pages, v_pages);
+    for seq in seqs {
+        for row in 0..seq.rows {
+            let (page, lane) = ((seq.position + row) / KV_BLOCK, (seq.position + row) % KV_BLOCK);
+            let start = seq.pages[page] as usize * shape.page_len();
+            let source = (seq.first_row + row) * width;
+            let k_page = &mut k_pages[start..start + shape.page_len()];
+            for (slot, &value) in k_page.chunks_exact_mut(KV_BLOCK).zip(&k[source..source + width]) {
+                slot[lane] = value;
+            }
+            for (head, value) in v[source..source + width].chunks_exact(head_dim).enumerate() {
+                let at = start + (head * KV_BLOCK + lane) * head_dim;
+                v_pages[at..at + head_dim].copy_from_slice(value);
+            }
+        }
+    }
+}

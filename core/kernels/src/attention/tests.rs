@@ -1,0 +1,211 @@
+//! Against a plain f64 attention, its finite differences, and itself cut in other ways (bit for bit).
+
+use super::*;
+use crate::Threads;
+use crate::testing::*;
+
+const MASKS: [AttentionMask; 5] = [
+    AttentionMask::Causal,
+    AttentionMask::Chunked(20),
+    AttentionMask::Chunked(16),
+    AttentionMask::Sliding(7),
+    AttentionMask::Sliding(33),
+];
+
+fn shape(heads: usize, kv_heads: usize, head_dim: usize, mask: AttentionMask) -> AttentionShape {
+    AttentionShape { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt(), mask }
+}
+
+/// Attention in f64 over one sequence that starts at position 0; also the log-sum-exps.
+fn plain(shape: &AttentionShape, q: &[f64], k: &[f64], v: &[f64]) -> (Vec<f64>, Vec<f64>) {
+    let AttentionShape { heads, kv_heads, head_dim, scale, mask } = *shape;
+    let rows = q.len() / (heads * head_dim);
+    let (mut out, mut lses) = (Vec::new(), Vec::new());
+    for row in 0..rows {
+        for head in 0..heads {
+            let q = &q[(row * heads + head) * head_dim..][..head_dim];
+            let kv = |x: &[f64], key: usize| {
+                x[(key * kv_heads + head / (heads / kv_heads)) * head_dim..][..head_dim].to_vec()
+            };
+            let first = match mask {
+                AttentionMask::Causal => 0,
+                AttentionMask::Chunked(c) => row / c * c,
+                AttentionMask::Sliding(w) => (row + 1).max(w) - w,
+            };
+            let score = |key| q.iter().zip(kv(k, key)).map(|(a, b)| a * b).sum::<f64>() * f64::from(scale);
+            let scores: Vec<f64> = (first..=row).map(score).collect();
+            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let lse = max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
+            let p: Vec<f64> = scores.iter().map(|s| (s - lse).exp()).collect();
+            out.extend(
+                (0..head_dim).map(|d| (first..=row).zip(&p).map(|(key, p)| p * kv(v, key)[d]).sum::<f64>()),
+            );
+            lses.push(lse);
+        }
+    }
+    (out, lses)
+}
+
+/// Pages filled with what no result may depend on.
+fn dirty_pages(shape: &AttentionShape, count: usize) -> (Vec<f32>, Vec<f32>) {
+    (vec![f32::NAN; count * shape.page_len()], vec![f32::NAN; count * shape.page_len()])
+}
+
+/// Random q, k, v of so many rows.
+fn rows_of(random: &mut Random, shape: &AttentionShape, rows: usize) -> [Vec<f32>; 3] {
+    let kv = rows * shape.kv_heads * shape.head_dim;
+    let mut draw = |len: usize| -> Vec<f32> { random.vec(len).iter().map(|x| 2.0 * x).collect() };
+    [draw(rows * shape.heads * shape.head_dim), draw(kv), draw(kv)]
+}
+
+#[test]
+fn prefill_matches_plain_attention() {
+    let mut random = Random(1);
+    for mask in MASKS {
+        for (heads, kv_heads, head_dim) in [(1, 1, 1), (2, 2, 8), (4, 2, 16), (6, 2, 24), (3, 1, 40)] {
+            let shape = shape(heads, kv_heads, head_dim, mask);
+            for rows in [1, 2, 15, 16, 17, 50] {
+                let [q, k, v] = rows_of(&mut random, &shape, rows);
+                let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[3, 0, 2, 1] }];
+                let got = assert_all_agree("attention", || {
+                    let (mut k_pages, mut v_pages) = dirty_pages(&shape, 4);
+                    kv_write(&shape, &k, &v, &seqs, &mut k_pages, &mut v_pages);
+                    let (mut out, mut lse) = (vec![f32::NAN; q.len()], vec![f32::NAN; rows * heads]);
+                    let threads = Threads::single();
+                    attention(&threads, &shape, &q, &k_pages, &v_pages, &seqs, &mut out, Some(&mut lse));
+                    [out, lse].concat()
+                });
+                let (out, lse) = plain(&shape, &wide(&q), &wide(&k), &wide(&v));
+                assert_close(
+                    &got,
+                    &[out, lse].concat(),
+                    3e-6,
+                    &format!("{mask:?} {heads}/{kv_heads} {rows}"),
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn decode_and_chunked_prefill_give_the_bits_of_prefill() {
+    let mut random = Random(2);
+    let rows = 70;
+    for mask in MASKS {
+        let shape = shape(6, 2, 24, mask);
+        let [q, k, v] = rows_of(&mut random, &shape, rows);
+        let (q_width, kv_width) = (6 * 24, 2 * 24);
+        let pages = [4, 1, 3, 0, 2];
+        let run = |cuts: &[usize], threads: &Threads| {
+            let (mut k_pages, mut v_pages) = dirty_pages(&shape, 5);
+            let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; rows * 6]);
+            for cut in cuts.windows(2) {
+                let (from, to) = (cut[0], cut[1]);
+                let seqs = [AttentionSeq { first_row: 0, rows: to - from, position: from, pages: &pages }];
+                let kv = from * kv_width..to * kv_width;
+                kv_write(&shape, &k[kv.clone()], &v[kv], &seqs, &mut k_pages, &mut v_pages);
+                let (part, lse) = (from * q_width..to * q_width, &mut lse[from * 6..to * 6]);
+                let out = &mut out[part.clone()];
+                attention(threads, &shape, &q[part], &k_pages, &v_pages, &seqs, out, Some(lse));
+            }
+            [out, lse].concat()
+        };
+        let whole = run(&[0, rows], &Threads::single());
+        let one_by_one: Vec<usize> = (0..=rows).collect();
+        assert_same_bits(&run(&one_by_one, &Threads::single()), &whole, &format!("{mask:?} decode"));
+        assert_same_bits(&run(&[0, 5, 37, 38, 64, rows], &Threads::new(2)), &whole, &format!("{mask:?} cut"));
+    }
+}
+
+#[test]
+fn a_sequence_knows_nothing_of_the_others_nor_of_threads() {
+    let mut random = Random(3);
+    let shape = shape(4, 2, 32, AttentionMask::Causal);
+    let lens = [100, 1, 33, 60];
+    let total: usize = lens.iter().sum();
+    let [q, k, v] = rows_of(&mut random, &shape, total);
+    let page_lists: Vec<Vec<u32>> = (0..4).map(|s| (0..8).map(|i| (i * 4 + s) as u32).collect()).collect();
+    let mut seqs = Vec::new();
+    let mut first_row = 0;
+    for (rows, pages) in lens.into_iter().zip(&page_lists) {
+        seqs.push(AttentionSeq { first_row, rows, position: 0, pages });
+        first_row += rows;
+    }
+    let (mut k_pages, mut v_pages) = dirty_pages(&shape, 32);
+    kv_write(&shape, &k, &v, &seqs, &mut k_pages, &mut v_pages);
+    let dout = random.vec(q.len());
+    let run = |threads: &Threads, seqs: &[AttentionSeq]| {
+        let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; total * 4]);
+        attention(threads, &shape, &q, &k_pages, &v_pages, seqs, &mut out, Some(&mut lse));
+        let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+        attention_backward(
+            threads, &shape, &q, &k_pages, &v_pages, seqs, &out, &lse, &dout, &mut dq, &mut dk, &mut dv,
+        );
+        [out, lse, dq, dk, dv].concat()
+    };
+    let all = run(&Threads::single(), &seqs);
+    assert_same_bits(&run(&Threads::new(3), &seqs), &all, "three threads");
+    // Each alone leaves the others' rows at zero, so the sum over sequences is the whole.
+    let mut sum = vec![0.0; all.len()];
+    for seq in &seqs {
+        let alone = run(&Threads::single(), &[*seq]);
+        sum.iter_mut().zip(alone).for_each(|(sum, x)| *sum += x);
+    }
+    assert!(sum == all, "each alone");
+}
+
+#[test]
+fn backward_is_the_derivative() {
+    let mut random = Random(4);
+    for mask in MASKS {
+        for (heads, kv_heads, head_dim, rows) in [(1, 1, 17, 5), (4, 2, 3, 18), (2, 1, 2, 41)] {
+            let shape = shape(heads, kv_heads, head_dim, mask);
+            let [q, k, v] = rows_of(&mut random, &shape, rows);
+            let dout = random.vec(q.len());
+            let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[1, 2, 0] }];
+            let got = assert_all_agree("attention_backward", || {
+                let (mut k_pages, mut v_pages) = dirty_pages(&shape, 3);
+                kv_write(&shape, &k, &v, &seqs, &mut k_pages, &mut v_pages);
+                let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; rows * heads]);
+                let threads = Threads::single();
+                attention(&threads, &shape, &q, &k_pages, &v_pages, &seqs, &mut out, Some(&mut lse));
+                let nan = |len| vec![f32::NAN; len];
+                let (mut dq, mut dk, mut dv) = (nan(q.len()), nan(k.len()), nan(v.len()));
+                attention_backward(
+                    &threads, &shape, &q, &k_pages, &v_pages, &seqs, &out, &lse, &dout, &mut dq, &mut dk,
+                    &mut dv,
+                );
+                [dq, dk, dv].concat()
+            });
+            let want = plain_gradient(&shape, &wide(&q), &wide(&k), &wide(&v), &wide(&dout));
+            assert_close(&got, &want, 2e-5, &format!("{mask:?} {heads}/{kv_heads} {head_dim} {rows}"));
+        }
+    }
+}
+
+/// Finite differences of Σ dout·out by q, k and v.
+fn plain_gradient(shape: &AttentionShape, q: &[f64], k: &[f64], v: &[f64], dout: &[f64]) -> Vec<f64> {
+    let all = [q, k, v].concat();
+    let (q_len, kv_len) = (q.len(), k.len());
+    gradient(&all, |x| {
+        let (out, _) = plain(shape, &x[..q_len], &x[q_len..q_len + kv_len], &x[q_len + kv_len..]);
+        out.iter().zip(dout).map(|(o, d)| o * d).sum()
+    })
+}
+
+#[test]
+fn visible_lanes_are_those_of_the_mask() {
+    for mask in MASKS {
+        for position in 0..60 {
+            let first = mask.first_visible(position);
+            for block in 0..5 {
+                let lanes = mask.visible_lanes(position, block);
+                for lane in 0..KV_BLOCK {
+                    let key = block * KV_BLOCK + lane;
+                    let visible = key >= first && key <= position;
+                    assert_eq!(lanes.contains(&lane), visible, "{mask:?} query {position} key {key}");
+                }
+            }
+        }
+    }
+}

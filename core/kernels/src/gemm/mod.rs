@@ -1,0 +1,146 @@
+//! Matrix products with packed weights.
+//!
+//! ```text
+//!   W [n,k] ──pack──► PackedMatrix ─┐        column panels of 16, one 64-byte line a step of k
+//!                                   ├─► out [m,n]
+//!   x [m,k] ──(bf16: round)─────────┘        threads split n (or m), never k
+//! ```
+//!
+//! **Order of operations**, the same for every m, thread count and instruction set:
+//! - [`Precision::F32`]: each output element is one chain of fused multiply-adds over k ascending, from 0.0.
+//! - [`Precision::Bf16`]: x and W are rounded to bf16 (nearest even), then bf16 subnormals become zeros of their sign.
+//!   k is padded with zeros to a multiple of 32. For each block of 32: one FMA chain over the 16 even k from 0, one over
+//!   the 16 odd k from 0, their sum, which is added to the f32 accumulator. Every f32 result that is subnormal becomes
+//!   a zero of its sign. That is what the AMX instruction TDPBF16PS does (Intel SDM, volume 2); machines without AMX
+//!   follow the same order.
+//!
+//! Batch-invariant: a row of `out` depends on its row of `x` and on W alone.
+
+#[cfg(target_arch = "x86_64")]
+mod amx;
+mod bf16;
+mod f32;
+mod pack;
+#[cfg(test)]
+mod tests;
+mod tile;
+
+pub use pack::{PackedMatrix, Precision};
+
+use crate::Threads;
+use crate::isa::{self, Isa};
+use crate::simd::LANES;
+use crate::threads::SharedMut;
+use std::cell::RefCell;
+use std::ops::Range;
+use tile::{Output, Store};
+
+/// Computes `out = x·Wᵀ` for `x [m,k]`, `out [m,n]`.
+///
+/// # Panics
+/// When a length does not fit the shapes.
+pub fn matmul(threads: &Threads, x: &[f32], m: usize, w: &PackedMatrix, out: &mut [f32]) {
+    product(threads, x, m, w, out, Store::Set);
+}
+
+/// Computes `out += x·Wᵀ`: the product is computed in full, then added once.
+///
+/// # Panics
+/// When a length does not fit the shapes.
+pub fn matmul_add(threads: &Threads, x: &[f32], m: usize, w: &PackedMatrix, out: &mut [f32]) {
+    product(threads, x, m, w, out, Store::Add);
+}
+
+/// Computes `dw += dyᵀ·x` for `dy [t,n]`, `x [t,k]`, `dw [n,k]`: the gradient of a weight `W [n,k]` in `y = x·Wᵀ`.
+///
+/// The sum over t has the order that the module gives for k, in the given precision; it is added to `dw` once.
+///
+/// # Panics
+/// When a length does not fit the shapes.
+#[allow(clippy::too_many_arguments)]
+pub fn weight_grad(
+    threads: &Threads,
+    precision: Precision,
+    dy: &[f32],
+    x: &[f32],
+    t: usize,
+    n: usize,
+    k: usize,
+    dw: &mut [f32],
+) {
+    assert_eq!(dy.len(), t * n, "weight_grad: dy is [t,n] = [{t},{n}]");
+    assert_eq!(x.len(), t * k, "weight_grad: x is [t,k] = [{t},{k}]");
+    assert_eq!(dw.len(), n * k, "weight_grad: dw is [n,k] = [{n},{k}]");
+    let mut scratch = GRAD_SCRATCH.take();
+    let packed = scratch.packed.get_or_insert_with(|| PackedMatrix::empty(precision));
+    packed.reshape(precision, k, t);
+    packed.fill_transposed(threads, x);
+    match (precision, isa::current()) {
+        #[cfg(target_arch = "x86_64")]
+        (Precision::Bf16, Isa::Amx) => {
+            let out = Output { base: SharedMut::new(dw), n: k, store: Store::Add };
+            amx::product_transposed(threads, dy, n, packed, &out);
+        }
+        _ => {
+            pack::transpose(threads, dy, t, n, &mut scratch.dy_nt);
+            product(threads, &scratch.dy_nt, n, packed, dw, Store::Add);
+        }
+    }
+    GRAD_SCRATCH.set(scratch);
+}
+
+/// Buffers of [`weight_grad`], kept by the calling thread; taken while in use, so that nested calls only allocate.
+#[derive(Default)]
+struct GradScratch {
+    packed: Option<PackedMatrix>,
+    dy_nt: Vec<f32>,
+}
+
+thread_local!(static GRAD_SCRATCH: RefCell<GradScratch> = RefCell::default());
+
+/// Products below this many multiply-adds per thread are not worth waking another thread for.
+const MIN_WORK_PER_THREAD: usize = 1 << 20;
+
+/// Row-blocks that threads or caches split m by; a multiple of every kernel's row count.
+const ROW_BLOCK: usize = 240;
+
+fn product(threads: &Threads, x: &[f32], m: usize, w: &PackedMatrix, out: &mut [f32], store: Store) {
+    let (n, k) = (w.rows(), w.inner());
+    assert_eq!(x.len(), m * k, "matmul: x is [m,k] = [{m},{k}]");
+    assert_eq!(out.len(), m * n, "matmul: out is [m,n] = [{m},{n}]");
+    if m == 0 || n == 0 {
+        return;
+    }
+    let out = Output { base: SharedMut::new(out), n, store };
+    match (w.precision(), isa::current()) {
+        (Precision::F32, _) => {
+            split(threads, m, n, k, &|rows, panels| f32::block(x, rows, w, panels, &out));
+        }
+        #[cfg(target_arch = "x86_64")]
+        (Precision::Bf16, Isa::Amx) => amx::product(threads, x, m, w, &out),
+        (Precision::Bf16, _) => bf16::with_rounded(threads, x, m, k, |x| {
+            split(threads, m, n, k, &|rows, panels| bf16::block(x, rows, w, panels, &out));
+        }),
+    }
+}
+
+/// Splits the output over threads: by column panels where there are enough, else by row blocks; each part goes through
+/// its rows in blocks that a cache holds.
+fn split(threads: &Threads, m: usize, n: usize, k: usize, f: &(dyn Fn(Range<usize>, Range<usize>) + Sync)) {
+    let panels = n.div_ceil(LANES);
+    let work_of_panel = (m * k * LANES).max(1);
+    if panels >= 4 * threads.count() || m < 2 * ROW_BLOCK {
+        threads.for_each_chunk(panels, (MIN_WORK_PER_THREAD / work_of_panel).max(2), &|panels| {
+            for start in (0..m).step_by(ROW_BLOCK) {
+                f(start..m.min(start + ROW_BLOCK), panels.clone());
+            }
+        });
+    } else {
+        let blocks = m.div_ceil(ROW_BLOCK);
+        threads.for_each_chunk(blocks, 1, &|range| {
+            for block in range {
+                f(block * ROW_BLOCK..m.min((block + 1) * ROW_BLOCK), 0..panels);
+            }
+        });
+    }
+}

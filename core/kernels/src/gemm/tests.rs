@@ -1,0 +1,273 @@
+//! Every implementation of this machine against the scalar definition, bit for bit; and against f64.
+
+use super::*;
+use crate::convert::bf16_bits;
+use crate::isa::forced::{under_each, with};
+use crate::testing::{Random, assert_same_bits};
+use half::bf16;
+
+/// The definition of the f32 product.
+fn scalar_f32(x: &[f32], w: &[f32], m: usize, n: usize, k: usize) -> Vec<f32> {
+    let element = |i: usize| (0..k).fold(0.0f32, |sum, q| x[i / n * k + q].mul_add(w[i % n * k + q], sum));
+    (0..m * n).map(element).collect()
+}
+
+fn flush(x: f32) -> f32 {
+    if x.is_subnormal() { 0.0f32.copysign(x) } else { x }
+}
+
+/// Fused multiply-add whose result is flushed when it is tiny before it is rounded to a subnormal's fewer bits.
+fn fma_flush(a: f32, b: f32, c: f32) -> f32 {
+    let sum = a.mul_add(b, c);
+    if sum.abs() == f32::MIN_POSITIVE {
+        // Did it round up to the least normal number? Scaled up, it keeps all its bits.
+        let (a, b) = if a.abs() < b.abs() { (a * 2f32.powi(60), b) } else { (a, b * 2f32.powi(60)) };
+        if a.mul_add(b, c * 2f32.powi(60)).abs() < f32::MIN_POSITIVE * 2f32.powi(60) {
+            return 0.0f32.copysign(sum);
+        }
+    }
+    flush(sum)
+}
+
+/// The definition of the bf16 product: TDPBF16PS by the Intel SDM's pseudo-code.
+fn scalar_bf16(x: &[f32], w: &[f32], m: usize, n: usize, k: usize) -> Vec<f32> {
+    let round = |x: &f32| flush(f32::from_bits(u32::from(bf16_bits(*x)) << 16));
+    let (x, w): (Vec<f32>, Vec<f32>) = (x.iter().map(round).collect(), w.iter().map(round).collect());
+    let element = |i: usize| {
+        let (x, w) = (&x[i / n * k..][..k], &w[i % n * k..][..k]);
+        let mut sum = 0.0f32;
+        for (x, w) in x.chunks(32).zip(w.chunks(32)) {
+            let chain = |odd: usize| {
+                let pairs = x.iter().zip(w).skip(odd).step_by(2);
+                pairs.fold(0.0f32, |sum, (&x, &w)| fma_flush(x, w, sum))
+            };
+            sum = flush(sum + flush(chain(0) + chain(1)));
+        }
+        sum
+    };
+    (0..m * n).map(element).collect()
+}
+
+fn scalar(precision: Precision, x: &[f32], w: &[f32], m: usize, n: usize, k: usize) -> Vec<f32> {
+    match precision {
+        Precision::F32 => scalar_f32(x, w, m, n, k),
+        Precision::Bf16 => scalar_bf16(x, w, m, n, k),
+    }
+}
+
+const SHAPES: [(usize, usize, usize); 14] = [
+    (1, 1, 1),
+    (1, 16, 32),
+    (2, 17, 33),
+    (3, 15, 31),
+    (5, 64, 64),
+    (7, 80, 1),
+    (12, 33, 100),
+    (16, 96, 128),
+    (17, 40, 65),
+    (31, 7, 3),
+    (32, 32, 64),
+    (33, 49, 70),
+    (48, 63, 97),
+    (4, 3, 0),
+];
+
+#[test]
+fn every_implementation_gives_the_scalar_bits() {
+    let mut random = Random(1);
+    for precision in [Precision::F32, Precision::Bf16] {
+        for (m, n, k) in SHAPES {
+            let (x, w) = (random.vec(m * k), random.vec(n * k));
+            let want = scalar(precision, &x, &w, m, n, k);
+            let packed = PackedMatrix::from_f32(precision, &w, n, k);
+            for (isa, got) in under_each(|| {
+                let mut out = vec![f32::NAN; m * n];
+                matmul(&Threads::single(), &x, m, &packed, &mut out);
+                out
+            }) {
+                assert_same_bits(&got, &want, &format!("{precision:?} {m}x{n}x{k} {}", isa.name()));
+            }
+        }
+    }
+}
+
+#[test]
+fn subnormals_zeros_and_cancellation_follow_the_definition() {
+    let mut random = Random(2);
+    let (m, n, k) = (19, 35, 96);
+    // Exponents whose products fall around the subnormals, products all subnormal, operands subnormal.
+    for (low, high) in [(50, 75), (30, 64), (60, 66), (0, 3), (100, 150), (62, 65)] {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let (x, w) = (random.wide_vec(m * k, low, high), random.wide_vec(n * k, low, high));
+            let want = scalar(precision, &x, &w, m, n, k);
+            let packed = PackedMatrix::from_f32(precision, &w, n, k);
+            for (isa, got) in under_each(|| {
+                let mut out = vec![f32::NAN; m * n];
+                matmul(&Threads::single(), &x, m, &packed, &mut out);
+                out
+            }) {
+                assert_same_bits(
+                    &got,
+                    &want,
+                    &format!("{precision:?} exponents {low}..{high} {}", isa.name()),
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn not_a_number_and_infinity_reach_the_output() {
+    let (m, n, k) = (3, 20, 40);
+    for precision in [Precision::F32, Precision::Bf16] {
+        let mut random = Random(3);
+        let (mut x, mut w) = (random.vec(m * k), random.vec(n * k));
+        x[5] = f32::NAN;
+        x[k + 7] = f32::INFINITY;
+        w[3 * k + 2] = f32::NEG_INFINITY;
+        let want = scalar(precision, &x, &w, m, n, k);
+        let packed = PackedMatrix::from_f32(precision, &w, n, k);
+        for (isa, got) in under_each(|| {
+            let mut out = vec![0.0; m * n];
+            matmul(&Threads::single(), &x, m, &packed, &mut out);
+            out
+        }) {
+            assert!(got[..n].iter().all(|x| x.is_nan()), "{}", isa.name());
+            assert!(got[n..2 * n].iter().all(|x| !x.is_finite()), "{}", isa.name());
+            assert!(got[2 * n + 3].is_infinite(), "{}", isa.name());
+            assert_same_bits(&got, &want, &format!("{precision:?} {}", isa.name()));
+        }
+    }
+}
+
+#[test]
+fn a_row_knows_neither_its_neighbours_nor_the_threads() {
+    let mut random = Random(4);
+    let (m, n, k) = (530, 200, 72);
+    let (x, w) = (random.vec(m * k), random.vec(n * k));
+    for precision in [Precision::F32, Precision::Bf16] {
+        let packed = PackedMatrix::from_f32(precision, &w, n, k);
+        let mut all = vec![0.0; m * n];
+        matmul(&Threads::new(3), &x, m, &packed, &mut all);
+        for (first, rows) in [(0, 1), (529, 1), (100, 2), (7, 16), (33, 40), (200, 330)] {
+            let mut some = vec![0.0; rows * n];
+            matmul(&Threads::single(), &x[first * k..(first + rows) * k], rows, &packed, &mut some);
+            assert_same_bits(
+                &some,
+                &all[first * n..(first + rows) * n],
+                &format!("{precision:?} {first}+{rows}"),
+            );
+        }
+    }
+}
+
+#[test]
+fn adding_adds_the_whole_product_once() {
+    let mut random = Random(5);
+    let (m, n, k) = (18, 37, 90);
+    let (x, w, before) = (random.vec(m * k), random.vec(n * k), random.vec(m * n));
+    for precision in [Precision::F32, Precision::Bf16] {
+        let packed = PackedMatrix::from_f32(precision, &w, n, k);
+        let product = scalar(precision, &x, &w, m, n, k);
+        let want: Vec<f32> = before.iter().zip(product).map(|(a, b)| a + b).collect();
+        for (isa, got) in under_each(|| {
+            let mut out = before.clone();
+            matmul_add(&Threads::single(), &x, m, &packed, &mut out);
+            out
+        }) {
+            assert_same_bits(&got, &want, &format!("{precision:?} {}", isa.name()));
+        }
+    }
+}
+
+#[test]
+fn packing_from_any_source_gives_the_same_matrix() {
+    let mut random = Random(6);
+    for (n, k) in [(1, 1), (16, 32), (17, 33), (40, 31), (5, 100), (33, 64)] {
+        let w: Vec<bf16> = random.vec(n * k).into_iter().map(bf16::from_f32).collect();
+        let wide: Vec<f32> = w.iter().map(|w| w.to_f32()).collect();
+        let turn = |i: usize| i % n * k + i / n;
+        let w_kn: Vec<bf16> = (0..n * k).map(|i| w[turn(i)]).collect();
+        let wide_kn: Vec<f32> = (0..n * k).map(|i| wide[turn(i)]).collect();
+        for precision in [Precision::F32, Precision::Bf16] {
+            let reference = with(Isa::Portable, || PackedMatrix::from_f32(precision, &wide, n, k)).unwrap();
+            for (isa, packed) in under_each(|| {
+                [
+                    PackedMatrix::from_f32(precision, &wide, n, k),
+                    PackedMatrix::from_bf16(precision, &w, n, k),
+                    PackedMatrix::from_f32_transposed(precision, &wide_kn, n, k),
+                    PackedMatrix::from_bf16_transposed(precision, &w_kn, n, k),
+                ]
+            }) {
+                for (source, packed) in packed.iter().enumerate() {
+                    for panel in 0..n.div_ceil(LANES) {
+                        let lines = packed.panel(panel).iter().zip(reference.panel(panel));
+                        for (i, (got, want)) in lines.enumerate() {
+                            assert_eq!(
+                                got.0, want.0,
+                                "{precision:?} [{n},{k}] source {source} line {i} {isa:?}"
+                            );
+                        }
+                    }
+                }
+            }
+            // And it is the matrix: multiplied with the identity, it comes out transposed.
+            let mut identity = vec![0.0; k * k];
+            (0..k).for_each(|i| identity[i * k + i] = 1.0);
+            let mut out = vec![f32::NAN; k * n];
+            matmul(&Threads::single(), &identity, k, &reference, &mut out);
+            assert_same_bits(&out, &wide_kn, &format!("{precision:?} [{n},{k}]"));
+        }
+    }
+}
+
+#[test]
+fn repacking_keeps_the_allocation() {
+    let mut packed = PackedMatrix::from_f32(Precision::Bf16, &[1.0; 40 * 70], 40, 70);
+    let address = packed.panel(0).as_ptr();
+    packed.repack_from_f32(&Threads::new(2), &[2.0; 40 * 70]);
+    assert_eq!(packed.panel(0).as_ptr(), address);
+    let mut out = [0.0; 40];
+    matmul(&Threads::single(), &[1.0; 70], 1, &packed, &mut out);
+    assert_eq!(out, [140.0; 40]);
+}
+
+#[test]
+fn weight_gradient_is_the_product_over_rows_in_order() {
+    let mut random = Random(7);
+    for (t, n, k) in [(1, 1, 1), (5, 17, 33), (33, 40, 20), (70, 64, 48), (0, 3, 4)] {
+        let (dy, x, before) = (random.vec(t * n), random.vec(t * k), random.vec(n * k));
+        let dy_nt: Vec<f32> = (0..n * t).map(|i| dy[i % t * n + i / t]).collect();
+        let x_kt: Vec<f32> = (0..k * t).map(|i| x[i % t * k + i / t]).collect();
+        for precision in [Precision::F32, Precision::Bf16] {
+            let product = scalar(precision, &dy_nt, &x_kt, n, k, t);
+            let want: Vec<f32> = before.iter().zip(product).map(|(a, b)| a + b).collect();
+            for (isa, got) in under_each(|| {
+                let mut dw = before.clone();
+                weight_grad(&Threads::single(), precision, &dy, &x, t, n, k, &mut dw);
+                dw
+            }) {
+                assert_same_bits(&got, &want, &format!("{precision:?} {t} {n}x{k} {}", isa.name()));
+            }
+            let mut dw = before.clone();
+            weight_grad(&Threads::new(3), precision, &dy, &x, t, n, k, &mut dw);
+            assert_same_bits(&dw, &want, &format!("{precision:?} {t} {n}x{k} threads"));
+        }
+    }
+}
+
+#[test]
+fn products_are_right_in_f64_too() {
+    let mut random = Random(8);
+    let (m, n, k) = (9, 21, 300);
+    let (x, w) = (random.vec(m * k), random.vec(n * k));
+    for (precision, tolerance) in [(Precision::F32, 2e-5), (Precision::Bf16, 0.1)] {
+        let mut out = vec![0.0; m * n];
+        matmul(&Threads::single(), &x, m, &PackedMatrix::from_f32(precision, &w, n, k), &mut out);
+        for (i, &got) in out.iter().enumerate() {
+            let want: f64 = (0..k).map(|q| f64::from(x[i / n * k + q]) * f64::from(w[i % n * k + q])).sum();
+            let error = (f64::from(got) - want).abs();
+            assert!(error <= tolerance, "{precision:?} {i}: {got} is {error} from {want}");
+        }
+    }
+}

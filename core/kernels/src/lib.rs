@@ -1,0 +1,39 @@
+//! Compute kernels: slices in, slices out.
+//!
+//! Every operation is *defined* by a scalar reference that fixes the order of every f32 operation; the vector
+//! versions (AVX2, AVX-512, AMX) give the same bits. A row's bits never depend on the rows beside it, on the number
+//! of rows, or on the number of threads, so sampling and training may batch as they please and still agree.
+//!
+//! ```text
+//!   isa      what this processor can do, found once
+//!   simd     sixteen f32 lanes: one trait, an implementation per instruction set
+//!   math     exp, ln, sigmoid, sin/cos on those lanes, from fused multiply-adds only
+//!   gemm     x·Wᵀ with a packed weight (f32: one FMA chain; bf16: the AMX tile order)
+//!   norm rope attention activation softmax router optim convert     one file an operation, forward and backward
+//!   measure  what the machine reaches: bytes/s, flop/s
+//! ```
+//!
+//! Conventions: T packed tokens, D model width, H heads, F expert hidden width, E experts, K experts per token, V
+//! vocabulary; matrices are row-major. Lengths are checked at the door with `assert!`: a wrong length is a bug of the
+//! caller. The crate knows no model, allocates nothing beyond thread-local scratch, and logs nothing.
+#![allow(unsafe_code)] // The one crate of the workspace that may: each block says why it holds.
+
+pub mod activation;
+pub mod attention;
+pub mod convert;
+pub mod gemm;
+mod isa;
+mod math;
+pub mod measure;
+pub mod norm;
+pub mod optim;
+pub mod rope;
+pub mod router;
+mod simd;
+pub mod softmax;
+#[cfg(test)]
+mod testing;
+pub mod threads;
+
+pub use gemm::{PackedMatrix, Precision};
+pub use threads::Threads;

@@ -1,0 +1,214 @@
+//! Rotary position embedding (Su et al. 2021): rotation of pairs of a head's dimensions by an angle of the position.
+//!
+//! As transformers computes it: angle = position · inv_freq in f32, its cosine and sine rounded to f32, both times a
+//! scale (1, or YaRN's attention factor). Batch-invariant.
+
+use crate::math::sin_cos;
+
+/// Which dimensions form a pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeStyle {
+    /// Dimension i with i + half (Llama as in transformers, Qwen).
+    Half,
+    /// Dimension 2i with 2i + 1 (Llama 4, DeepSeek).
+    Interleaved,
+}
+
+/// Cosines and sines of every position up to a limit that grows on demand.
+#[derive(Clone, Debug)]
+pub struct RopeTable {
+    inv_freq: Vec<f32>,
+    scale: f32,
+    /// `[positions][pairs]` of (cos, sin).
+    rows: Vec<(f32, f32)>,
+}
+
+impl RopeTable {
+    /// A table for positions `0..max_positions`. `inv_freq` has one value a pair; a head's first `2 · inv_freq.len()`
+    /// dimensions are rotated. `scale` multiplies cosine and sine.
+    pub fn new(inv_freq: &[f32], scale: f32, max_positions: usize) -> Self {
+        let mut table = RopeTable { inv_freq: inv_freq.to_vec(), scale, rows: Vec::new() };
+        table.grow(max_positions);
+        table
+    }
+
+    /// Makes sure that positions `0..positions` are in the table.
+    pub fn grow(&mut self, positions: usize) {
+        for position in self.positions()..positions {
+            self.rows.extend(self.inv_freq.iter().map(|&inv_freq| {
+                let (sin, cos) = sin_cos(position as f32 * inv_freq);
+                (cos * self.scale, sin * self.scale)
+            }));
+        }
+    }
+
+    /// Number of positions in the table.
+    pub fn positions(&self) -> usize {
+        if self.inv_freq.is_empty() { usize::MAX } else { self.rows.len() / self.inv_freq.len() }
+    }
+
+    fn row(&self, position: u32) -> &[(f32, f32)] {
+        let pairs = self.inv_freq.len();
+        &self.rows[position as usize * pairs..][..pairs]
+    }
+}
+
+/// Rotates `x [T, heads, head_dim]` in place, row t by `positions[t]`.
+///
+/// # Panics
+/// When a length does not fit the shapes or a position is not in the table.
+pub fn rope(
+    table: &RopeTable,
+    style: RopeStyle,
+    x: &mut [f32],
+    heads: usize,
+    head_dim: usize,
+    positions: &[u32],
+) {
+    rotate(table, style, x, heads, head_dim, positions, 1.0);
+}
+
+/// Gradient of [`rope`], in place: the transposed rotation.
+///
+/// # Panics
+/// As [`rope`].
+pub fn rope_backward(
+    table: &RopeTable,
+    style: RopeStyle,
+    dx: &mut [f32],
+    heads: usize,
+    head_dim: usize,
+    positions: &[u32],
+) {
+    rotate(table, style, dx, heads, head_dim, positions, -1.0);
+}
+
+fn rotate(
+    table: &RopeTable,
+    style: RopeStyle,
+    x: &mut [f32],
+    heads: usize,
+    head_dim: usize,
+    positions: &[u32],
+    direction: f32,
+) {
+    let pairs = table.inv_freq.len();
+    assert!(2 * pairs <= head_dim, "rope: {pairs} pairs in a head of {head_dim}");
+    assert_eq!(x.len(), positions.len() * heads * head_dim, "rope: x is [T, heads, head_dim]");
+    if x.is_empty() || pairs == 0 {
+        return;
+    }
+    for (row, &position) in x.chunks_exact_mut(heads * head_dim).zip(positions) {
+        assert!(
+            (position as usize) < table.positions(),
+            "rope: position {position} in a table of {}",
+            table.positions()
+        );
+        let angles = table.row(position);
+        for head in row.chunks_exact_mut(head_dim) {
+            match style {
+                RopeStyle::Half => {
+                    let (low, high) = head[..2 * pairs].split_at_mut(pairs);
+                    rotate_pairs(low.iter_mut().zip(high), angles, direction);
+                }
+                RopeStyle::Interleaved => {
+                    let (both, _) = head[..2 * pairs].as_chunks_mut::<2>();
+                    rotate_pairs(both.iter_mut().map(|[a, b]| (a, b)), angles, direction);
+                }
+            }
+        }
+    }
+}
+
+/// (a, b) becomes (a·cos − b·sin, b·cos + a·sin): each product and each sum is rounded, as transformers does it.
+#[inline(always)]
+fn rotate_pairs<'a>(
+    pairs: impl Iterator<Item = (&'a mut f32, &'a mut f32)>,
+    angles: &[(f32, f32)],
+    direction: f32,
+) {
+    for ((a, b), &(cos, sin)) in pairs.zip(angles) {
+        let sin = sin * direction;
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::*;
+
+    fn frequencies(pairs: usize) -> Vec<f32> {
+        (0..pairs).map(|i| 10_000f32.powf(-(i as f32) / pairs as f32)).collect()
+    }
+
+    #[test]
+    fn rotates_the_right_pairs() {
+        // Head of 6, of which the first 4 rotate; position 1, frequencies 1 and 0.5.
+        let table = RopeTable::new(&[1.0, 0.5], 1.0, 2);
+        let (c, s) = ([1f64.cos(), 0.5f64.cos()], [1f64.sin(), 0.5f64.sin()]);
+        let x = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+        let mut half = x;
+        rope(&table, RopeStyle::Half, &mut half, 1, 6, &[1]);
+        let want = [
+            c[0] - 3.0 * s[0],
+            2.0 * c[1] - 4.0 * s[1],
+            3.0 * c[0] + s[0],
+            4.0 * c[1] + 2.0 * s[1],
+            5.0,
+            6.0,
+        ];
+        assert_close(&half, &want, 1e-6, "half");
+        let mut pairs = x;
+        rope(&table, RopeStyle::Interleaved, &mut pairs, 1, 6, &[1]);
+        let want = [
+            c[0] - 2.0 * s[0],
+            2.0 * c[0] + s[0],
+            3.0 * c[1] - 4.0 * s[1],
+            4.0 * c[1] + 3.0 * s[1],
+            5.0,
+            6.0,
+        ];
+        assert_close(&pairs, &want, 1e-6, "interleaved");
+    }
+
+    #[test]
+    fn position_zero_changes_nothing_and_scale_scales() {
+        let mut random = Random(1);
+        let x = random.vec(2 * 3 * 8);
+        for style in [RopeStyle::Half, RopeStyle::Interleaved] {
+            let mut y = x.clone();
+            rope(&RopeTable::new(&frequencies(4), 1.0, 1), style, &mut y, 3, 8, &[0, 0]);
+            assert_same_bits(&y, &x, "position 0");
+            rope(&RopeTable::new(&frequencies(4), 2.0, 1), style, &mut y, 3, 8, &[0, 0]);
+            assert!(y.iter().zip(&x).all(|(y, x)| *y == 2.0 * x));
+        }
+    }
+
+    #[test]
+    fn backward_is_the_transpose() {
+        // <rope(x), y> = <x, rope_backward(y)>
+        let mut random = Random(2);
+        let (heads, head_dim, positions) = (2, 10, [3, 77, 5000]);
+        let table = RopeTable::new(&frequencies(4), 1.3, 5001);
+        for style in [RopeStyle::Half, RopeStyle::Interleaved] {
+            let (x, y) = (random.vec(3 * 20), random.vec(3 * 20));
+            let (mut forward, mut backward) = (x.clone(), y.clone());
+            rope(&table, style, &mut forward, heads, head_dim, &positions);
+            rope_backward(&table, style, &mut backward, heads, head_dim, &positions);
+            let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+            assert!((dot(&forward, &y) - dot(&x, &backward)).abs() <= 1e-5, "{style:?}");
+            assert!((dot(&forward, &y) - dot(&x, &y)).abs() > 1e-3, "{style:?}: it did rotate");
+        }
+    }
+
+    #[test]
+    fn growing_gives_the_same_rows() {
+        let mut grown = RopeTable::new(&frequencies(3), 1.0, 5);
+        grown.grow(40);
+        grown.grow(10);
+        let whole = RopeTable::new(&frequencies(3), 1.0, 40);
+        assert_eq!(grown.positions(), 40);
+        assert_eq!(grown.rows, whole.rows);
+    }
+}

@@ -1,0 +1,167 @@
+//! A handle to a pool of compute threads, and the two ways work is split over it.
+//!
+//! A split only says who computes what: no kernel's result depends on it. The caller waits until every part is done.
+
+use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// A pool of compute threads; clones share it.
+#[derive(Clone)]
+pub struct Threads {
+    pool: Option<Arc<rayon::ThreadPool>>,
+    count: usize,
+}
+
+impl std::fmt::Debug for Threads {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Threads").field("count", &self.count).finish()
+    }
+}
+
+impl Threads {
+    /// No pool: all work runs on the calling thread.
+    pub fn single() -> Self {
+        Threads { pool: None, count: 1 }
+    }
+
+    /// A pool of `count` threads (1 is [`Threads::single`]).
+    ///
+    /// # Panics
+    /// When `count` is 0 or the operating system refuses to start a thread.
+    pub fn new(count: usize) -> Self {
+        assert!(count > 0, "a compute pool needs at least one thread");
+        if count == 1 {
+            return Self::single();
+        }
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(count)
+            .thread_name(|i| format!("compute-{i}"))
+            .build()
+            .expect("the operating system starts compute threads");
+        Threads { pool: Some(Arc::new(pool)), count }
+    }
+
+    /// Number of threads.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Calls `f` on contiguous ranges that together are `0..items`, each (but the last) at least `min_chunk` long; on
+    /// the calling thread when one range is all there is.
+    pub fn for_each_chunk(&self, items: usize, min_chunk: usize, f: &(dyn Fn(Range<usize>) + Sync)) {
+        if items == 0 {
+            return;
+        }
+        let parts = self.count.min(items / min_chunk.max(1)).max(1);
+        match &self.pool {
+            Some(pool) if parts > 1 => {
+                let bound = |part: usize| items * part / parts;
+                pool.install(|| (0..parts).into_par_iter().for_each(|part| f(bound(part)..bound(part + 1))));
+            }
+            _ => f(0..items),
+        }
+    }
+
+    /// Calls `f` once for each index in `0..items`; threads take indices as they become free, so uneven work balances.
+    pub fn for_each(&self, items: usize, f: &(dyn Fn(usize) + Sync)) {
+        match &self.pool {
+            Some(pool) if items > 1 => {
+                pool.install(|| (0..items).into_par_iter().with_max_len(1).for_each(f));
+            }
+            _ => (0..items).for_each(f),
+        }
+    }
+
+    /// Splits `out`, rows of `row_len`, in contiguous blocks of at least `min_rows` rows and calls `f(first_row, block)`
+    /// for each.
+    ///
+    /// # Panics
+    /// When `out` is not a whole number of rows.
+    pub fn for_each_row_chunk<T: Send>(
+        &self,
+        out: &mut [T],
+        row_len: usize,
+        min_rows: usize,
+        f: impl Fn(usize, &mut [T]) + Sync,
+    ) {
+        if out.is_empty() {
+            return;
+        }
+        assert!(row_len > 0 && out.len().is_multiple_of(row_len), "{} is not rows of {row_len}", out.len());
+        let rows = out.len() / row_len;
+        let base = SharedMut::new(out);
+        self.for_each_chunk(rows, min_rows, &|range| {
+            // SAFETY: ranges handed out by `for_each_chunk` are disjoint and within `rows`.
+            let block = unsafe { base.slice(range.start * row_len, range.len() * row_len) };
+            f(range.start, block);
+        });
+    }
+}
+
+/// A mutable slice that several threads write disjoint parts of.
+pub(crate) struct SharedMut<T> {
+    start: *mut T,
+    len: usize,
+}
+
+// SAFETY: only hands out parts through `slice`, whose caller promises that parts in use do not overlap.
+unsafe impl<T: Send> Sync for SharedMut<T> {}
+// SAFETY: as above; a pointer to `Send` values may move between threads.
+unsafe impl<T: Send> Send for SharedMut<T> {}
+
+impl<T> SharedMut<T> {
+    /// Borrows `slice` for the time the result is used.
+    pub(crate) fn new(slice: &mut [T]) -> Self {
+        SharedMut { start: slice.as_mut_ptr(), len: slice.len() }
+    }
+
+    /// The part `start..start + len`.
+    ///
+    /// # Safety
+    /// The slice given to `new` is still borrowed by the caller, and no other part in use overlaps this one.
+    #[allow(clippy::mut_from_ref)]
+    pub(crate) unsafe fn slice(&self, start: usize, len: usize) -> &mut [T] {
+        assert!(start <= self.len && len <= self.len - start, "part {start}+{len} of {}", self.len);
+        // SAFETY: in bounds by the assertion; unaliased by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[test]
+    fn chunks_cover_every_item_once() {
+        for threads in [Threads::single(), Threads::new(3)] {
+            for items in [0, 1, 2, 3, 7, 100] {
+                for min_chunk in [0, 1, 3, 200] {
+                    let seen: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
+                    threads.for_each_chunk(items, min_chunk, &|range| {
+                        for i in range {
+                            seen[i].fetch_add(1, Ordering::Relaxed);
+                        }
+                    });
+                    assert!(seen.iter().all(|n| n.load(Ordering::Relaxed) == 1), "{items} {min_chunk}");
+                    threads.for_each(items, &|i| {
+                        seen[i].fetch_add(1, Ordering::Relaxed);
+                    });
+                    assert!(seen.iter().all(|n| n.load(Ordering::Relaxed) == 2), "{items}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn row_chunks_know_their_first_row() {
+        let mut out = vec![0usize; 7 * 3];
+        Threads::new(2).for_each_row_chunk(&mut out, 3, 1, |first_row, block| {
+            for (i, row) in block.chunks_mut(3).enumerate() {
+                row.fill(first_row + i);
+            }
+        });
+        assert_eq!(out, (0..21).map(|i| i / 3).collect::<Vec<_>>());
+    }
+}

@@ -1,0 +1,103 @@
+//! Checkpoints: files in, files out.
+//!
+//! ```text
+//! HF folder ── config.json, *.safetensors, tokenizer ──┐
+//!                                                       ├─► LoadedModel ──► save: HF folder
+//! GGUF file ── metadata, quantised tensors ────────────┘
+//! ```
+//!
+//! Everything is checked before it is believed: headers against the configuration, tokenizer against the embedding,
+//! values against NaN. Nothing here resumes, publishes or versions weights; that is the learner's.
+
+mod elements;
+mod mmap;
+mod safetensors;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use freewheel_types::WeightsDtype;
+use serde_json::{Map, Value};
+
+use crate::Transformer;
+use crate::config::spec_from_config;
+use crate::error::ModelError;
+use crate::generation::GenerationConfig;
+use crate::params::Params;
+use crate::tokenizer::Tokenizer;
+
+/// `config.json` and its kin are small; a bigger file is not what it says it is.
+const MAX_JSON_BYTES: u64 = 256 << 20;
+
+/// A model with everything that belongs to it.
+#[derive(Clone, Debug)]
+pub struct LoadedModel {
+    /// What it is.
+    pub model: Arc<Transformer>,
+    /// Its weights.
+    pub params: Params,
+    /// Its tokenizer and chat template.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Its end-of-sequence ids and sampling defaults.
+    pub generation: GenerationConfig,
+    /// `config.json` as it was, for saving unchanged what this build does not use.
+    pub config_json: Map<String, Value>,
+    /// Where it came from.
+    pub source: PathBuf,
+}
+
+/// Loads a model: a folder in Hugging Face's layout, a GGUF file, or a folder that holds one GGUF file.
+///
+/// `dtype` is the element type of the arena; `None` keeps what is stored (f16 and quantised weights become f32).
+///
+/// # Errors
+/// Whatever is wrong with the files, by name; see [`ModelError`].
+pub fn load(path: &Path, dtype: Option<WeightsDtype>) -> Result<LoadedModel, ModelError> {
+    if !path.exists() {
+        return Err(ModelError::File {
+            path: path.to_owned(),
+            what: "no such model; expected a folder with config.json, or a .gguf file".into(),
+            source: None,
+        });
+    }
+    load_folder(path, dtype)
+}
+
+fn load_folder(dir: &Path, dtype: Option<WeightsDtype>) -> Result<LoadedModel, ModelError> {
+    let config_path = dir.join("config.json");
+    let config_json = read_json(&config_path)?;
+    let spec = spec_from_config(&config_path, &config_json)?;
+    let (tied, vocab_size) = (spec.tied_embeddings, spec.vocab_size);
+    let model = Transformer::new(spec);
+    let checkpoint = safetensors::Checkpoint::open(dir)?;
+    checkpoint.check(model.layout(), tied)?;
+    let tokenizer = Tokenizer::from_folder(dir)?;
+    tokenizer.check_fits(vocab_size)?;
+    let generation = GenerationConfig::from_folder(dir, &config_json, &tokenizer)?;
+    let params = checkpoint.read(model.layout(), dtype)?;
+    Ok(LoadedModel {
+        model,
+        params,
+        tokenizer: Arc::new(tokenizer),
+        generation,
+        config_json,
+        source: dir.to_owned(),
+    })
+}
+
+/// Reads a JSON object, bounded.
+pub(crate) fn read_json(path: &Path) -> Result<Map<String, Value>, ModelError> {
+    let text = read_text(path)?;
+    serde_json::from_str(&text)
+        .map_err(|e| ModelError::Invalid { path: path.to_owned(), what: format!("not a JSON object: {e}") })
+}
+
+/// Reads a text file, bounded.
+pub(crate) fn read_text(path: &Path) -> Result<String, ModelError> {
+    let error = |what: &str, source| ModelError::File { path: path.to_owned(), what: what.into(), source };
+    let size = std::fs::metadata(path).map_err(|e| error("cannot be read", Some(e)))?.len();
+    if size > MAX_JSON_BYTES {
+        return Err(error(&format!("{size} bytes, more than the limit of {MAX_JSON_BYTES}"), None));
+    }
+    std::fs::read_to_string(path).map_err(|e| error("cannot be read as text", Some(e)))
+}

@@ -1,0 +1,203 @@
+//! Reading safetensors: one file, or shards with an index.
+//!
+//! Headers are read and compared with the layout before a single weight is touched or an arena is allocated, so a
+//! damaged or foreign file costs neither time nor memory.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use freewheel_types::WeightsDtype;
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+
+use super::elements::{Elements, fill};
+use super::mmap;
+use crate::error::ModelError;
+use crate::params::{ParamLayout, Params};
+
+/// Real headers are a few MB for the largest models.
+const MAX_HEADER_BYTES: u64 = 8 << 20;
+const MAX_TENSORS: usize = 1 << 20;
+/// Names in an error message before it says "and n more".
+const NAMED: usize = 3;
+
+/// An opened checkpoint: shards, and where each tensor is.
+pub(super) struct Checkpoint {
+    path: PathBuf,
+    shards: Vec<Mmap>,
+    tensors: BTreeMap<String, Stored>,
+}
+
+struct Stored {
+    shard: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: std::ops::Range<usize>,
+}
+
+impl Checkpoint {
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists, in `dir`.
+    pub(super) fn open(dir: &Path) -> Result<Self, ModelError> {
+        let (single, index) = (dir.join("model.safetensors"), dir.join("model.safetensors.index.json"));
+        if single.is_file() {
+            return Self::from_shards(single.clone(), &[single]);
+        }
+        if index.is_file() {
+            return Self::from_index(dir, index);
+        }
+        let hint = if dir.join("pytorch_model.bin").exists() || dir.join("pytorch_model.bin.index.json").exists() {
+            "; pytorch_model.bin is a pickle and is not read: save the model with safetensors"
+        } else {
+            ""
+        };
+        Err(ModelError::File {
+            path: dir.to_owned(),
+            what: format!("neither model.safetensors nor model.safetensors.index.json is there{hint}"),
+            source: None,
+        })
+    }
+
+    fn from_index(dir: &Path, index: PathBuf) -> Result<Self, ModelError> {
+        let invalid = |what: String| ModelError::Invalid { path: index.clone(), what };
+        let json = super::read_json(&index)?;
+        let Some(Value::Object(map)) = json.get("weight_map") else {
+            return Err(invalid("weight_map is missing".into()));
+        };
+        let mut files: Vec<&str> = Vec::new();
+        for (name, file) in map {
+            // A file name from outside must not lead out of the folder.
+            match file.as_str() {
+                Some(file) if !file.contains(['/', '\\']) && file.ends_with(".safetensors") => files.push(file),
+                _ => return Err(invalid(format!("weight_map.{name} = {file}: expected a .safetensors file name"))),
+            }
+        }
+        files.sort_unstable();
+        files.dedup();
+        let paths: Vec<PathBuf> = files.iter().map(|file| dir.join(file)).collect();
+        let checkpoint = Self::from_shards(index.clone(), &paths)?;
+        for (name, file) in map {
+            match checkpoint.tensors.get(name) {
+                Some(stored) if Some(files[stored.shard]) == file.as_str() => {}
+                _ => return Err(invalid(format!("weight_map says that {name} is in {file}, but it is not"))),
+            }
+        }
+        Ok(checkpoint)
+    }
+
+    fn from_shards(path: PathBuf, files: &[PathBuf]) -> Result<Self, ModelError> {
+        let mut checkpoint = Self { path, shards: Vec::new(), tensors: BTreeMap::new() };
+        for (shard, file) in files.iter().enumerate() {
+            let map = mmap::map(file)?;
+            checkpoint.add_shard(file, shard, &map)?;
+            checkpoint.shards.push(map);
+        }
+        Ok(checkpoint)
+    }
+
+    fn add_shard(&mut self, file: &Path, shard: usize, map: &[u8]) -> Result<(), ModelError> {
+        let invalid = |what: String| ModelError::Invalid { path: file.to_owned(), what };
+        let Some(length) = map.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes)) else {
+            return Err(invalid(format!("{} bytes are too few for a safetensors header", map.len())));
+        };
+        if length > MAX_HEADER_BYTES || length > (map.len() - 8) as u64 {
+            return Err(invalid(format!(
+                "offset 0: a header of {length} bytes, where the file has {} and the limit is {MAX_HEADER_BYTES}",
+                map.len()
+            )));
+        }
+        // Checks in the crate: UTF-8, JSON, gapless and ordered offsets, sizes that match shape and type, no overflow.
+        let (_, metadata) = SafeTensors::read_metadata(map).map_err(|e| invalid(format!("safetensors header: {e}")))?;
+        let start = 8 + length as usize;
+        for (name, info) in metadata.tensors() {
+            let bytes = start + info.data_offsets.0..start + info.data_offsets.1;
+            let stored = Stored { shard, dtype: info.dtype, shape: info.shape.clone(), bytes };
+            if self.tensors.insert(name.clone(), stored).is_some() {
+                return Err(invalid(format!("tensor {name} is in two shards")));
+            }
+            if self.tensors.len() > MAX_TENSORS {
+                return Err(invalid(format!("more than {MAX_TENSORS} tensors")));
+            }
+        }
+        Ok(())
+    }
+
+    /// The narrowest arena type that loses nothing: bf16 if every tensor is bf16, else f32.
+    fn natural_dtype(&self) -> WeightsDtype {
+        if self.tensors.values().all(|stored| stored.dtype == Dtype::BF16) {
+            WeightsDtype::Bf16
+        } else {
+            WeightsDtype::F32
+        }
+    }
+
+    /// Compares names, shapes and types with `layout`.
+    pub(super) fn check(&self, layout: &ParamLayout, tied: bool) -> Result<(), ModelError> {
+        let invalid = |what: String| ModelError::Invalid { path: self.path.clone(), what };
+        let missing: Vec<&str> =
+            layout.tensors.iter().map(|t| t.name.as_str()).filter(|name| !self.tensors.contains_key(*name)).collect();
+        if !missing.is_empty() {
+            return Err(invalid(format!("{} tensors are missing: {}", missing.len(), list(&missing))));
+        }
+        for tensor in &layout.tensors {
+            let stored = &self.tensors[&tensor.name];
+            if stored.shape != tensor.shape {
+                return Err(invalid(format!(
+                    "{}: shape {:?} where config.json asks for {:?}",
+                    tensor.name, stored.shape, tensor.shape
+                )));
+            }
+            if !matches!(stored.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+                return Err(ModelError::Unsupported {
+                    path: self.path.clone(),
+                    what: format!("{}: element type {:?}", tensor.name, stored.dtype),
+                    hint: "; supported are F32, F16 and BF16".into(),
+                });
+            }
+        }
+        if self.tensors.len() > layout.tensors.len() {
+            let wanted: std::collections::BTreeSet<&str> = layout.tensors.iter().map(|t| t.name.as_str()).collect();
+            let extra: Vec<&str> = self
+                .tensors
+                .keys()
+                .map(String::as_str)
+                .filter(|name| !wanted.contains(name) && !ignorable(name, tied))
+                .collect();
+            if !extra.is_empty() {
+                return Err(invalid(format!(
+                    "{} tensors that config.json has no place for: {}",
+                    extra.len(),
+                    list(&extra)
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// The weights, as `dtype` or as stored. [`Self::check`] comes first.
+    pub(super) fn read(&self, layout: &Arc<ParamLayout>, dtype: Option<WeightsDtype>) -> Result<Params, ModelError> {
+        fill(&self.path, layout, dtype.unwrap_or_else(|| self.natural_dtype()), |tensor| {
+            let stored = &self.tensors[&tensor.name];
+            let bytes = &self.shards[stored.shard][stored.bytes.clone()];
+            Ok(match stored.dtype {
+                Dtype::F16 => Elements::F16(bytes),
+                Dtype::BF16 => Elements::Bf16(bytes),
+                _ => Elements::F32(bytes),
+            })
+        })
+    }
+}
+
+/// Buffers that old exporters left in, and the second copy of a tied head.
+fn ignorable(name: &str, tied: bool) -> bool {
+    name.ends_with(".rotary_emb.inv_freq") || (tied && name == "lm_head.weight")
+}
+
+fn list(names: &[&str]) -> String {
+    let shown = names[..names.len().min(NAMED)].join(", ");
+    match names.len().saturating_sub(NAMED) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}

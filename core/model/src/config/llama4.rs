@@ -1,0 +1,123 @@
+//! Llama 4 text: rotary layers with chunked attention, every n-th layer without positions (iRoPE); routed experts beside
+//! a shared one.
+
+use super::fields::Fields;
+use super::rope::rope;
+use crate::error::ModelError;
+use crate::spec::{
+    AttentionSpec, Family, FfnSpec, ModelSpec, MoeSpec, QkNorm, RopeStyle, RouterKind, TemperatureTuning,
+};
+
+/// Llama4ForCausalLM.
+pub(super) fn llama4_text(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
+    let layers = fields.layers()?;
+    let hidden = fields.size("hidden_size")?;
+    let rotary = rotary_layers(fields, layers)?;
+    let chunked = chunked_layers(fields, &rotary)?;
+    let moe_layers = match fields.list("moe_layers")? {
+        Some(list) => list,
+        None => {
+            let step = fields.size_or("interleave_moe_layer_step", 1)?;
+            (step - 1..layers).step_by(step).collect()
+        }
+    };
+    let layers = (0..layers)
+        .map(|layer| {
+            let attention = attention(fields, rotary[layer], chunked[layer])?;
+            let ffn = feed_forward(fields, moe_layers.contains(&layer))?;
+            Ok((attention, ffn))
+        })
+        .collect::<Result<_, ModelError>>()?;
+    Ok(ModelSpec {
+        family: Family::Llama4Text,
+        vocab_size: fields.size("vocab_size")?,
+        hidden,
+        layers,
+        norm_eps: fields.number_or("rms_norm_eps", 1e-5)? as f32,
+        tied_embeddings: fields.flag_or("tie_word_embeddings", false)?,
+        max_positions: fields.size_or("max_position_embeddings", 4096 * 32)?,
+        architecture: "Llama4ForCausalLM".to_owned(),
+    })
+}
+
+/// `no_rope_layers` holds 1 for layers *with* rotary embedding, whatever its name says.
+fn rotary_layers(fields: &Fields<'_>, layers: usize) -> Result<Vec<bool>, ModelError> {
+    match fields.list("no_rope_layers")?.filter(|list| !list.is_empty()) {
+        Some(list) if list.len() == layers => Ok(list.into_iter().map(|flag| flag != 0).collect()),
+        Some(list) => Err(fields.invalid(format!("no_rope_layers has {} entries for {layers} layers", list.len()))),
+        None => {
+            let interval = fields.size_or("no_rope_layer_interval", 4)?;
+            Ok((0..layers).map(|layer| (layer + 1) % interval != 0).collect())
+        }
+    }
+}
+
+fn chunked_layers(fields: &Fields<'_>, rotary: &[bool]) -> Result<Vec<bool>, ModelError> {
+    let Some(names) = fields.layer_types(rotary.len())? else { return Ok(rotary.to_vec()) };
+    names
+        .into_iter()
+        .map(|name| match name {
+            "chunked_attention" => Ok(true),
+            "full_attention" => Ok(false),
+            other => Err(fields.unsupported(format!("layer_types entry `{other}`"), "")),
+        })
+        .collect()
+}
+
+fn attention(fields: &Fields<'_>, rotary: bool, chunked: bool) -> Result<AttentionSpec, ModelError> {
+    let heads = fields.size("num_attention_heads")?;
+    let head_dim = match fields.size_opt("head_dim")? {
+        Some(width) => width,
+        None => fields.size("hidden_size")? / heads,
+    };
+    if head_dim == 0 {
+        return Err(fields.invalid("hidden_size is smaller than num_attention_heads"));
+    }
+    let bias = fields.flag_or("attention_bias", false)?;
+    let temperature = if !rotary && fields.flag_or("attn_temperature_tuning", true)? {
+        Some(TemperatureTuning {
+            attn_scale: fields.number_or("attn_scale", 0.1)? as f32,
+            floor_scale: fields.number_or("floor_scale", 8192.0)? as f32,
+        })
+    } else {
+        None
+    };
+    // Absent means the architecture's default; an explicit null switches chunks off.
+    let chunk = match fields.map.get("attention_chunk_size") {
+        None => Some(8192),
+        Some(_) => fields.size_opt("attention_chunk_size")?,
+    };
+    Ok(AttentionSpec {
+        heads,
+        kv_heads: fields.size_or("num_key_value_heads", heads)?,
+        head_dim,
+        scale: (head_dim as f32).powf(-0.5),
+        rope: if rotary { Some(rope(fields, head_dim, 500_000.0, RopeStyle::Interleaved)?) } else { None },
+        qk_norm: if rotary && fields.flag_or("use_qk_norm", true)? {
+            QkNorm::WeightlessAfterRope
+        } else {
+            QkNorm::None
+        },
+        chunk: chunk.filter(|_| chunked),
+        window: None,
+        temperature,
+        qkv_bias: bias,
+        out_bias: bias,
+    })
+}
+
+fn feed_forward(fields: &Fields<'_>, sparse: bool) -> Result<FfnSpec, ModelError> {
+    let activation = fields.activation()?;
+    if !sparse {
+        return Ok(FfnSpec::Dense { width: fields.size_or("intermediate_size_mlp", 16384)?, activation });
+    }
+    let width = fields.size("intermediate_size")?;
+    Ok(FfnSpec::Moe(MoeSpec {
+        experts: fields.size_any(&["num_local_experts", "num_experts"], 16)?,
+        top_k: fields.size_or("num_experts_per_tok", 1)?,
+        width,
+        router: RouterKind::SigmoidOnInput,
+        shared_width: Some(width),
+        activation,
+    }))
+}

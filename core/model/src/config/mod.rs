@@ -1,0 +1,122 @@
+//! `config.json` → [`ModelSpec`].
+//!
+//! One row of [`ARCHITECTURES`] and one builder per family; both spellings of the configuration are read (transformers
+//! 4.x: `rope_theta` + `rope_scaling`, `torch_dtype`, `num_experts`; 5.x: `rope_parameters`, `dtype`,
+//! `num_local_experts`). What a checkpoint asks for and this build does not do is refused here, by name, rather than
+//! ignored: a model that runs with a feature left out is wrong in ways nobody notices.
+
+mod fields;
+mod llama;
+mod llama4;
+mod mixtral;
+mod qwen3_moe;
+mod rope;
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use crate::error::ModelError;
+use crate::spec::{FfnSpec, ModelSpec};
+use fields::Fields;
+
+/// One supported architecture.
+pub struct Architecture {
+    /// Entry of `architectures` in `config.json`.
+    pub name: &'static str,
+    /// `model_type` in `config.json`.
+    pub model_type: &'static str,
+    build: fn(&Fields<'_>) -> Result<ModelSpec, ModelError>,
+}
+
+/// Every architecture that can be loaded, trained and saved.
+pub const ARCHITECTURES: &[Architecture] = &[
+    Architecture { name: "LlamaForCausalLM", model_type: "llama", build: llama::llama },
+    Architecture { name: "MistralForCausalLM", model_type: "mistral", build: llama::mistral },
+    Architecture { name: "Qwen2ForCausalLM", model_type: "qwen2", build: llama::qwen2 },
+    Architecture { name: "Qwen3ForCausalLM", model_type: "qwen3", build: llama::qwen3 },
+    Architecture { name: "MixtralForCausalLM", model_type: "mixtral", build: mixtral::mixtral },
+    Architecture { name: "Qwen3MoeForCausalLM", model_type: "qwen3_moe", build: qwen3_moe::qwen3_moe },
+    Architecture { name: "OlmoeForCausalLM", model_type: "olmoe", build: qwen3_moe::olmoe },
+    Architecture { name: "Llama4ForCausalLM", model_type: "llama4_text", build: llama4::llama4_text },
+];
+
+/// The names in [`ARCHITECTURES`], for messages.
+pub fn supported_architectures() -> String {
+    ARCHITECTURES.iter().map(|row| row.name).collect::<Vec<_>>().join(", ")
+}
+
+/// The model that `config` (the content of the file `path`) describes, checked.
+///
+/// # Errors
+/// [`ModelError::Unsupported`] for an architecture or feature this build lacks, [`ModelError::Invalid`] for keys that
+/// are missing, of the wrong type or contradictory.
+pub fn spec_from_config(path: &Path, config: &Map<String, Value>) -> Result<ModelSpec, ModelError> {
+    let fields = Fields::new(path, config);
+    if let Some(quantisation) = fields.object("quantization_config")? {
+        let method = quantisation.map.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
+        return Err(fields.unsupported(
+            format!("a quantised checkpoint (quantization_config, method `{method}`)"),
+            "use the checkpoint in bf16, f16 or f32, or a GGUF file",
+        ));
+    }
+    let architecture = find(&fields)?;
+    let spec = (architecture.build)(&fields)?;
+    check(&fields, &spec)?;
+    Ok(spec)
+}
+
+fn find(fields: &Fields<'_>) -> Result<&'static Architecture, ModelError> {
+    let declared = match fields.get("architectures") {
+        None => None,
+        Some(Value::Array(names)) => names.first().and_then(Value::as_str),
+        Some(_) => return Err(fields.invalid("architectures: expected a list of names")),
+    };
+    let model_type = fields.text("model_type")?;
+    let row = match (declared, model_type) {
+        (Some(name), _) => ARCHITECTURES.iter().find(|row| row.name == name),
+        (None, Some(kind)) => ARCHITECTURES.iter().find(|row| row.model_type == kind),
+        (None, None) => return Err(fields.invalid("neither `architectures` nor `model_type` is given")),
+    };
+    row.ok_or_else(|| {
+        let asked = declared.or(model_type).unwrap_or_default();
+        fields.unsupported(format!("architecture `{asked}`"), &format!("supported are {}", supported_architectures()))
+    })
+}
+
+/// Keeps the table of tensor names of a hostile configuration small; the largest released models have 60 000.
+const MAX_EXPERTS: usize = 1 << 18;
+
+/// What holds for every family. Sizes are bounded so that products of them cannot overflow.
+fn check(fields: &Fields<'_>, spec: &ModelSpec) -> Result<(), ModelError> {
+    if spec.layers.is_empty() {
+        return Err(fields.invalid("num_hidden_layers: a model needs at least one layer"));
+    }
+    let mut experts = 0;
+    for (index, (attention, ffn)) in spec.layers.iter().enumerate() {
+        if attention.heads % attention.kv_heads != 0 {
+            return Err(fields.invalid(format!(
+                "num_key_value_heads = {} does not divide num_attention_heads = {}",
+                attention.kv_heads, attention.heads
+            )));
+        }
+        if attention.rope.is_some() && attention.head_dim % 2 != 0 {
+            return Err(fields.invalid(format!("head_dim = {} is odd, rotary pairs need it even", attention.head_dim)));
+        }
+        let FfnSpec::Moe(moe) = ffn else { continue };
+        experts += moe.experts;
+        if experts > MAX_EXPERTS {
+            return Err(fields.invalid(format!("more than {MAX_EXPERTS} experts in all layers together")));
+        }
+        if moe.top_k > moe.experts || moe.experts > usize::from(u16::MAX) {
+            return Err(fields.invalid(format!(
+                "layer {index}: num_experts_per_tok = {} of {} experts (at most 65535)",
+                moe.top_k, moe.experts
+            )));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,40 @@
+//! One definition of the transformer, used for sampling *and* training.
+//!
+//! ```text
+//! config.json ─► ModelSpec ─► ParamLayout ─► Params (one flat arena: HF names, HF shapes)
+//!                    │                          │ pack
+//!                    ▼                          ▼
+//!               Transformer ◄──────────── PolicyWeights (kernel layout, one version)
+//!                    ├─ forward        packed tokens + KV pages → logits        (actor: prefill and decode)
+//!                    └─ forward_train  packed sequences → Tape → log-probs → gradients   (learner)
+//! ```
+//!
+//! Prefill, decode and the training forward run the same layer code with different metadata, so that a
+//! token's log-prob has the same bits in all three. Knows nothing of sockets, batching policy or rewards.
+
+mod checkpoint;
+mod config;
+pub mod delta;
+mod error;
+mod generation;
+mod params;
+pub mod sampling;
+mod spec;
+mod template;
+mod tokenizer;
+mod transformer;
+
+pub use checkpoint::{LoadedModel, load};
+pub use config::{ARCHITECTURES, Architecture, spec_from_config, supported_architectures};
+pub use error::ModelError;
+pub use generation::GenerationConfig;
+pub use params::{ParamData, ParamLayout, Params, TensorKind, TensorSpec};
+pub use spec::{
+    Activation, AttentionSpec, Family, FfnSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling, RopeSpec, RopeStyle, RouterKind,
+    TemperatureTuning,
+};
+pub use template::RenderOptions;
+pub use tokenizer::{ChatIds, DecodeStream, Tokenizer};
+pub use transformer::{
+    BatchSeq, ForwardBatch, ForwardOutput, KvCache, LogProbs, PolicyWeights, Purpose, Tape, Target, TrainBatch, Transformer,
+};

@@ -1,0 +1,251 @@
+//! Every parameter of a model in one flat arena, under its checkpoint name and shape.
+//!
+//! The order inside a layer puts what the kernels fuse side by side: q, k, v rows form one matrix, gate and up another.
+//! A delta, a checkpoint, an optimiser state and a gradient all share this layout.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use freewheel_types::{Digest, TensorEntry, WeightsDtype};
+use half::bf16;
+
+use crate::spec::{Family, FfnSpec, ModelSpec, MoeSpec, QkNorm};
+
+/// What a tensor is, for initialisation, decay and parametrisation rules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum TensorKind {
+    /// Token embedding `[V, D]` (also the head when tied).
+    Embedding,
+    /// Output head `[V, D]`.
+    Head,
+    /// Norm gain.
+    Norm,
+    /// Bias.
+    Bias,
+    /// Attention projection `[out, in]`.
+    Attention,
+    /// Dense or shared-expert projection `[out, in]`.
+    Mlp,
+    /// Routed expert projection: `[out, in]`, or `[E, in, out]` when fused.
+    Expert,
+    /// Router `[E, D]`.
+    Router,
+}
+
+/// One tensor in the arena.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// Checkpoint name.
+    pub name: String,
+    /// Shape as in the checkpoint.
+    pub shape: Vec<usize>,
+    /// First element in the arena.
+    pub offset: usize,
+    /// What it is.
+    pub kind: TensorKind,
+}
+
+impl TensorSpec {
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether it has no elements (never, in a checked model).
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Its place in the arena.
+    pub fn range(&self) -> Range<usize> {
+        self.offset..self.offset + self.len()
+    }
+}
+
+/// Names, shapes and places of all tensors of a model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParamLayout {
+    /// Tensors in arena order, gapless.
+    pub tensors: Vec<TensorSpec>,
+    /// Elements in all.
+    pub total: usize,
+}
+
+/// The values of an arena.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ParamData {
+    /// 32-bit floats.
+    F32(Vec<f32>),
+    /// bfloat16.
+    Bf16(Vec<bf16>),
+}
+
+/// All parameters of one model, as values.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Params {
+    /// Names and places.
+    pub layout: Arc<ParamLayout>,
+    /// Values, `layout.total` of them.
+    pub data: ParamData,
+}
+
+impl ParamLayout {
+    /// The layout of `spec`.
+    pub fn new(spec: &ModelSpec) -> Self {
+        let mut builder = Builder { tensors: Vec::new(), total: 0 };
+        builder.push("model.embed_tokens.weight", &[spec.vocab_size, spec.hidden], TensorKind::Embedding);
+        for index in 0..spec.layers.len() {
+            builder.layer(spec, index);
+        }
+        builder.push("model.norm.weight", &[spec.hidden], TensorKind::Norm);
+        if !spec.tied_embeddings {
+            builder.push("lm_head.weight", &[spec.vocab_size, spec.hidden], TensorKind::Head);
+        }
+        Self { tensors: builder.tensors, total: builder.total }
+    }
+
+    /// The tensor called `name`.
+    pub fn get(&self, name: &str) -> Option<&TensorSpec> {
+        self.tensors.iter().find(|tensor| tensor.name == name)
+    }
+
+    /// The table a manifest carries.
+    pub fn entries(&self) -> Vec<TensorEntry> {
+        self.tensors
+            .iter()
+            .map(|t| TensorEntry { name: t.name.clone(), shape: t.shape.iter().map(|&n| n as u64).collect() })
+            .collect()
+    }
+}
+
+struct Builder {
+    tensors: Vec<TensorSpec>,
+    total: usize,
+}
+
+impl Builder {
+    fn push(&mut self, name: &str, shape: &[usize], kind: TensorKind) {
+        let tensor = TensorSpec { name: name.to_owned(), shape: shape.to_vec(), offset: self.total, kind };
+        self.total += tensor.len();
+        self.tensors.push(tensor);
+    }
+
+    fn layer(&mut self, spec: &ModelSpec, index: usize) {
+        let (attention, ffn) = &spec.layers[index];
+        let d = spec.hidden;
+        let at = format!("model.layers.{index}");
+        let (q, kv) = (attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim);
+        self.push(&format!("{at}.input_layernorm.weight"), &[d], TensorKind::Norm);
+        for (name, rows) in [("q", q), ("k", kv), ("v", kv)] {
+            self.push(&format!("{at}.self_attn.{name}_proj.weight"), &[rows, d], TensorKind::Attention);
+        }
+        if attention.qkv_bias {
+            for (name, rows) in [("q", q), ("k", kv), ("v", kv)] {
+                self.push(&format!("{at}.self_attn.{name}_proj.bias"), &[rows], TensorKind::Bias);
+            }
+        }
+        let qk_norm = match attention.qk_norm {
+            QkNorm::PerHead => Some((attention.head_dim, attention.head_dim)),
+            QkNorm::WholeProjection => Some((q, kv)),
+            QkNorm::None | QkNorm::WeightlessAfterRope => None,
+        };
+        if let Some((q_width, k_width)) = qk_norm {
+            self.push(&format!("{at}.self_attn.q_norm.weight"), &[q_width], TensorKind::Norm);
+            self.push(&format!("{at}.self_attn.k_norm.weight"), &[k_width], TensorKind::Norm);
+        }
+        self.push(&format!("{at}.self_attn.o_proj.weight"), &[d, q], TensorKind::Attention);
+        if attention.out_bias {
+            self.push(&format!("{at}.self_attn.o_proj.bias"), &[d], TensorKind::Bias);
+        }
+        self.push(&format!("{at}.post_attention_layernorm.weight"), &[d], TensorKind::Norm);
+        let ffn_at = match (spec.family, ffn) {
+            (Family::Llama4Text, _) => format!("{at}.feed_forward"),
+            (Family::Mixtral, FfnSpec::Moe(_)) => format!("{at}.block_sparse_moe"),
+            _ => format!("{at}.mlp"),
+        };
+        match ffn {
+            FfnSpec::Dense { width, .. } => self.mlp(&ffn_at, d, *width, TensorKind::Mlp),
+            FfnSpec::Moe(moe) => self.moe(spec.family, &ffn_at, d, moe),
+        }
+    }
+
+    fn mlp(&mut self, at: &str, d: usize, width: usize, kind: TensorKind) {
+        self.push(&format!("{at}.gate_proj.weight"), &[width, d], kind);
+        self.push(&format!("{at}.up_proj.weight"), &[width, d], kind);
+        self.push(&format!("{at}.down_proj.weight"), &[d, width], kind);
+    }
+
+    fn moe(&mut self, family: Family, at: &str, d: usize, moe: &MoeSpec) {
+        let router = if family == Family::Llama4Text { "router" } else { "gate" };
+        self.push(&format!("{at}.{router}.weight"), &[moe.experts, d], TensorKind::Router);
+        match family {
+            Family::Llama4Text => {
+                let (e, f) = (moe.experts, moe.width);
+                self.push(&format!("{at}.experts.gate_up_proj"), &[e, d, 2 * f], TensorKind::Expert);
+                self.push(&format!("{at}.experts.down_proj"), &[e, f, d], TensorKind::Expert);
+            }
+            Family::Mixtral => (0..moe.experts).for_each(|e| {
+                for (name, shape) in [("w1", [moe.width, d]), ("w3", [moe.width, d]), ("w2", [d, moe.width])] {
+                    self.push(&format!("{at}.experts.{e}.{name}.weight"), &shape, TensorKind::Expert);
+                }
+            }),
+            Family::Qwen3Moe | Family::Llama => {
+                (0..moe.experts).for_each(|e| self.mlp(&format!("{at}.experts.{e}"), d, moe.width, TensorKind::Expert));
+            }
+        }
+        if let Some(width) = moe.shared_width {
+            self.mlp(&format!("{at}.shared_expert"), d, width, TensorKind::Mlp);
+        }
+    }
+}
+
+impl Params {
+    /// Element type.
+    pub fn dtype(&self) -> WeightsDtype {
+        match self.data {
+            ParamData::F32(_) => WeightsDtype::F32,
+            ParamData::Bf16(_) => WeightsDtype::Bf16,
+        }
+    }
+
+    /// All values as f32.
+    pub fn to_f32(&self) -> Vec<f32> {
+        match &self.data {
+            ParamData::F32(values) => values.clone(),
+            ParamData::Bf16(values) => values.iter().map(|x| x.to_f32()).collect(),
+        }
+    }
+
+    /// The values of `range` as f32.
+    pub fn range_f32(&self, range: Range<usize>) -> Vec<f32> {
+        match &self.data {
+            ParamData::F32(values) => values[range].to_vec(),
+            ParamData::Bf16(values) => values[range].iter().map(|x| x.to_f32()).collect(),
+        }
+    }
+
+    /// The arena as bytes, little-endian elements.
+    pub fn as_bytes(&self) -> &[u8] {
+        match &self.data {
+            ParamData::F32(values) => bytemuck::cast_slice(values),
+            ParamData::Bf16(values) => bytemuck::cast_slice(values),
+        }
+    }
+
+    /// Digest of the arena's bytes: two versions are the same weights if this is the same.
+    pub fn digest(&self) -> Digest {
+        Digest::of(self.as_bytes())
+    }
+
+    /// The same parameters in another element type (nearest even when narrowing).
+    pub fn cast(&self, dtype: WeightsDtype) -> Self {
+        let data = match (dtype, &self.data) {
+            (WeightsDtype::F32, _) => ParamData::F32(self.to_f32()),
+            (WeightsDtype::Bf16, ParamData::F32(values)) => {
+                ParamData::Bf16(values.iter().map(|&x| bf16::from_f32(x)).collect())
+            }
+            (WeightsDtype::Bf16, ParamData::Bf16(values)) => ParamData::Bf16(values.clone()),
+        };
+        Self { layout: self.layout.clone(), data }
+    }
+}

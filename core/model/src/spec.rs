@@ -1,0 +1,207 @@
+//! What a model is, independent of where its description came from.
+//!
+//! A [`ModelSpec`] is derived from `config.json` (or GGUF metadata) once and validated there; layers, shapes and
+//! parameter names follow from it alone.
+
+/// Naming and assembly family: decides tensor names, nothing else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Family {
+    /// Llama 2/3 and its relatives with the same names (SmolLM2, Mistral, Qwen2, Qwen3).
+    Llama,
+    /// Mixtral: `block_sparse_moe`, experts `w1` (gate), `w3` (up), `w2` (down).
+    Mixtral,
+    /// Qwen3-MoE and OLMoE: `mlp.gate`, `mlp.experts.N.{gate,up,down}_proj`.
+    Qwen3Moe,
+    /// Llama 4 text: `feed_forward`, fused expert tensors `[E, in, out]`, shared expert.
+    Llama4Text,
+}
+
+/// A decoder-only transformer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelSpec {
+    /// Naming family.
+    pub family: Family,
+    /// Vocabulary size V.
+    pub vocab_size: usize,
+    /// Residual width D.
+    pub hidden: usize,
+    /// Per layer: attention, then feed-forward.
+    pub layers: Vec<(AttentionSpec, FfnSpec)>,
+    /// Epsilon of every RMS norm.
+    pub norm_eps: f32,
+    /// Whether the LM head is the embedding matrix.
+    pub tied_embeddings: bool,
+    /// Longest sequence the model was made for, tokens.
+    pub max_positions: usize,
+    /// Architecture string as in `config.json`, for messages and export.
+    pub architecture: String,
+}
+
+/// One attention layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AttentionSpec {
+    /// Query heads H.
+    pub heads: usize,
+    /// Key/value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Factor on the scores, usually `1/sqrt(head_dim)`.
+    pub scale: f32,
+    /// Rotary embedding; `None` for NoPE layers.
+    pub rope: Option<RopeSpec>,
+    /// Normalisation of queries and keys.
+    pub qk_norm: QkNorm,
+    /// Local attention in chunks of this many positions (Llama 4 RoPE layers).
+    pub chunk: Option<usize>,
+    /// Sliding window of this many positions.
+    pub window: Option<usize>,
+    /// Query temperature growing with position (Llama 4 NoPE layers).
+    pub temperature: Option<TemperatureTuning>,
+    /// Bias on q, k and v.
+    pub qkv_bias: bool,
+    /// Bias on the output projection.
+    pub out_bias: bool,
+}
+
+/// Rotary position embedding.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeSpec {
+    /// Inverse frequencies after scaling, one per rotated pair.
+    pub inv_freq: Vec<f32>,
+    /// Factor on cos and sin (yarn's attention factor; else 1).
+    pub attention_factor: f32,
+    /// How pairs are laid out.
+    pub style: RopeStyle,
+}
+
+/// Layout of rotated pairs within a head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeStyle {
+    /// Pair (i, i + half): Llama in HF layout, Qwen.
+    Half,
+    /// Pair (2i, 2i + 1): Llama 4.
+    Interleaved,
+}
+
+/// `rope_scaling` / `rope_parameters` of `config.json`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// Plain frequencies.
+    None,
+    /// All frequencies divided by a factor.
+    Linear {
+        /// The factor.
+        factor: f32,
+    },
+    /// Llama 3.1: low frequencies divided, high kept, a ramp between.
+    Llama3 {
+        /// Divisor of low frequencies.
+        factor: f32,
+        /// Ramp start.
+        low_freq_factor: f32,
+        /// Ramp end.
+        high_freq_factor: f32,
+        /// Context of the original training.
+        original_max_positions: usize,
+    },
+}
+
+/// Normalisation of queries and keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QkNorm {
+    /// None.
+    None,
+    /// RMS norm with weight `[head_dim]` on each head, before rotation (Qwen3).
+    PerHead,
+    /// RMS norm with weight over the whole projection, before rotation (OLMoE).
+    WholeProjection,
+    /// RMS norm without weight on each head, after rotation, eps as the model's (Llama 4 RoPE layers).
+    WeightlessAfterRope,
+}
+
+/// Llama 4: `q *= 1 + attn_scale * ln(1 + floor((pos + 1) / floor_scale))`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TemperatureTuning {
+    /// Strength, 0.1 in released models.
+    pub attn_scale: f32,
+    /// Positions per step, 8192 in released models.
+    pub floor_scale: f32,
+}
+
+/// One feed-forward layer.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FfnSpec {
+    /// Gated MLP of width F.
+    Dense {
+        /// Hidden width F.
+        width: usize,
+        /// Gate activation.
+        activation: Activation,
+    },
+    /// Mixture of experts.
+    Moe(MoeSpec),
+}
+
+/// Gate activation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// x·sigmoid(x).
+    Silu,
+    /// GELU, tanh form.
+    GeluTanh,
+}
+
+/// A mixture-of-experts layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MoeSpec {
+    /// Routed experts E.
+    pub experts: usize,
+    /// Experts per token K.
+    pub top_k: usize,
+    /// Hidden width F of one routed expert.
+    pub width: usize,
+    /// How tokens choose.
+    pub router: RouterKind,
+    /// Hidden width of the shared expert, if there is one.
+    pub shared_width: Option<usize>,
+    /// Gate activation.
+    pub activation: Activation,
+}
+
+/// How a token chooses its experts and how their outputs are weighed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouterKind {
+    /// Softmax over all experts, top-k of it, optionally renormalised to sum 1; weights multiply the experts' outputs.
+    Softmax {
+        /// Renormalise the chosen weights.
+        renormalise: bool,
+    },
+    /// Top-k of the raw logits; sigmoid(logit) multiplies the experts' *input* (Llama 4).
+    SigmoidOnInput,
+}
+
+impl ModelSpec {
+    /// Number of MoE layers.
+    pub fn moe_layers(&self) -> usize {
+        self.layers.iter().filter(|(_, ffn)| matches!(ffn, FfnSpec::Moe(_))).count()
+    }
+
+    /// Experts per token of the MoE layers (they all agree), 0 for dense models.
+    pub fn top_k(&self) -> usize {
+        self.layers
+            .iter()
+            .find_map(|(_, ffn)| match ffn {
+                FfnSpec::Moe(moe) => Some(moe.top_k),
+                FfnSpec::Dense { .. } => None,
+            })
+            .unwrap_or(0)
+    }
+}
+
+impl AttentionSpec {
+    /// Columns of the fused q, k, v projection.
+    pub fn qkv_width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+}

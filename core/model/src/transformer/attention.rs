@@ -1,0 +1,319 @@
+//! The attention block: norm, q/k/v, rotation, cached attention, output projection, residual.
+
+use freewheel_kernels::attention::{
+    AttentionMask, AttentionSeq, AttentionShape, attention, attention_backward, kv_write,
+};
+use freewheel_kernels::gemm::{matmul, matmul_add};
+use freewheel_kernels::norm::{NormScale, rms_norm, rms_norm_backward};
+use freewheel_kernels::rope::{self, RopeTable, rope, rope_backward};
+
+use super::bindings::LayerBinding;
+use super::buffers::Buf;
+use super::mlp::Context;
+use super::weights::LayerWeights;
+use crate::spec::{AttentionSpec, QkNorm, RopeStyle, TemperatureTuning};
+
+/// One attention layer with everything it reads but the rows.
+pub(super) struct AttentionLayer<'a> {
+    pub spec: &'a AttentionSpec,
+    pub at: &'a LayerBinding,
+    pub weights: &'a LayerWeights,
+    pub rope: Option<&'a RopeTable>,
+    pub norm_eps: f32,
+}
+
+/// Where the rows of a batch are in their sequences.
+pub(super) struct Rows<'a> {
+    /// Absolute position of every row `[T]`.
+    pub positions: &'a [u32],
+    /// Sequences in row order with their KV pages.
+    pub seqs: &'a [AttentionSeq<'a>],
+}
+
+/// What the backward needs of one attention layer.
+#[derive(Debug)]
+pub(super) struct Saved {
+    /// Residual input `[T, D]`.
+    x_td: Buf,
+    /// Queries as attended with `[T, H·hd]`.
+    q: Buf,
+    /// Inputs of the query and key norms, where the layer has them.
+    before_norm: Option<(Buf, Buf)>,
+    /// Attention output `[T, H·hd]`.
+    out: Buf,
+    /// Log-sum-exp of the scores `[T, H]`.
+    lse: Buf,
+}
+
+impl AttentionLayer<'_> {
+    fn shape(&self) -> AttentionShape {
+        let mask = match (self.spec.chunk, self.spec.window) {
+            (Some(chunk), _) => AttentionMask::Chunked(chunk),
+            (None, Some(window)) => AttentionMask::Sliding(window),
+            (None, None) => AttentionMask::Causal,
+        };
+        AttentionShape {
+            heads: self.spec.heads,
+            kv_heads: self.spec.kv_heads,
+            head_dim: self.spec.head_dim,
+            scale: self.spec.scale,
+            mask,
+        }
+    }
+
+    fn widths(&self) -> (usize, usize) {
+        (self.spec.heads * self.spec.head_dim, self.spec.kv_heads * self.spec.head_dim)
+    }
+
+    /// `x += attention(norm(x))`; writes the rows' keys and values into the pages.
+    pub fn forward(
+        &self,
+        cx: &Context,
+        x_td: &mut [f32],
+        rows: &Rows,
+        k_pages: &mut [f32],
+        v_pages: &mut [f32],
+        save: bool,
+    ) -> Option<Saved> {
+        let t = rows.positions.len();
+        let (q_width, _) = self.widths();
+        let saved_x = save.then(|| cx.pool.copy(x_td));
+        let normed_td = self.normed(cx, x_td);
+        let (mut q, mut k, v) = self.project(cx, &normed_td, t);
+        drop(normed_td);
+        let before_norm = self.position(cx, &mut q, &mut k, rows, save);
+        kv_write(&self.shape(), &k, &v, rows.seqs, k_pages, v_pages);
+        let mut out = cx.pool.take(t * q_width);
+        let mut lse = save.then(|| cx.pool.take(t * self.spec.heads));
+        attention(cx.threads, &self.shape(), &q, k_pages, v_pages, rows.seqs, &mut out, lse.as_deref_mut());
+        matmul_add(cx.threads, &out, t, &self.weights.out.forward, x_td);
+        if let Some(bias) = &self.weights.out_bias {
+            add_bias(x_td, bias);
+        }
+        Some(Saved { x_td: saved_x?, q, before_norm, out, lse: lse? })
+    }
+
+    /// Turns the gradient of the block's output into that of its input, in place, and adds the weight gradients.
+    pub fn backward(
+        &self,
+        cx: &Context,
+        saved: Saved,
+        rows: &Rows,
+        k_pages: &[f32],
+        v_pages: &[f32],
+        dx_td: &mut [f32],
+        grads: &mut [f32],
+    ) {
+        let t = rows.positions.len();
+        let (q_width, kv_width) = self.widths();
+        cx.accumulate(cx.precision, &self.at.out, dx_td, &saved.out, t, grads);
+        if let Some(bias) = &self.at.out_bias {
+            sum_rows(dx_td, &mut grads[bias.clone()]);
+        }
+        let mut d_out = cx.pool.take(t * q_width);
+        matmul(cx.threads, dx_td, t, self.weights.out.transpose(), &mut d_out);
+        let (mut dq, mut dk, mut dv) =
+            (cx.pool.take(t * q_width), cx.pool.take(t * kv_width), cx.pool.take(t * kv_width));
+        attention_backward(
+            cx.threads,
+            &self.shape(),
+            &saved.q,
+            k_pages,
+            v_pages,
+            rows.seqs,
+            &saved.out,
+            &saved.lse,
+            &d_out,
+            &mut dq,
+            &mut dk,
+            &mut dv,
+        );
+        self.position_backward(cx, &saved, rows, &mut dq, &mut dk, grads);
+        let d_qkv = join(cx, &[&dq, &dk, &dv], &[q_width, kv_width, kv_width], t);
+        if let Some(bias) = &self.at.qkv_bias {
+            sum_rows(&d_qkv, &mut grads[bias.clone()]);
+        }
+        let normed_td = self.normed(cx, &saved.x_td);
+        cx.accumulate(cx.precision, &self.at.qkv, &d_qkv, &normed_td, t, grads);
+        let mut d_normed_td = normed_td;
+        matmul(cx.threads, &d_qkv, t, self.weights.qkv.transpose(), &mut d_normed_td);
+        let width = dx_td.len() / t;
+        norm_backward(
+            cx,
+            &saved.x_td,
+            width,
+            Some((&self.weights.input_norm, &mut grads[self.at.input_norm.clone()])),
+            self.norm_eps,
+            &d_normed_td,
+            dx_td,
+        );
+    }
+
+    fn normed(&self, cx: &Context, x_td: &[f32]) -> Buf {
+        let mut normed_td = cx.pool.take(x_td.len());
+        let scale = NormScale::Weight(&self.weights.input_norm);
+        rms_norm(cx.threads, x_td, self.weights.input_norm.len(), scale, self.norm_eps, &mut normed_td);
+        normed_td
+    }
+
+    fn project(&self, cx: &Context, normed_td: &[f32], t: usize) -> (Buf, Buf, Buf) {
+        let (q_width, kv_width) = self.widths();
+        let mut qkv = cx.pool.take(t * self.spec.qkv_width());
+        matmul(cx.threads, normed_td, t, &self.weights.qkv.forward, &mut qkv);
+        if let Some(bias) = &self.weights.qkv_bias {
+            add_bias(&mut qkv, bias);
+        }
+        let (mut q, mut k, mut v) =
+            (cx.pool.take(t * q_width), cx.pool.take(t * kv_width), cx.pool.take(t * kv_width));
+        for (row, qkv) in qkv.chunks_exact(self.spec.qkv_width()).enumerate() {
+            let (q_row, kv_row) = qkv.split_at(q_width);
+            let (k_row, v_row) = kv_row.split_at(kv_width);
+            q[row * q_width..][..q_width].copy_from_slice(q_row);
+            k[row * kv_width..][..kv_width].copy_from_slice(k_row);
+            v[row * kv_width..][..kv_width].copy_from_slice(v_row);
+        }
+        (q, k, v)
+    }
+
+    /// Norms, rotation and temperature of queries and keys, in the order the family wants.
+    fn position(
+        &self,
+        cx: &Context,
+        q: &mut Buf,
+        k: &mut Buf,
+        rows: &Rows,
+        save: bool,
+    ) -> Option<(Buf, Buf)> {
+        let mut before_norm = None;
+        if let (Some(q_norm), Some(k_norm)) = (&self.weights.q_norm, &self.weights.k_norm) {
+            before_norm = Some(self.normalise(cx, q, k, Some((q_norm, k_norm))));
+        }
+        if let Some(table) = self.rope {
+            let style = self.rope_style();
+            rope(table, style, q, self.spec.heads, self.spec.head_dim, rows.positions);
+            rope(table, style, k, self.spec.kv_heads, self.spec.head_dim, rows.positions);
+        }
+        if self.spec.qk_norm == QkNorm::WeightlessAfterRope {
+            before_norm = Some(self.normalise(cx, q, k, None));
+        }
+        self.tune_temperature(q, rows);
+        before_norm.filter(|_| save)
+    }
+
+    fn position_backward(
+        &self,
+        cx: &Context,
+        saved: &Saved,
+        rows: &Rows,
+        dq: &mut Buf,
+        dk: &mut Buf,
+        grads: &mut [f32],
+    ) {
+        self.tune_temperature(dq, rows);
+        if self.spec.qk_norm == QkNorm::WeightlessAfterRope {
+            self.normalise_backward(cx, saved, dq, dk, grads);
+        }
+        if let Some(table) = self.rope {
+            let style = self.rope_style();
+            rope_backward(table, style, dq, self.spec.heads, self.spec.head_dim, rows.positions);
+            rope_backward(table, style, dk, self.spec.kv_heads, self.spec.head_dim, rows.positions);
+        }
+        if self.weights.q_norm.is_some() {
+            self.normalise_backward(cx, saved, dq, dk, grads);
+        }
+    }
+
+    /// Replaces queries and keys by their norms; returns what they were.
+    fn normalise(&self, cx: &Context, q: &mut Buf, k: &mut Buf, gains: Option<(&Vec<f32>, &Vec<f32>)>) -> (Buf, Buf) {
+        let (q_gain, k_gain) = (gains.map(|(g, _)| g), gains.map(|(_, g)| g));
+        let one = |x: &mut Buf, gain: Option<&Vec<f32>>| {
+            let mut normed = cx.pool.take(x.len());
+            let width = gain.map_or(self.spec.head_dim, Vec::len);
+            let scale = gain.map_or(NormScale::None, |g| NormScale::Weight(g));
+            rms_norm(cx.threads, x, width, scale, self.norm_eps, &mut normed);
+            std::mem::replace(x, normed)
+        };
+        (one(q, q_gain), one(k, k_gain))
+    }
+
+    fn normalise_backward(&self, cx: &Context, saved: &Saved, dq: &mut Buf, dk: &mut Buf, grads: &mut [f32]) {
+        let (q_raw, k_raw) = saved.before_norm.as_ref().expect("saved by forward for layers with a q/k norm");
+        for (raw, d, gain, at) in [
+            (q_raw, dq, &self.weights.q_norm, &self.at.q_norm),
+            (k_raw, dk, &self.weights.k_norm, &self.at.k_norm),
+        ] {
+            let mut d_raw = cx.pool.zeros(d.len());
+            let weight = gain.as_ref().zip(at.as_ref()).map(|(g, at)| (g, &mut grads[at.clone()]));
+            let width = weight.as_ref().map_or(self.spec.head_dim, |(g, _)| g.len());
+            norm_backward(cx, raw, width, weight, self.norm_eps, d, &mut d_raw);
+            *d = d_raw;
+        }
+    }
+
+    fn tune_temperature(&self, q: &mut [f32], rows: &Rows) {
+        let Some(tuning) = self.spec.temperature else { return };
+        let (q_width, _) = self.widths();
+        for (row, &position) in q.chunks_exact_mut(q_width).zip(rows.positions) {
+            let factor = temperature(tuning, position);
+            row.iter_mut().for_each(|x| *x *= factor);
+        }
+    }
+
+    fn rope_style(&self) -> rope::RopeStyle {
+        match self.spec.rope.as_ref().map(|r| r.style) {
+            Some(RopeStyle::Interleaved) => rope::RopeStyle::Interleaved,
+            Some(RopeStyle::Half) | None => rope::RopeStyle::Half,
+        }
+    }
+}
+
+/// Llama 4's query factor; 1 below the first step.
+fn temperature(tuning: TemperatureTuning, position: u32) -> f32 {
+    let steps = ((position as f32 + 1.0) / tuning.floor_scale).floor();
+    steps.ln_1p() * tuning.attn_scale + 1.0
+}
+
+/// `dx += d norm(x)`; the gain's gradient is added where there is a gain.
+pub(super) fn norm_backward(
+    cx: &Context,
+    x: &[f32],
+    width: usize,
+    weight: Option<(&Vec<f32>, &mut [f32])>,
+    eps: f32,
+    dy: &[f32],
+    dx: &mut [f32],
+) {
+    let mut d = cx.pool.take(x.len());
+    let (scale, d_weight) = match weight {
+        Some((gain, grad)) => (NormScale::Weight(gain), Some(grad)),
+        None => (NormScale::None, None),
+    };
+    rms_norm_backward(cx.threads, x, width, scale, eps, dy, &mut d, d_weight);
+    dx.iter_mut().zip(d.iter()).for_each(|(dx, d)| *dx += d);
+}
+
+fn add_bias(x: &mut [f32], bias: &[f32]) {
+    for row in x.chunks_exact_mut(bias.len()) {
+        row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
+    }
+}
+
+fn sum_rows(dy: &[f32], d_bias: &mut [f32]) {
+    for row in dy.chunks_exact(d_bias.len()) {
+        d_bias.iter_mut().zip(row).for_each(|(d, x)| *d += x);
+    }
+}
+
+/// Columns of several `[T, width]` matrices side by side.
+fn join(cx: &Context, parts: &[&[f32]], widths: &[usize], t: usize) -> Buf {
+    let total: usize = widths.iter().sum();
+    let mut joined = cx.pool.take(t * total);
+    for (row, out) in joined.chunks_exact_mut(total).enumerate() {
+        let mut at = 0;
+        for (part, &width) in parts.iter().zip(widths) {
+            out[at..at + width].copy_from_slice(&part[row * width..][..width]);
+            at += width;
+        }
+    }
+    joined
+}

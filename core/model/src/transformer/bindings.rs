@@ -1,0 +1,182 @@
+//! Where each projection of each layer lies in the parameter arena.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use crate::params::{ParamLayout, TensorSpec};
+use crate::spec::{Activation, Family, FfnSpec, ModelSpec, MoeSpec, QkNorm};
+
+/// A linear map `[n, k]` somewhere in the arena.
+#[derive(Clone, Debug)]
+pub(super) struct Linear {
+    /// First element.
+    pub offset: usize,
+    /// Output width.
+    pub n: usize,
+    /// Input width.
+    pub k: usize,
+    /// Stored `[k, n]` (Llama 4's fused experts) instead of `[n, k]`.
+    pub transposed: bool,
+}
+
+impl Linear {
+    pub fn range(&self) -> Range<usize> {
+        self.offset..self.offset + self.n * self.k
+    }
+}
+
+/// A gated MLP: gate and up as one matrix `[2F, D]`, down `[D, F]`.
+#[derive(Clone, Debug)]
+pub(super) struct MlpBinding {
+    pub gate_up: Linear,
+    pub down: Linear,
+    pub width: usize,
+    pub activation: Activation,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct MoeBinding {
+    pub router: Linear,
+    pub experts: Vec<MlpBinding>,
+    pub shared: Option<MlpBinding>,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum FfnBinding {
+    Dense(MlpBinding),
+    Moe(MoeBinding),
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct LayerBinding {
+    pub input_norm: Range<usize>,
+    pub qkv: Linear,
+    pub qkv_bias: Option<Range<usize>>,
+    pub q_norm: Option<Range<usize>>,
+    pub k_norm: Option<Range<usize>>,
+    pub out: Linear,
+    pub out_bias: Option<Range<usize>>,
+    pub post_norm: Range<usize>,
+    pub ffn: FfnBinding,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct ModelBinding {
+    pub embedding: Range<usize>,
+    pub layers: Vec<LayerBinding>,
+    pub final_norm: Range<usize>,
+    pub head: Linear,
+}
+
+impl ModelBinding {
+    pub fn new(spec: &ModelSpec, layout: &ParamLayout) -> Self {
+        let index = Index { by_name: layout.tensors.iter().map(|t| (t.name.as_str(), t)).collect() };
+        let embedding = index.range("model.embed_tokens.weight");
+        let head = if spec.tied_embeddings { embedding.start } else { index.range("lm_head.weight").start };
+        Self {
+            layers: (0..spec.layers.len()).map(|layer| index.layer(spec, layer)).collect(),
+            final_norm: index.range("model.norm.weight"),
+            head: Linear { offset: head, n: spec.vocab_size, k: spec.hidden, transposed: false },
+            embedding,
+        }
+    }
+}
+
+/// Tensors by name. Panics on a missing one: the layout is made from the same spec.
+struct Index<'a> {
+    by_name: HashMap<&'a str, &'a TensorSpec>,
+}
+
+impl Index<'_> {
+    fn range(&self, name: &str) -> Range<usize> {
+        self.by_name.get(name).unwrap_or_else(|| panic!("the layout holds no {name}")).range()
+    }
+
+    /// `parts`, which lie side by side, as one matrix.
+    fn fused(&self, parts: &[String], k: usize) -> Linear {
+        let ranges: Vec<_> = parts.iter().map(|name| self.range(name)).collect();
+        for pair in ranges.windows(2) {
+            assert_eq!(pair[0].end, pair[1].start, "{parts:?} do not lie side by side");
+        }
+        let (start, end) = (ranges[0].start, ranges[ranges.len() - 1].end);
+        Linear { offset: start, n: (end - start) / k, k, transposed: false }
+    }
+
+    fn layer(&self, spec: &ModelSpec, layer: usize) -> LayerBinding {
+        let (attention, ffn) = &spec.layers[layer];
+        let d = spec.hidden;
+        let at = format!("model.layers.{layer}");
+        let named = |name: &str| self.range(&format!("{at}.{name}"));
+        let qkv = |suffix: &str| {
+            ["q", "k", "v"].map(|p| format!("{at}.self_attn.{p}_proj.{suffix}")).to_vec()
+        };
+        let weighted = matches!(attention.qk_norm, QkNorm::PerHead | QkNorm::WholeProjection);
+        let ffn_at = match (spec.family, ffn) {
+            (Family::Llama4Text, _) => format!("{at}.feed_forward"),
+            (Family::Mixtral, FfnSpec::Moe(_)) => format!("{at}.block_sparse_moe"),
+            _ => format!("{at}.mlp"),
+        };
+        LayerBinding {
+            input_norm: named("input_layernorm.weight"),
+            qkv: self.fused(&qkv("weight"), d),
+            qkv_bias: attention.qkv_bias.then(|| self.fused(&qkv("bias"), 1).range()),
+            q_norm: weighted.then(|| named("self_attn.q_norm.weight")),
+            k_norm: weighted.then(|| named("self_attn.k_norm.weight")),
+            out: self.fused(&[format!("{at}.self_attn.o_proj.weight")], attention.heads * attention.head_dim),
+            out_bias: attention.out_bias.then(|| named("self_attn.o_proj.bias")),
+            post_norm: named("post_attention_layernorm.weight"),
+            ffn: match ffn {
+                FfnSpec::Dense { width, activation } => FfnBinding::Dense(self.mlp(&ffn_at, d, *width, *activation)),
+                FfnSpec::Moe(moe) => FfnBinding::Moe(self.moe(spec.family, &ffn_at, d, moe)),
+            },
+        }
+    }
+
+    fn mlp(&self, at: &str, d: usize, width: usize, activation: Activation) -> MlpBinding {
+        self.mlp_named(at, ["gate_proj", "up_proj", "down_proj"], d, width, activation)
+    }
+
+    fn mlp_named(
+        &self,
+        at: &str,
+        [gate, up, down]: [&str; 3],
+        d: usize,
+        width: usize,
+        activation: Activation,
+    ) -> MlpBinding {
+        MlpBinding {
+            gate_up: self.fused(&[format!("{at}.{gate}.weight"), format!("{at}.{up}.weight")], d),
+            down: self.fused(&[format!("{at}.{down}.weight")], width),
+            width,
+            activation,
+        }
+    }
+
+    fn moe(&self, family: Family, at: &str, d: usize, moe: &MoeSpec) -> MoeBinding {
+        let router = if family == Family::Llama4Text { "router" } else { "gate" };
+        let f = moe.width;
+        let expert = |e: usize| match family {
+            Family::Llama4Text => {
+                let gate_up = self.range(&format!("{at}.experts.gate_up_proj")).start + e * d * 2 * f;
+                let down = self.range(&format!("{at}.experts.down_proj")).start + e * f * d;
+                MlpBinding {
+                    gate_up: Linear { offset: gate_up, n: 2 * f, k: d, transposed: true },
+                    down: Linear { offset: down, n: d, k: f, transposed: true },
+                    width: f,
+                    activation: moe.activation,
+                }
+            }
+            Family::Mixtral => {
+                self.mlp_named(&format!("{at}.experts.{e}"), ["w1", "w3", "w2"], d, f, moe.activation)
+            }
+            Family::Qwen3Moe | Family::Llama => self.mlp(&format!("{at}.experts.{e}"), d, f, moe.activation),
+        };
+        MoeBinding {
+            router: self.fused(&[format!("{at}.{router}.weight")], d),
+            experts: (0..moe.experts).map(expert).collect(),
+            shared: moe
+                .shared_width
+                .map(|width| self.mlp(&format!("{at}.shared_expert"), d, width, moe.activation)),
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! Recycled f32 buffers: a step takes the same sizes again and again, and fresh pages cost more than the arithmetic on them.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A shared store of idle buffers.
+#[derive(Clone, Debug, Default)]
+pub(super) struct BufferPool {
+    idle: Arc<Mutex<Vec<Vec<f32>>>>,
+}
+
+/// A buffer that goes back to its pool when dropped.
+#[derive(Debug)]
+pub(super) struct Buf {
+    values: Vec<f32>,
+    pool: BufferPool,
+}
+
+impl BufferPool {
+    /// `len` values of unspecified content: the taker overwrites them all.
+    pub fn take(&self, len: usize) -> Buf {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        // The smallest that is large enough, so that a large one is not spent on a small need.
+        let best = idle
+            .iter()
+            .enumerate()
+            .filter(|(_, v)| v.capacity() >= len && v.capacity() <= 4 * len + 1024)
+            .min_by_key(|(_, v)| v.capacity())
+            .map(|(at, _)| at);
+        let mut values = best.map_or_else(|| Vec::with_capacity(len), |at| idle.swap_remove(at));
+        drop(idle);
+        values.resize(len, 0.0);
+        Buf { values, pool: self.clone() }
+    }
+
+    /// `len` zeros.
+    pub fn zeros(&self, len: usize) -> Buf {
+        let mut buf = self.take(len);
+        buf.fill(0.0);
+        buf
+    }
+
+    /// A copy of `source`.
+    pub fn copy(&self, source: &[f32]) -> Buf {
+        let mut buf = self.take(source.len());
+        buf.copy_from_slice(source);
+        buf
+    }
+}
+
+impl Deref for Buf {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.values
+    }
+}
+
+impl DerefMut for Buf {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.values
+    }
+}
+
+impl Drop for Buf {
+    fn drop(&mut self) {
+        let mut idle = self.pool.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        if idle.len() < 1024 {
+            idle.push(std::mem::take(&mut self.values));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_returned_buffer_is_used_again_and_a_large_one_is_not_spent_on_a_small_need() {
+        let pool = BufferPool::default();
+        let address = {
+            let buf = pool.take(100_000);
+            buf.as_ptr() as usize
+        };
+        assert_ne!(pool.take(10).as_ptr() as usize, address);
+        assert_eq!(pool.zeros(90_000).as_ptr() as usize, address);
+    }
+}

@@ -1,0 +1,205 @@
+//! Sampling-side forward: rows of any mix of sequences over cached keys and values, to logits.
+
+use freewheel_kernels::Threads;
+use freewheel_kernels::attention::{AttentionSeq, KV_BLOCK};
+
+use super::attention::{AttentionLayer, Rows};
+use super::bindings::FfnBinding;
+use super::buffers::Buf;
+use super::mlp::{self, Context};
+use super::moe::{MoeLayer, Routing};
+use super::weights::{FfnWeights, PolicyWeights, Table};
+use super::{Transformer, head};
+use crate::spec::FfnSpec;
+
+/// Keys and values of all layers in pages of [`KV_BLOCK`] positions.
+#[derive(Debug)]
+pub struct KvCache {
+    layers: Vec<LayerPages>,
+    pages: usize,
+}
+
+#[derive(Debug)]
+struct LayerPages {
+    k: Vec<f32>,
+    v: Vec<f32>,
+    page_len: usize,
+}
+
+/// One sequence's rows in a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchSeq<'a> {
+    /// Consecutive rows of this sequence in the batch.
+    pub rows: usize,
+    /// Absolute position of the first of them; the cache holds everything before it.
+    pub position: usize,
+    /// Pages of the sequence; page `i` holds positions `16 i .. 16 i + 16`. Covers `position + rows`.
+    pub pages: &'a [u32],
+}
+
+/// Rows to compute: prefill chunks and decode steps, mixed at will.
+#[derive(Clone, Copy, Debug)]
+pub struct ForwardBatch<'a> {
+    /// Token of every row `[T]`, sequence after sequence.
+    pub tokens: &'a [u32],
+    /// The sequences, in row order.
+    pub seqs: &'a [BatchSeq<'a>],
+    /// Rows whose next-token logits are wanted.
+    pub logit_rows: &'a [usize],
+}
+
+/// What a forward pass gives.
+#[derive(Clone, Debug, Default)]
+pub struct ForwardOutput {
+    /// Logits `[logit_rows, V]`.
+    pub logits: Vec<f32>,
+    /// Chosen experts `[T, MoE layers, K]`; empty for dense models.
+    pub experts: Vec<u16>,
+}
+
+impl KvCache {
+    /// A cache of `pages` pages.
+    pub fn new(model: &Transformer, pages: usize) -> Self {
+        let layers = model
+            .spec()
+            .layers
+            .iter()
+            .map(|(attention, _)| {
+                let page_len = attention.kv_heads * attention.head_dim * KV_BLOCK;
+                LayerPages { k: vec![0.0; page_len * pages], v: vec![0.0; page_len * pages], page_len }
+            })
+            .collect();
+        Self { layers, pages }
+    }
+
+    /// Bytes of one page over all layers.
+    pub fn page_bytes(model: &Transformer) -> usize {
+        let values: usize = model.spec().layers.iter().map(|(a, _)| 2 * a.kv_heads * a.head_dim * KV_BLOCK).sum();
+        values * size_of::<f32>()
+    }
+
+    /// Pages held.
+    pub fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// Copies a page, so that two sequences may go on from it in different ways.
+    pub fn copy_page(&mut self, from: u32, to: u32) {
+        for layer in &mut self.layers {
+            let n = layer.page_len;
+            let (from, to) = (from as usize * n, to as usize * n);
+            layer.k.copy_within(from..from + n, to);
+            layer.v.copy_within(from..from + n, to);
+        }
+    }
+}
+
+impl PolicyWeights {
+    pub(super) fn context<'a>(&'a self, threads: &'a Threads) -> Context<'a> {
+        Context { threads, pool: &self.pool, precision: self.precision }
+    }
+
+    /// The embedding rows of `tokens` `[T, D]`.
+    pub(super) fn embed(&self, tokens: &[u32]) -> Buf {
+        let d = self.model.spec().hidden;
+        let mut x_td = self.pool.take(tokens.len() * d);
+        for (x, &token) in x_td.chunks_exact_mut(d).zip(tokens) {
+            let at = token as usize * d;
+            match &self.embedding {
+                Table::F32(table) => x.copy_from_slice(&table[at..at + d]),
+                Table::Bf16(table) => {
+                    x.iter_mut().zip(&table[at..at + d]).for_each(|(x, value)| *x = value.to_f32());
+                }
+            }
+        }
+        x_td
+    }
+
+    pub(super) fn attention_layer(&self, layer: usize) -> AttentionLayer<'_> {
+        AttentionLayer {
+            spec: &self.model.spec().layers[layer].0,
+            at: &self.model.bindings.layers[layer],
+            weights: &self.layers[layer],
+            rope: self.model.ropes[layer].as_deref(),
+            norm_eps: self.model.spec().norm_eps,
+        }
+    }
+
+    pub(super) fn moe_layer(&self, layer: usize) -> Option<MoeLayer<'_>> {
+        let (FfnSpec::Moe(spec), FfnBinding::Moe(at), FfnWeights::Moe(weights)) =
+            (&self.model.spec().layers[layer].1, &self.model.bindings.layers[layer].ffn, &self.layers[layer].ffn)
+        else {
+            return None;
+        };
+        Some(MoeLayer { spec, at, weights })
+    }
+
+    /// Runs `batch`: writes keys and values of all its rows into `kv` and returns the logits asked for.
+    ///
+    /// Each row's bits depend on its own sequence alone.
+    ///
+    /// # Panics
+    /// If the batch does not fit the cache or the vocabulary: the caller admits only what fits.
+    pub fn forward(&self, threads: &Threads, kv: &mut KvCache, batch: &ForwardBatch) -> ForwardOutput {
+        let cx = self.context(threads);
+        let placed = Placed::new(batch);
+        let rows = Rows { positions: &placed.positions, seqs: &placed.seqs };
+        let mut x_td = self.embed(batch.tokens);
+        let mut routings = Vec::new();
+        for layer in 0..self.layers.len() {
+            let pages = &mut kv.layers[layer];
+            self.attention_layer(layer).forward(&cx, &mut x_td, &rows, &mut pages.k, &mut pages.v, false);
+            routings.extend(self.feed_forward(&cx, layer, &mut x_td));
+        }
+        ForwardOutput {
+            logits: head::logits_of_rows(self, &cx, &x_td, batch.logit_rows),
+            experts: interleave(&routings.iter().collect::<Vec<_>>(), batch.tokens.len()),
+        }
+    }
+
+    fn feed_forward(&self, cx: &Context, layer: usize, x_td: &mut [f32]) -> Option<Routing> {
+        let rows = x_td.len() / self.model.spec().hidden;
+        let normed_td = self.post_norm(cx, layer, x_td);
+        match (&self.model.bindings.layers[layer].ffn, &self.layers[layer].ffn) {
+            (FfnBinding::Dense(at), FfnWeights::Dense(weights)) => {
+                mlp::forward(cx, at, weights, &normed_td, rows, x_td, true);
+                None
+            }
+            _ => {
+                let moe = self.moe_layer(layer).expect("weights are made from the same bindings");
+                Some(moe.forward(cx, &normed_td, x_td, rows, None, false).0)
+            }
+        }
+    }
+}
+
+/// Sequences of a batch with their first rows, and the position of every row.
+struct Placed<'a> {
+    seqs: Vec<AttentionSeq<'a>>,
+    positions: Vec<u32>,
+}
+
+impl<'a> Placed<'a> {
+    fn new(batch: &ForwardBatch<'a>) -> Self {
+        let mut placed = Self { seqs: Vec::with_capacity(batch.seqs.len()), positions: Vec::new() };
+        for seq in batch.seqs {
+            let first_row = placed.positions.len();
+            placed.seqs.push(AttentionSeq { first_row, rows: seq.rows, position: seq.position, pages: seq.pages });
+            placed.positions.extend((seq.position..seq.position + seq.rows).map(|p| p as u32));
+        }
+        assert_eq!(placed.positions.len(), batch.tokens.len(), "rows of the sequences must add up to the tokens");
+        placed
+    }
+}
+
+/// `[T, MoE layers, K]` from one `[T, K]` per layer.
+pub(super) fn interleave(routings: &[&Routing], rows: usize) -> Vec<u16> {
+    let mut experts = Vec::with_capacity(routings.iter().map(|r| r.ids.len()).sum());
+    for t in 0..rows {
+        for routing in routings {
+            let k = routing.ids.len() / rows;
+            experts.extend_from_slice(&routing.ids[t * k..(t + 1) * k]);
+        }
+    }
+    experts
+}

@@ -1,0 +1,74 @@
+//! The transformer: one set of layer functions for prefill, decode and training.
+//!
+//! ```text
+//! bindings   where each projection lies in the arena        weights   the same, packed for the kernels
+//! attention  mlp  moe  head      one block each: forward, and the backward that mirrors it
+//! inference  rows + KV pages → logits                        tape      sequences → log-probs → gradients
+//! ```
+//!
+//! Legend: T packed rows, D residual width, H query heads, F feed-forward width, E experts, K experts per token,
+//! V vocabulary. A row's bits depend only on its own sequence: every block is row-wise but attention, which sees the
+//! earlier rows of its sequence in fixed blocks and in fixed order.
+
+mod attention;
+mod bindings;
+mod buffers;
+mod head;
+mod inference;
+mod mlp;
+mod moe;
+mod tape;
+mod weights;
+
+use std::sync::Arc;
+
+use freewheel_kernels::rope::RopeTable;
+
+pub use inference::{BatchSeq, ForwardBatch, ForwardOutput, KvCache};
+pub use tape::{LogProbs, Tape, Target, TrainBatch};
+pub use weights::{PolicyWeights, Purpose};
+
+use crate::params::ParamLayout;
+use crate::spec::{ModelSpec, RopeSpec};
+
+/// The structure of a model: what there is to know of it without its weights.
+#[derive(Debug)]
+pub struct Transformer {
+    spec: ModelSpec,
+    layout: Arc<ParamLayout>,
+    bindings: bindings::ModelBinding,
+    /// Rotation table of each layer; layers with the same frequencies share one.
+    ropes: Vec<Option<Arc<RopeTable>>>,
+}
+
+impl Transformer {
+    /// The transformer of a checked spec.
+    pub fn new(spec: ModelSpec) -> Arc<Self> {
+        let layout = Arc::new(ParamLayout::new(&spec));
+        let bindings = bindings::ModelBinding::new(&spec, &layout);
+        let ropes = rope_tables(&spec);
+        Arc::new(Self { spec, layout, bindings, ropes })
+    }
+
+    /// What the model is.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// Where its parameters lie.
+    pub fn layout(&self) -> &Arc<ParamLayout> {
+        &self.layout
+    }
+}
+
+fn rope_tables(spec: &ModelSpec) -> Vec<Option<Arc<RopeTable>>> {
+    let mut tables: Vec<(&RopeSpec, Arc<RopeTable>)> = Vec::new();
+    for rope in spec.layers.iter().filter_map(|(attention, _)| attention.rope.as_ref()) {
+        if !tables.iter().any(|(known, _)| *known == rope) {
+            let table = RopeTable::new(&rope.inv_freq, rope.attention_factor, spec.max_positions);
+            tables.push((rope, Arc::new(table)));
+        }
+    }
+    let table_of = |rope: &RopeSpec| tables.iter().find(|(known, _)| *known == rope).map(|(_, t)| t.clone());
+    spec.layers.iter().map(|(attention, _)| attention.rope.as_ref().and_then(table_of)).collect()
+}

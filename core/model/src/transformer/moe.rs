@@ -1,0 +1,308 @@
+//! Mixture of experts: route, gather rows by expert, run each expert on its rows, combine.
+//!
+//! A *slot* is one (token, rank) pair; slots are sorted by expert, then by token, then by rank, so every expert sees
+//! one contiguous block of rows. The combination adds a token's experts in the order of their rank, never in the order of
+//! arrival, so a row's bits do not depend on the batch.
+
+use freewheel_kernels::gemm::matmul;
+use freewheel_kernels::{Precision, router};
+
+use super::bindings::MoeBinding;
+use super::buffers::Buf;
+use super::mlp::{self, Context};
+use super::weights::MoeWeights;
+use crate::spec::{MoeSpec, RouterKind};
+
+/// One MoE layer with everything it reads but the rows.
+pub(super) struct MoeLayer<'a> {
+    pub spec: &'a MoeSpec,
+    pub at: &'a MoeBinding,
+    pub weights: &'a MoeWeights,
+}
+
+/// Which experts each token chose, and the slots sorted by expert.
+#[derive(Debug)]
+pub(super) struct Routing {
+    /// Expert ids `[T, K]`, heaviest first.
+    pub ids: Vec<u16>,
+    /// Weights `[T, K]`.
+    pub weights: Vec<f32>,
+    /// `t * K + rank` of each sorted slot.
+    order: Vec<u32>,
+    /// Inverse of `order`: sorted place of `t * K + rank`.
+    place: Vec<u32>,
+    /// First sorted slot of each expert, and the end `[E + 1]`.
+    starts: Vec<usize>,
+}
+
+/// What the backward needs of one MoE layer.
+#[derive(Debug)]
+pub(super) struct Saved {
+    pub routing: Routing,
+    logits_te: Buf,
+    gate_up: Vec<Option<Buf>>,
+    shared_gate_up: Option<Buf>,
+    /// Expert outputs per sorted slot `[T·K, D]`.
+    y_sd: Buf,
+}
+
+impl Routing {
+    fn new(ids: Vec<u16>, weights: Vec<f32>, experts: usize) -> Self {
+        let mut starts = vec![0usize; experts + 1];
+        for &id in &ids {
+            starts[usize::from(id) + 1] += 1;
+        }
+        for e in 0..experts {
+            starts[e + 1] += starts[e];
+        }
+        let mut next = starts.clone();
+        let mut order = vec![0u32; ids.len()];
+        let mut place = vec![0u32; ids.len()];
+        for (slot, &id) in ids.iter().enumerate() {
+            let at = &mut next[usize::from(id)];
+            order[*at] = slot as u32;
+            place[slot] = *at as u32;
+            *at += 1;
+        }
+        Self { ids, weights, order, place, starts }
+    }
+}
+
+impl MoeLayer<'_> {
+    /// `x += moe(normed)`. `replay` fixes the chosen experts `[T, K]`; their weights still come from these logits.
+    pub fn forward(
+        &self,
+        cx: &Context,
+        normed_td: &[f32],
+        x_td: &mut [f32],
+        rows: usize,
+        replay: Option<&[u16]>,
+        save: bool,
+    ) -> (Routing, Option<Parts>) {
+        let d = self.at.router.k;
+        let (routing, logits_te) = self.route(cx, normed_td, rows, replay);
+        let xs_sd = self.gather(cx, normed_td, &routing, d);
+        let mut y_sd = cx.pool.take(xs_sd.len());
+        let mut gate_up = Vec::new();
+        for (e, (at, weights)) in self.at.experts.iter().zip(&self.weights.experts).enumerate() {
+            let span = routing.starts[e]..routing.starts[e + 1];
+            let (rows, span) = (span.len(), span.start * d..span.end * d);
+            let kept = (rows > 0)
+                .then(|| mlp::forward(cx, at, weights, &xs_sd[span.clone()], rows, &mut y_sd[span], false));
+            gate_up.push(kept.filter(|_| save));
+        }
+        let shared_gate_up = self.at.shared.as_ref().zip(self.weights.shared.as_ref()).map(|(at, weights)| {
+            mlp::forward(cx, at, weights, normed_td, rows, x_td, true)
+        });
+        let on_input = self.spec.router == RouterKind::SigmoidOnInput;
+        for (t, x) in x_td.chunks_exact_mut(d).enumerate() {
+            for slot in t * self.spec.top_k..(t + 1) * self.spec.top_k {
+                let weight = if on_input { 1.0 } else { routing.weights[slot] };
+                let y = &y_sd[routing.place[slot] as usize * d..][..d];
+                x.iter_mut().zip(y).for_each(|(x, y)| *x = y.mul_add(weight, *x));
+            }
+        }
+        let parts = save.then(|| Parts { logits_te, gate_up, shared_gate_up, y_sd });
+        (routing, parts)
+    }
+
+    fn route(&self, cx: &Context, normed_td: &[f32], rows: usize, replay: Option<&[u16]>) -> (Routing, Buf) {
+        let (experts, k) = (self.spec.experts, self.spec.top_k);
+        let mut logits_te = cx.pool.take(rows * experts);
+        matmul(cx.threads, normed_td, rows, &self.weights.router.forward, &mut logits_te);
+        let (mut ids, mut weights) = (vec![0; rows * k], vec![0.0; rows * k]);
+        match (self.spec.router, replay) {
+            (RouterKind::Softmax { renormalise }, None) => {
+                router::softmax_top_k(&logits_te, experts, k, renormalise, &mut ids, &mut weights);
+            }
+            (RouterKind::Softmax { renormalise }, Some(given)) => {
+                ids.copy_from_slice(given);
+                router::softmax_given(&logits_te, experts, k, renormalise, &ids, &mut weights);
+            }
+            (RouterKind::SigmoidOnInput, None) => {
+                router::sigmoid_top_k(&logits_te, experts, k, &mut ids, &mut weights);
+            }
+            (RouterKind::SigmoidOnInput, Some(given)) => {
+                ids.copy_from_slice(given);
+                router::sigmoid_given(&logits_te, experts, k, &ids, &mut weights);
+            }
+        }
+        (Routing::new(ids, weights, experts), logits_te)
+    }
+
+    /// The experts' input rows in slot order `[T·K, D]`.
+    fn gather(&self, cx: &Context, normed_td: &[f32], routing: &Routing, d: usize) -> Buf {
+        let mut xs_sd = cx.pool.take(routing.order.len() * d);
+        let on_input = self.spec.router == RouterKind::SigmoidOnInput;
+        for (xs, &slot) in xs_sd.chunks_exact_mut(d).zip(&routing.order) {
+            let slot = slot as usize;
+            let x = &normed_td[slot / self.spec.top_k * d..][..d];
+            if on_input {
+                let weight = routing.weights[slot];
+                xs.iter_mut().zip(x).for_each(|(xs, x)| *xs = x * weight);
+            } else {
+                xs.copy_from_slice(x);
+            }
+        }
+        xs_sd
+    }
+
+    /// Adds the weight gradients and returns the gradient with respect to `normed`. `dy` is that of the output `[T, D]`.
+    pub fn backward(
+        &self,
+        cx: &Context,
+        saved: &Saved,
+        normed_td: &[f32],
+        dy_td: &[f32],
+        rows: usize,
+        grads: &mut [f32],
+    ) -> Buf {
+        let d = self.at.router.k;
+        let routing = &saved.routing;
+        let mut dx_td = match (&self.at.shared, &self.weights.shared, &saved.shared_gate_up) {
+            (Some(at), Some(weights), Some(gate_up)) => {
+                mlp::backward(cx, at, weights, normed_td, gate_up, dy_td, rows, grads)
+            }
+            _ => cx.pool.zeros(rows * d),
+        };
+        let mut d_weights = vec![0.0; routing.ids.len()];
+        let dys_sd = self.scatter_gradient(cx, saved, dy_td, d, &mut d_weights);
+        let dxs_sd = self.experts_backward(cx, saved, normed_td, &dys_sd, d, grads);
+        self.gather_backward(routing, normed_td, &dxs_sd, d, &mut d_weights, &mut dx_td);
+        self.router_backward(cx, saved, normed_td, &d_weights, rows, &mut dx_td, grads);
+        dx_td
+    }
+
+    /// Gradient at each expert's output, and (output-weighted routers) at the weights.
+    fn scatter_gradient(&self, cx: &Context, saved: &Saved, dy_td: &[f32], d: usize, d_weights: &mut [f32]) -> Buf {
+        let routing = &saved.routing;
+        let on_input = self.spec.router == RouterKind::SigmoidOnInput;
+        let mut dys_sd = cx.pool.take(routing.order.len() * d);
+        for (at, (dys, &slot)) in dys_sd.chunks_exact_mut(d).zip(&routing.order).enumerate() {
+            let slot = slot as usize;
+            let dy = &dy_td[slot / self.spec.top_k * d..][..d];
+            if on_input {
+                dys.copy_from_slice(dy);
+            } else {
+                let weight = routing.weights[slot];
+                dys.iter_mut().zip(dy).for_each(|(dys, dy)| *dys = dy * weight);
+                d_weights[slot] = dot(dy, &saved.y_sd[at * d..][..d]);
+            }
+        }
+        dys_sd
+    }
+
+    fn experts_backward(
+        &self,
+        cx: &Context,
+        saved: &Saved,
+        normed_td: &[f32],
+        dys_sd: &[f32],
+        d: usize,
+        grads: &mut [f32],
+    ) -> Buf {
+        let routing = &saved.routing;
+        let xs_sd = self.gather(cx, normed_td, routing, d);
+        let mut dxs_sd = cx.pool.take(xs_sd.len());
+        for (e, (at, weights)) in self.at.experts.iter().zip(&self.weights.experts).enumerate() {
+            let Some(gate_up) = &saved.gate_up[e] else { continue };
+            let span = routing.starts[e]..routing.starts[e + 1];
+            let (rows, span) = (span.len(), span.start * d..span.end * d);
+            let dx = mlp::backward(cx, at, weights, &xs_sd[span.clone()], gate_up, &dys_sd[span.clone()], rows, grads);
+            dxs_sd[span].copy_from_slice(&dx);
+        }
+        dxs_sd
+    }
+
+    fn gather_backward(
+        &self,
+        routing: &Routing,
+        normed_td: &[f32],
+        dxs_sd: &[f32],
+        d: usize,
+        d_weights: &mut [f32],
+        dx_td: &mut [f32],
+    ) {
+        let on_input = self.spec.router == RouterKind::SigmoidOnInput;
+        for (t, dx) in dx_td.chunks_exact_mut(d).enumerate() {
+            for slot in t * self.spec.top_k..(t + 1) * self.spec.top_k {
+                let dxs = &dxs_sd[routing.place[slot] as usize * d..][..d];
+                let weight = if on_input { routing.weights[slot] } else { 1.0 };
+                dx.iter_mut().zip(dxs).for_each(|(dx, dxs)| *dx = dxs.mul_add(weight, *dx));
+                if on_input {
+                    d_weights[slot] = dot(dxs, &normed_td[t * d..][..d]);
+                }
+            }
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one step of the backward, called from one place")]
+    fn router_backward(
+        &self,
+        cx: &Context,
+        saved: &Saved,
+        normed_td: &[f32],
+        d_weights: &[f32],
+        rows: usize,
+        dx_td: &mut [f32],
+        grads: &mut [f32],
+    ) {
+        let (experts, k) = (self.spec.experts, self.spec.top_k);
+        let routing = &saved.routing;
+        let mut d_logits_te = cx.pool.zeros(rows * experts);
+        match self.spec.router {
+            RouterKind::Softmax { renormalise } => router::softmax_top_k_backward(
+                &saved.logits_te,
+                experts,
+                k,
+                renormalise,
+                &routing.ids,
+                &routing.weights,
+                d_weights,
+                &mut d_logits_te,
+            ),
+            RouterKind::SigmoidOnInput => {
+                router::sigmoid_top_k_backward(experts, k, &routing.ids, &routing.weights, d_weights, &mut d_logits_te);
+            }
+        }
+        cx.accumulate(Precision::F32, &self.at.router, &d_logits_te, normed_td, rows, grads);
+        let mut d = cx.pool.take(dx_td.len());
+        matmul(cx.threads, &d_logits_te, rows, self.weights.router.transpose(), &mut d);
+        dx_td.iter_mut().zip(d.iter()).for_each(|(dx, d)| *dx += d);
+    }
+}
+
+/// The saved tensors of a forward, before they meet their routing.
+#[derive(Debug)]
+pub(super) struct Parts {
+    logits_te: Buf,
+    gate_up: Vec<Option<Buf>>,
+    shared_gate_up: Option<Buf>,
+    y_sd: Buf,
+}
+
+impl Saved {
+    pub fn new(routing: Routing, parts: Parts) -> Self {
+        let Parts { logits_te, gate_up, shared_gate_up, y_sd } = parts;
+        Self { routing, logits_te, gate_up, shared_gate_up, y_sd }
+    }
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).fold(0.0, |sum, (a, b)| a.mul_add(*b, sum))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_sorted_by_expert_then_token_then_rank() {
+        let routing = Routing::new(vec![2, 0, 0, 2, 2, 1], vec![0.0; 6], 4);
+        assert_eq!(routing.order, [1, 2, 5, 0, 3, 4]);
+        assert_eq!(routing.starts, [0, 2, 3, 6, 6]);
+        for (at, &slot) in routing.order.iter().enumerate() {
+            assert_eq!(routing.place[slot as usize] as usize, at);
+        }
+    }
+}

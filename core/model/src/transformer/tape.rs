@@ -1,0 +1,329 @@
+//! Training-side forward: packed sequences, with what the backward needs kept layer by layer.
+//!
+//! The same layer functions as in sampling run here; only the metadata differs (every sequence starts at position 0, keys and
+//! values live in pages of their own). Hence a token's log-prob has the bits the sampler reported.
+
+use freewheel_kernels::Threads;
+use freewheel_kernels::attention::{AttentionSeq, KV_BLOCK};
+use freewheel_kernels::norm::{NormScale, rms_norm};
+use freewheel_types::SamplingParams;
+
+use super::attention::{Rows, Saved as SavedAttention, norm_backward};
+use super::bindings::FfnBinding;
+use super::buffers::Buf;
+use super::head::{CHUNK, HeadRows};
+use super::inference::interleave;
+use super::mlp::{self, Context};
+use super::moe::Saved as SavedMoe;
+use super::weights::{FfnWeights, PolicyWeights};
+use crate::sampling::{self, SampleScratch};
+
+/// Sequences to train on, packed without padding.
+#[derive(Clone, Copy, Debug)]
+pub struct TrainBatch<'a> {
+    /// Tokens of all sequences, one after the other `[T]`.
+    pub tokens: &'a [u32],
+    /// Length of each sequence; they add up to T.
+    pub lengths: &'a [usize],
+    /// Experts to use instead of the router's choice `[T, MoE layers, K]` (router replay).
+    pub replay: Option<&'a [u16]>,
+}
+
+/// A token whose log-prob is wanted: `row` is the position *before* it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Row of the packed batch whose logits predict the token.
+    pub row: usize,
+    /// The token.
+    pub token: u32,
+}
+
+/// One value for each target.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LogProbs {
+    /// Log-probs, nats.
+    pub logprobs: Vec<f32>,
+    /// Entropies of the distributions, nats.
+    pub entropies: Vec<f32>,
+}
+
+/// What a training forward leaves for the backward.
+#[derive(Debug)]
+pub struct Tape {
+    tokens: Vec<u32>,
+    positions: Vec<u32>,
+    lengths: Vec<usize>,
+    pages: Vec<u32>,
+    layers: Vec<SavedLayer>,
+    /// Residual stream after the last layer `[T, D]`.
+    x_td: Buf,
+    experts: Vec<u16>,
+}
+
+#[derive(Debug)]
+struct SavedLayer {
+    attention: SavedAttention,
+    k_pages: Buf,
+    v_pages: Buf,
+    /// Residual stream between attention and feed-forward `[T, D]`.
+    x_mid_td: Buf,
+    ffn: SavedFfn,
+}
+
+#[derive(Debug)]
+enum SavedFfn {
+    Dense(Buf),
+    Moe(SavedMoe),
+}
+
+impl PolicyWeights {
+    /// Runs whole sequences and keeps what the backward needs.
+    ///
+    /// # Panics
+    /// If `lengths` do not add up to the tokens, or a token is outside the vocabulary.
+    pub fn forward_train(&self, threads: &Threads, batch: &TrainBatch) -> Tape {
+        let cx = self.context(threads);
+        assert_eq!(batch.lengths.iter().sum::<usize>(), batch.tokens.len(), "lengths must add up to the tokens");
+        let mut tape = Tape {
+            tokens: batch.tokens.to_vec(),
+            positions: batch.lengths.iter().flat_map(|&len| 0..len as u32).collect(),
+            lengths: batch.lengths.to_vec(),
+            pages: (0..batch.lengths.iter().map(|len| len.div_ceil(KV_BLOCK)).sum::<usize>() as u32).collect(),
+            layers: Vec::with_capacity(self.layers.len()),
+            x_td: self.embed(batch.tokens),
+            experts: Vec::new(),
+        };
+        let mut moe_layer = 0;
+        for layer in 0..self.layers.len() {
+            let saved = self.layer_forward(&cx, &mut tape, layer, |rows, k| {
+                replay_of_layer(batch.replay, rows, self.model.spec().moe_layers(), k, &mut moe_layer)
+            });
+            tape.layers.push(saved);
+        }
+        let routings: Vec<_> = tape.layers.iter().filter_map(SavedLayer::routing).collect();
+        tape.experts = interleave(&routings, tape.tokens.len());
+        tape
+    }
+
+    fn layer_forward(
+        &self,
+        cx: &Context,
+        tape: &mut Tape,
+        layer: usize,
+        mut replay: impl FnMut(usize, usize) -> Option<Vec<u16>>,
+    ) -> SavedLayer {
+        let rows = tape.tokens.len();
+        let spec = &self.model.spec().layers[layer].0;
+        let page_values = tape.pages.len() * spec.kv_heads * spec.head_dim * KV_BLOCK;
+        // Unwritten slots of a last page are masked, but 0 · NaN is NaN: they must hold numbers.
+        let (mut k_pages, mut v_pages) = (cx.pool.zeros(page_values), cx.pool.zeros(page_values));
+        let seqs = attention_seqs(&tape.lengths, &tape.pages);
+        let at = Rows { positions: &tape.positions, seqs: &seqs };
+        let attention = self
+            .attention_layer(layer)
+            .forward(cx, &mut tape.x_td, &at, &mut k_pages, &mut v_pages, true)
+            .expect("asked to save");
+        let x_mid_td = cx.pool.copy(&tape.x_td);
+        let normed_td = self.post_norm(cx, layer, &x_mid_td);
+        let ffn = match (&self.model.bindings.layers[layer].ffn, &self.layers[layer].ffn) {
+            (FfnBinding::Dense(at), FfnWeights::Dense(weights)) => {
+                SavedFfn::Dense(mlp::forward(cx, at, weights, &normed_td, rows, &mut tape.x_td, true))
+            }
+            _ => {
+                let moe = self.moe_layer(layer).expect("weights are made from the same bindings");
+                let given = replay(rows, moe.spec.top_k);
+                let (routing, parts) = moe.forward(cx, &normed_td, &mut tape.x_td, rows, given.as_deref(), true);
+                SavedFfn::Moe(SavedMoe::new(routing, parts.expect("asked to save")))
+            }
+        };
+        SavedLayer { attention, k_pages, v_pages, x_mid_td, ffn }
+    }
+
+    /// Norm before the feed-forward `[T, D]`.
+    pub(super) fn post_norm(&self, cx: &Context, layer: usize, x_td: &[f32]) -> Buf {
+        let mut normed_td = cx.pool.take(x_td.len());
+        let gain = &self.layers[layer].post_norm;
+        let eps = self.model.spec().norm_eps;
+        rms_norm(cx.threads, x_td, gain.len(), NormScale::Weight(gain), eps, &mut normed_td);
+        normed_td
+    }
+}
+
+impl Tape {
+    /// Chosen experts `[T, MoE layers, K]`; empty for dense models.
+    pub fn experts(&self) -> &[u16] {
+        &self.experts
+    }
+
+    /// Log-probs and entropies of `targets` under `sampling`.
+    ///
+    /// # Panics
+    /// If a target's row or token is out of range.
+    pub fn log_probs(
+        &self,
+        threads: &Threads,
+        weights: &PolicyWeights,
+        targets: &[Target],
+        sampling: &SamplingParams,
+    ) -> LogProbs {
+        let cx = weights.context(threads);
+        let v = weights.model.spec().vocab_size;
+        let mut scratch = SampleScratch::default();
+        let mut result = LogProbs::default();
+        for chunk in targets.chunks(CHUNK) {
+            let rows = HeadRows::gather(weights, &cx, &self.x_td, chunk.iter().map(|t| t.row));
+            let mut logits = cx.pool.take(chunk.len() * v);
+            rows.logits(weights, &cx, &mut logits);
+            for (target, row) in chunk.iter().zip(logits.chunks_exact(v)) {
+                let stats = sampling::log_prob_of(row, sampling, target.token, &mut scratch);
+                result.logprobs.push(stats.logprob);
+                result.entropies.push(stats.entropy);
+            }
+        }
+        result
+    }
+
+    /// Logits of chosen rows `[rows, V]`.
+    pub fn logits(&self, threads: &Threads, weights: &PolicyWeights, rows: &[usize]) -> Vec<f32> {
+        super::head::logits_of_rows(weights, &weights.context(threads), &self.x_td, rows)
+    }
+
+    /// Adds the gradient of `Σ d_logprobs[i]·log p_i + d_entropies[i]·H_i` to `grads`, an arena of the model's layout.
+    ///
+    /// # Panics
+    /// If the lengths disagree, or the weights were packed for sampling only.
+    #[expect(clippy::too_many_arguments, reason = "log_probs, with a gradient for each of its results")]
+    pub fn backward(
+        self,
+        threads: &Threads,
+        weights: &PolicyWeights,
+        targets: &[Target],
+        sampling: &SamplingParams,
+        d_logprobs: &[f32],
+        d_entropies: Option<&[f32]>,
+        grads: &mut [f32],
+    ) {
+        assert_eq!(targets.len(), d_logprobs.len(), "one gradient for each target");
+        assert_eq!(grads.len(), weights.model.layout.total, "gradients of another model");
+        let cx = weights.context(threads);
+        let wanted: Vec<_> = targets
+            .iter()
+            .enumerate()
+            .map(|(i, target)| (*target, d_logprobs[i], d_entropies.map_or(0.0, |d| d[i])))
+            .filter(|(_, d_logprob, d_entropy)| *d_logprob != 0.0 || *d_entropy != 0.0)
+            .collect();
+        let mut dx_td = cx.pool.zeros(self.x_td.len());
+        for chunk in wanted.chunks(CHUNK) {
+            self.head_backward(&cx, weights, chunk, sampling, &mut dx_td, grads);
+        }
+        let Self { tokens, positions, lengths, pages, layers, .. } = self;
+        let seqs = attention_seqs(&lengths, &pages);
+        let rows = Rows { positions: &positions, seqs: &seqs };
+        for (layer, saved) in layers.into_iter().enumerate().rev() {
+            weights.layer_backward(&cx, layer, saved, &rows, &mut dx_td, grads);
+        }
+        let d = weights.model.spec().hidden;
+        let embedding = &mut grads[weights.model.bindings.embedding.clone()];
+        for (dx, &token) in dx_td.chunks_exact(d).zip(&tokens) {
+            let row = &mut embedding[token as usize * d..][..d];
+            row.iter_mut().zip(dx).for_each(|(g, dx)| *g += dx);
+        }
+    }
+
+    fn head_backward(
+        &self,
+        cx: &Context,
+        weights: &PolicyWeights,
+        chunk: &[(Target, f32, f32)],
+        sampling: &SamplingParams,
+        dx_td: &mut [f32],
+        grads: &mut [f32],
+    ) {
+        let (v, d) = (weights.model.spec().vocab_size, weights.model.spec().hidden);
+        let mut scratch = SampleScratch::default();
+        let rows = HeadRows::gather(weights, cx, &self.x_td, chunk.iter().map(|(t, ..)| t.row));
+        let mut logits = cx.pool.take(chunk.len() * v);
+        rows.logits(weights, cx, &mut logits);
+        let mut d_logits = cx.pool.take(chunk.len() * v);
+        let each = logits.chunks_exact(v).zip(d_logits.chunks_exact_mut(v));
+        for ((target, d_logprob, d_entropy), (logits, d_logits)) in chunk.iter().zip(each) {
+            sampling::backward(logits, sampling, target.token, *d_logprob, *d_entropy, &mut scratch, d_logits);
+        }
+        let dx = rows.backward(weights, cx, &d_logits, grads);
+        for ((target, ..), dx) in chunk.iter().zip(dx.chunks_exact(d)) {
+            let row = &mut dx_td[target.row * d..][..d];
+            row.iter_mut().zip(dx).for_each(|(to, dx)| *to += dx);
+        }
+    }
+}
+
+impl PolicyWeights {
+    fn layer_backward(
+        &self,
+        cx: &Context,
+        layer: usize,
+        saved: SavedLayer,
+        rows: &Rows,
+        dx_td: &mut [f32],
+        grads: &mut [f32],
+    ) {
+        let t = rows.positions.len();
+        let binding = &self.model.bindings.layers[layer];
+        let normed_td = self.post_norm(cx, layer, &saved.x_mid_td);
+        let d_normed_td = match (&binding.ffn, &self.layers[layer].ffn, &saved.ffn) {
+            (FfnBinding::Dense(at), FfnWeights::Dense(weights), SavedFfn::Dense(gate_up)) => {
+                mlp::backward(cx, at, weights, &normed_td, gate_up, dx_td, t, grads)
+            }
+            (_, _, SavedFfn::Moe(moe)) => {
+                let layer = self.moe_layer(layer).expect("weights are made from the same bindings");
+                layer.backward(cx, moe, &normed_td, dx_td, t, grads)
+            }
+            _ => unreachable!("a dense layer saved what a MoE layer needs"),
+        };
+        let gain = Some((&self.layers[layer].post_norm, &mut grads[binding.post_norm.clone()]));
+        let d = self.model.spec().hidden;
+        norm_backward(cx, &saved.x_mid_td, d, gain, self.model.spec().norm_eps, &d_normed_td, dx_td);
+        let attention = self.attention_layer(layer);
+        attention.backward(cx, saved.attention, rows, &saved.k_pages, &saved.v_pages, dx_td, grads);
+    }
+}
+
+impl SavedLayer {
+    fn routing(&self) -> Option<&super::moe::Routing> {
+        match &self.ffn {
+            SavedFfn::Moe(moe) => Some(&moe.routing),
+            SavedFfn::Dense(_) => None,
+        }
+    }
+}
+
+/// Consecutive sequences with consecutive pages.
+fn attention_seqs<'a>(lengths: &[usize], pages: &'a [u32]) -> Vec<AttentionSeq<'a>> {
+    let (mut first_row, mut first_page) = (0, 0);
+    lengths
+        .iter()
+        .map(|&rows| {
+            let count = rows.div_ceil(KV_BLOCK);
+            let seq =
+                AttentionSeq { first_row, rows, position: 0, pages: &pages[first_page..first_page + count] };
+            first_row += rows;
+            first_page += count;
+            seq
+        })
+        .collect()
+}
+
+/// One layer's part of `[T, MoE layers, K]`, for the layers in turn.
+fn replay_of_layer(
+    replay: Option<&[u16]>,
+    rows: usize,
+    layers: usize,
+    k: usize,
+    next: &mut usize,
+) -> Option<Vec<u16>> {
+    let replay = replay?;
+    assert_eq!(replay.len(), rows * layers * k, "replay is [T, MoE layers, K]");
+    let layer = *next;
+    *next += 1;
+    Some(replay.chunks_exact(layers * k).flat_map(|row| &row[layer * k..][..k]).copied().collect())
+}

@@ -1,0 +1,279 @@
+//! One version of the weights in the layout the kernels want.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use freewheel_kernels::{PackedMatrix, Precision, Threads};
+use freewheel_types::PolicyVersion;
+use half::bf16;
+
+use super::Transformer;
+use super::bindings::{FfnBinding, Linear, MlpBinding};
+use super::buffers::BufferPool;
+use crate::params::{ParamData, Params};
+
+/// What packed weights are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Forward only.
+    Sampling,
+    /// Forward and backward: every projection is packed a second time, transposed.
+    Training,
+}
+
+/// One policy version, packed.
+///
+/// Precision follows the parameters: bf16 parameters run on bf16 kernels (f32 accumulation), f32 on f32. Router
+/// matrices always run in f32, so that routing does not hang on the rounding of activations.
+#[derive(Debug)]
+pub struct PolicyWeights {
+    pub(super) model: Arc<Transformer>,
+    pub(super) precision: Precision,
+    pub(super) embedding: Table,
+    pub(super) layers: Vec<LayerWeights>,
+    pub(super) final_norm: Vec<f32>,
+    pub(super) head: PackedLinear,
+    pub(super) pool: BufferPool,
+    purpose: Purpose,
+    version: PolicyVersion,
+}
+
+/// The embedding matrix, for look-ups.
+#[derive(Debug)]
+pub(super) enum Table {
+    F32(Vec<f32>),
+    Bf16(Vec<bf16>),
+}
+
+/// A projection, and its transpose for the backward pass.
+#[derive(Debug)]
+pub(super) struct PackedLinear {
+    pub forward: PackedMatrix,
+    pub backward: Option<PackedMatrix>,
+}
+
+#[derive(Debug)]
+pub(super) struct MlpWeights {
+    pub gate_up: PackedLinear,
+    pub down: PackedLinear,
+}
+
+#[derive(Debug)]
+pub(super) struct MoeWeights {
+    pub router: PackedLinear,
+    pub experts: Vec<MlpWeights>,
+    pub shared: Option<MlpWeights>,
+}
+
+#[derive(Debug)]
+pub(super) enum FfnWeights {
+    Dense(MlpWeights),
+    Moe(MoeWeights),
+}
+
+#[derive(Debug)]
+pub(super) struct LayerWeights {
+    pub input_norm: Vec<f32>,
+    pub qkv: PackedLinear,
+    pub qkv_bias: Option<Vec<f32>>,
+    pub q_norm: Option<Vec<f32>>,
+    pub k_norm: Option<Vec<f32>>,
+    pub out: PackedLinear,
+    pub out_bias: Option<Vec<f32>>,
+    pub post_norm: Vec<f32>,
+    pub ffn: FfnWeights,
+}
+
+impl PackedLinear {
+    /// The transpose, which only weights packed for training have.
+    pub fn transpose(&self) -> &PackedMatrix {
+        self.backward.as_ref().expect("these weights were packed for sampling, not for training")
+    }
+}
+
+impl PolicyWeights {
+    /// Packs `params` as `version`.
+    ///
+    /// # Panics
+    /// If `params` do not have the layout of `model`.
+    pub fn pack(
+        model: &Arc<Transformer>,
+        params: &Params,
+        version: PolicyVersion,
+        purpose: Purpose,
+        threads: &Threads,
+    ) -> Self {
+        let precision = match params.data {
+            ParamData::F32(_) => Precision::F32,
+            ParamData::Bf16(_) => Precision::Bf16,
+        };
+        let packer = Packer { params, precision, purpose, threads };
+        let bindings = &model.bindings;
+        let mut weights = Self {
+            precision,
+            embedding: match params.data {
+                ParamData::F32(_) => Table::F32(Vec::new()),
+                ParamData::Bf16(_) => Table::Bf16(Vec::new()),
+            },
+            layers: (0..bindings.layers.len()).map(|layer| packer.layer(model, layer)).collect(),
+            final_norm: Vec::new(),
+            head: packer.empty(&bindings.head),
+            pool: BufferPool::default(),
+            purpose,
+            version,
+            model: model.clone(),
+        };
+        weights.repack(params, version, threads);
+        weights
+    }
+
+    /// Puts the values of `params` into the same allocation as `version`.
+    ///
+    /// # Panics
+    /// If `params` have another layout or element type.
+    pub fn repack(&mut self, params: &Params, version: PolicyVersion, threads: &Threads) {
+        assert_eq!(params.layout.total, self.model.layout.total, "parameters of another model");
+        let packer = Packer { params, precision: self.precision, purpose: self.purpose, threads };
+        let bindings = &self.model.bindings;
+        match (&mut self.embedding, &params.data) {
+            (Table::F32(table), ParamData::F32(values)) => replace(table, &values[bindings.embedding.clone()]),
+            (Table::Bf16(table), ParamData::Bf16(values)) => replace(table, &values[bindings.embedding.clone()]),
+            _ => panic!("parameters changed their element type"),
+        }
+        for (layer, binding) in self.layers.iter_mut().zip(&bindings.layers) {
+            packer.fill_layer(layer, binding);
+        }
+        self.final_norm = params.range_f32(bindings.final_norm.clone());
+        packer.fill(&mut self.head, &bindings.head);
+        self.version = version;
+    }
+
+    /// Which version these weights are.
+    pub fn version(&self) -> PolicyVersion {
+        self.version
+    }
+
+    /// The structure they fit.
+    pub fn model(&self) -> &Arc<Transformer> {
+        &self.model
+    }
+
+    /// Bytes of the packed projections read by one forward pass over every weight.
+    pub fn forward_bytes(&self) -> usize {
+        let mlp = |w: &MlpWeights| w.gate_up.forward.bytes() + w.down.forward.bytes();
+        let layers: usize = self
+            .layers
+            .iter()
+            .map(|layer| {
+                let ffn = match &layer.ffn {
+                    FfnWeights::Dense(w) => mlp(w),
+                    FfnWeights::Moe(moe) => {
+                        moe.router.forward.bytes()
+                            + moe.experts.iter().map(mlp).sum::<usize>()
+                            + moe.shared.as_ref().map_or(0, mlp)
+                    }
+                };
+                layer.qkv.forward.bytes() + layer.out.forward.bytes() + ffn
+            })
+            .sum();
+        layers + self.head.forward.bytes()
+    }
+}
+
+fn replace<T: Copy>(table: &mut Vec<T>, values: &[T]) {
+    table.clear();
+    table.extend_from_slice(values);
+}
+
+/// Packs pieces of an arena. Matrices are allocated empty first and filled by the one path that refills them.
+struct Packer<'a> {
+    params: &'a Params,
+    precision: Precision,
+    purpose: Purpose,
+    threads: &'a Threads,
+}
+
+impl Packer<'_> {
+    fn empty(&self, at: &Linear) -> PackedLinear {
+        self.empty_in(self.precision, at)
+    }
+
+    fn empty_in(&self, precision: Precision, at: &Linear) -> PackedLinear {
+        PackedLinear {
+            forward: PackedMatrix::zeros(precision, at.n, at.k),
+            backward: (self.purpose == Purpose::Training).then(|| PackedMatrix::zeros(precision, at.k, at.n)),
+        }
+    }
+
+    fn empty_mlp(&self, at: &MlpBinding) -> MlpWeights {
+        MlpWeights { gate_up: self.empty(&at.gate_up), down: self.empty(&at.down) }
+    }
+
+    fn layer(&self, model: &Transformer, layer: usize) -> LayerWeights {
+        let binding = &model.bindings.layers[layer];
+        LayerWeights {
+            input_norm: Vec::new(),
+            qkv: self.empty(&binding.qkv),
+            qkv_bias: None,
+            q_norm: None,
+            k_norm: None,
+            out: self.empty(&binding.out),
+            out_bias: None,
+            post_norm: Vec::new(),
+            ffn: match &binding.ffn {
+                FfnBinding::Dense(mlp) => FfnWeights::Dense(self.empty_mlp(mlp)),
+                FfnBinding::Moe(moe) => FfnWeights::Moe(MoeWeights {
+                    router: self.empty_in(Precision::F32, &moe.router),
+                    experts: moe.experts.iter().map(|mlp| self.empty_mlp(mlp)).collect(),
+                    shared: moe.shared.as_ref().map(|mlp| self.empty_mlp(mlp)),
+                }),
+            },
+        }
+    }
+
+    fn fill_layer(&self, layer: &mut LayerWeights, binding: &super::bindings::LayerBinding) {
+        let values = |range: &Range<usize>| self.params.range_f32(range.clone());
+        layer.input_norm = values(&binding.input_norm);
+        layer.qkv_bias = binding.qkv_bias.as_ref().map(values);
+        layer.q_norm = binding.q_norm.as_ref().map(values);
+        layer.k_norm = binding.k_norm.as_ref().map(values);
+        layer.out_bias = binding.out_bias.as_ref().map(values);
+        layer.post_norm = values(&binding.post_norm);
+        self.fill(&mut layer.qkv, &binding.qkv);
+        self.fill(&mut layer.out, &binding.out);
+        match (&mut layer.ffn, &binding.ffn) {
+            (FfnWeights::Dense(weights), FfnBinding::Dense(at)) => self.fill_mlp(weights, at),
+            (FfnWeights::Moe(weights), FfnBinding::Moe(at)) => {
+                self.fill(&mut weights.router, &at.router);
+                for (expert, at) in weights.experts.iter_mut().zip(&at.experts) {
+                    self.fill_mlp(expert, at);
+                }
+                if let (Some(shared), Some(at)) = (&mut weights.shared, &at.shared) {
+                    self.fill_mlp(shared, at);
+                }
+            }
+            _ => unreachable!("weights are made from the same bindings"),
+        }
+    }
+
+    fn fill_mlp(&self, weights: &mut MlpWeights, at: &MlpBinding) {
+        self.fill(&mut weights.gate_up, &at.gate_up);
+        self.fill(&mut weights.down, &at.down);
+    }
+
+    fn fill(&self, packed: &mut PackedLinear, at: &Linear) {
+        self.fill_one(&mut packed.forward, at, at.transposed);
+        if let Some(backward) = &mut packed.backward {
+            self.fill_one(backward, at, !at.transposed);
+        }
+    }
+
+    fn fill_one(&self, packed: &mut PackedMatrix, at: &Linear, transposed: bool) {
+        match (&self.params.data, transposed) {
+            (ParamData::F32(values), false) => packed.repack_from_f32(self.threads, &values[at.range()]),
+            (ParamData::F32(values), true) => packed.repack_from_f32_transposed(self.threads, &values[at.range()]),
+            (ParamData::Bf16(values), false) => packed.repack_from_bf16(self.threads, &values[at.range()]),
+            (ParamData::Bf16(values), true) => packed.repack_from_bf16_transposed(self.threads, &values[at.range()]),
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! The transformer against itself: one token has one set of bits, and gradients are those of finite differences.
+
+use std::sync::Arc;
+
+use freewheel_kernels::Threads;
+use freewheel_model::sampling::{SampleScratch, log_prob_of};
+use freewheel_model::{
+    Activation, AttentionSpec, BatchSeq, Family, FfnSpec, ForwardBatch, KvCache, ModelSpec, MoeSpec, ParamData, Params,
+    PolicyWeights, Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target, TemperatureTuning, TensorKind, TrainBatch,
+    Transformer,
+};
+use freewheel_types::{CounterRng, PolicyVersion, SamplingParams, WeightsDtype};
+
+const VOCAB: usize = 37;
+
+fn attention(qk_norm: QkNorm, style: Option<RopeStyle>, chunk: Option<usize>, bias: bool) -> AttentionSpec {
+    AttentionSpec {
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 8,
+        scale: 8f32.powf(-0.5),
+        rope: style.map(|style| RopeSpec {
+            inv_freq: (0..4).map(|i| 10_000f32.powf(-i as f32 / 4.0)).collect(),
+            attention_factor: 1.0,
+            style,
+        }),
+        qk_norm,
+        chunk,
+        window: None,
+        temperature: style.is_none().then_some(TemperatureTuning { attn_scale: 0.1, floor_scale: 4.0 }),
+        qkv_bias: bias,
+        out_bias: bias,
+    }
+}
+
+fn moe(router: RouterKind, top_k: usize, shared_width: Option<usize>) -> FfnSpec {
+    FfnSpec::Moe(MoeSpec { experts: 5, top_k, width: 24, router, shared_width, activation: Activation::Silu })
+}
+
+fn dense() -> FfnSpec {
+    FfnSpec::Dense { width: 40, activation: Activation::Silu }
+}
+
+fn spec(family: Family, layers: Vec<(AttentionSpec, FfnSpec)>, tied_embeddings: bool) -> ModelSpec {
+    ModelSpec {
+        family,
+        vocab_size: VOCAB,
+        hidden: 32,
+        layers,
+        norm_eps: 1e-5,
+        tied_embeddings,
+        max_positions: 128,
+        architecture: "Test".into(),
+    }
+}
+
+/// One spec of each kind of layer this crate knows.
+fn specs() -> Vec<ModelSpec> {
+    let half = Some(RopeStyle::Half);
+    vec![
+        spec(Family::Llama, vec![(attention(QkNorm::None, half, None, true), dense()); 2], true),
+        spec(
+            Family::Qwen3Moe,
+            vec![
+                (
+                    attention(QkNorm::PerHead, half, None, false),
+                    moe(RouterKind::Softmax { renormalise: true }, 2, None)
+                );
+                2
+            ],
+            false,
+        ),
+        spec(
+            Family::Mixtral,
+            vec![(
+                attention(QkNorm::WholeProjection, half, None, false),
+                moe(RouterKind::Softmax { renormalise: false }, 3, None),
+            )],
+            true,
+        ),
+        spec(
+            Family::Llama4Text,
+            vec![
+                (attention(QkNorm::WeightlessAfterRope, Some(RopeStyle::Interleaved), Some(12), false), dense()),
+                (attention(QkNorm::None, None, None, false), moe(RouterKind::SigmoidOnInput, 1, Some(24))),
+            ],
+            false,
+        ),
+    ]
+}
+
+fn params(model: &Transformer, seed: u64, dtype: WeightsDtype) -> Params {
+    let layout = model.layout().clone();
+    let rng = CounterRng::new(seed, 0);
+    let mut values: Vec<f32> = (0..layout.total as u64).map(|i| rng.normal(i) as f32 * 0.2).collect();
+    for tensor in layout.tensors.iter().filter(|t| t.kind == TensorKind::Norm) {
+        values[tensor.range()].iter_mut().for_each(|x| *x += 1.0);
+    }
+    Params { layout, data: ParamData::F32(values) }.cast(dtype)
+}
+
+fn tokens(seed: u64, n: usize) -> Vec<u32> {
+    (0..n as u64).map(|i| CounterRng::new(seed, 1).below(i, VOCAB as u64) as u32).collect()
+}
+
+fn targets_of(tokens: &[u32], lengths: &[usize]) -> Vec<Target> {
+    let mut first = 0;
+    let mut targets = Vec::new();
+    for &len in lengths {
+        targets.extend((first + 1..first + len).map(|at| Target { row: at - 1, token: tokens[at] }));
+        first += len;
+    }
+    targets
+}
+
+fn pack(model: &Arc<Transformer>, params: &Params, purpose: Purpose, threads: &Threads) -> PolicyWeights {
+    PolicyWeights::pack(model, params, PolicyVersion::default(), purpose, threads)
+}
+
+/// Log-probs of one sequence, sampled step by step: prefill of `prompt` tokens in chunks, then one token a step, together with
+/// another sequence that shares the batch.
+fn stepwise(weights: &PolicyWeights, sequence: &[u32], prompt: usize, chunk: usize, other: &[u32]) -> Vec<u32> {
+    let model = weights.model().clone();
+    let mut kv = KvCache::new(&model, 40);
+    let (pages_a, pages_b): (Vec<u32>, Vec<u32>) = ((0..20).map(|i| 39 - 2 * i).collect(), (0..20).map(|i| 2 * i).collect());
+    let mut scratch = SampleScratch::default();
+    let (mut done, mut done_other, mut bits) = (0, 0, Vec::new());
+    while done < sequence.len() - 1 {
+        let rows = if done < prompt { chunk.min(prompt - done) } else { 1 };
+        let rows_other = (1 + done % 3).min(other.len() - done_other);
+        let batch_tokens: Vec<u32> =
+            [&other[done_other..done_other + rows_other], &sequence[done..done + rows]].concat();
+        let seqs = [
+            BatchSeq { rows: rows_other, position: done_other, pages: &pages_b },
+            BatchSeq { rows, position: done, pages: &pages_a },
+        ];
+        let logit_rows: Vec<usize> = (rows_other..rows_other + rows).collect();
+        let batch = ForwardBatch { tokens: &batch_tokens, seqs: &seqs, logit_rows: &logit_rows };
+        let out = weights.forward(&Threads::single(), &mut kv, &batch);
+        for (row, logits) in out.logits.chunks_exact(VOCAB).enumerate() {
+            if let Some(&next) = sequence.get(done + row + 1) {
+                let stats = log_prob_of(logits, &SamplingParams::default(), next, &mut scratch);
+                bits.push(stats.logprob.to_bits());
+            }
+        }
+        done += rows;
+        done_other += rows_other;
+    }
+    bits
+}
+
+#[test]
+fn prefill_decode_and_training_give_the_same_bits() {
+    for (index, spec) in specs().into_iter().enumerate() {
+        let model = Transformer::new(spec);
+        for dtype in [WeightsDtype::F32, WeightsDtype::Bf16] {
+            let params = params(&model, 11, dtype);
+            let weights = pack(&model, &params, Purpose::Sampling, &Threads::single());
+            let (a, b) = (tokens(1, 50), tokens(2, 61));
+            let packed = [&b[..], &a[..], &b[..7]].concat();
+            let batch = TrainBatch { tokens: &packed, lengths: &[61, 50, 7], replay: None };
+            for threads in [Threads::single(), Threads::new(2)] {
+                let tape = weights.forward_train(&threads, &batch);
+                let targets: Vec<_> = (0..49).map(|i| Target { row: 61 + i, token: a[i + 1] }).collect();
+                let trained: Vec<u32> = tape
+                    .log_probs(&threads, &weights, &targets, &SamplingParams::default())
+                    .logprobs
+                    .iter()
+                    .map(|x| x.to_bits())
+                    .collect();
+                for (prompt, chunk) in [(1, 1), (20, 20), (33, 7), (49, 16)] {
+                    let sampled = stepwise(&weights, &a, prompt, chunk, &b);
+                    assert_eq!(sampled, trained, "spec {index} {dtype:?} prompt {prompt} in chunks of {chunk}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn replaying_the_routers_own_choice_changes_nothing() {
+    for spec in specs().into_iter().filter(|spec| spec.moe_layers() > 0) {
+        let model = Transformer::new(spec);
+        let weights = pack(&model, &params(&model, 5, WeightsDtype::F32), Purpose::Training, &Threads::single());
+        let sequence = tokens(3, 30);
+        let targets = targets_of(&sequence, &[30]);
+        let run = |replay: Option<&[u16]>| {
+            let batch = TrainBatch { tokens: &sequence, lengths: &[30], replay };
+            let tape = weights.forward_train(&Threads::single(), &batch);
+            let found = tape.log_probs(&Threads::single(), &weights, &targets, &SamplingParams::default());
+            (tape.experts().to_vec(), found)
+        };
+        let (experts, free) = run(None);
+        assert_eq!(run(Some(&experts)), (experts.clone(), free.clone()));
+        let other: Vec<u16> = experts.iter().map(|e| (e + 1) % 5).collect();
+        assert_ne!(run(Some(&other)).1, free, "replayed experts were ignored");
+    }
+}
+
+#[test]
+fn gradients_are_those_of_finite_differences() {
+    for (index, spec) in specs().into_iter().enumerate() {
+        let model = Transformer::new(spec);
+        let start = params(&model, 17, WeightsDtype::F32);
+        let packed = tokens(4, 40);
+        let lengths = [23, 17];
+        let targets = targets_of(&packed, &lengths);
+        let sampling = SamplingParams { temperature: 0.8, ..SamplingParams::default() };
+        let d_logprobs: Vec<f32> = (0..targets.len()).map(|i| CounterRng::new(1, 2).normal(i as u64) as f32).collect();
+        let d_entropies: Vec<f32> = d_logprobs.iter().map(|d| 0.3 * d).collect();
+        let threads = Threads::single();
+        let weights = pack(&model, &start, Purpose::Training, &threads);
+        // Experts are held fixed, so that the loss is smooth.
+        let tape = weights.forward_train(&threads, &TrainBatch { tokens: &packed, lengths: &lengths, replay: None });
+        let experts = tape.experts().to_vec();
+        let mut grads = vec![0.0; model.layout().total];
+        tape.backward(&threads, &weights, &targets, &sampling, &d_logprobs, Some(&d_entropies), &mut grads);
+
+        let objective = |values: Vec<f32>| {
+            let moved = Params { layout: model.layout().clone(), data: ParamData::F32(values) };
+            let weights = pack(&model, &moved, Purpose::Sampling, &threads);
+            let batch = TrainBatch { tokens: &packed, lengths: &lengths, replay: Some(&experts) };
+            let found = weights.forward_train(&threads, &batch).log_probs(&threads, &weights, &targets, &sampling);
+            let each = d_logprobs.iter().zip(&found.logprobs).chain(d_entropies.iter().zip(&found.entropies));
+            each.map(|(d, x)| f64::from(*d) * f64::from(*x)).sum::<f64>()
+        };
+        let values = start.to_f32();
+        for tensor in &model.layout().tensors {
+            // Along the gradient itself: the change must be its squared norm.
+            let g = &grads[tensor.range()];
+            let norm = g.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+            if norm < 1e-6 {
+                assert_eq!(tensor.kind, TensorKind::Expert, "spec {index}: {} has no gradient", tensor.name);
+                continue;
+            }
+            let step = 2e-3;
+            let moved = |sign: f64| {
+                let mut values = values.clone();
+                for (x, g) in values[tensor.range()].iter_mut().zip(g) {
+                    *x += (sign * step * f64::from(*g) / norm) as f32;
+                }
+                objective(values)
+            };
+            let numeric = (moved(1.0) - moved(-1.0)) / (2.0 * step);
+            let error = (numeric - norm).abs();
+            assert!(error <= 0.02 * norm + 2e-2, "spec {index}: {} moves by {numeric}, gradient says {norm}", tensor.name);
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! What both backends make of the bytes they carry.
+//!
+//! A payload is opened where it leaves the queue. One that cannot be opened is no error of the call: it goes on
+//! as a bad delivery, so that its rollout id is accounted for like any other.
+
+use freewheel_types::{
+    PromptId, RewardRecord, Rollout, RolloutId, ScoredRollout, TaskId, TypesError, Verdict, codec,
+};
+
+use crate::{DeliveryBody, QueueError};
+
+/// One entry of the scored stream, as stored.
+#[derive(Clone, Debug)]
+pub(crate) enum ScoredEntry {
+    /// An encoded scored rollout.
+    Payload(Vec<u8>),
+    /// What was wrong with what should have been here.
+    Bad(String),
+    /// A rollout that will never come.
+    Abandoned { prompt: PromptId, group_size: u32 },
+}
+
+impl ScoredEntry {
+    /// Payload bytes that count against the cap.
+    pub(crate) fn bytes(&self) -> u64 {
+        match self {
+            Self::Payload(payload) => payload.len() as u64,
+            Self::Bad(_) | Self::Abandoned { .. } => 0,
+        }
+    }
+}
+
+/// A payload that was put aside, with the reason.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeadLetter {
+    /// Where it was found.
+    pub source: String,
+    /// Rollout it belongs to, if known.
+    pub rollout: Option<RolloutId>,
+    /// What was wrong with it.
+    pub reason: String,
+}
+
+/// Opens a leased rollout; `beside` is the id that stands beside the payload.
+///
+/// # Errors
+/// What takes its place in the scored stream: a bad entry if it is damaged, an unscored one if so many reward
+/// workers died over it that it must be what kills them.
+pub(crate) fn open_rollout(
+    payload: &[u8],
+    beside: Option<RolloutId>,
+    deliveries: u32,
+    max_deliveries: u32,
+) -> Result<Rollout, ScoredEntry> {
+    let bad = |error: TypesError| ScoredEntry::Bad(error.to_string());
+    let rollout = codec::decode_rollout(payload).map_err(bad)?;
+    if let Some(expected) = beside.filter(|id| *id != rollout.id) {
+        return Err(bad(other_rollout(expected, rollout.id)));
+    }
+    if deliveries <= max_deliveries {
+        return Ok(rollout);
+    }
+    let reason = format!("no reward worker finished it: {}", too_often(max_deliveries));
+    let reward = RewardRecord {
+        verdict: Verdict::Unscored { reason },
+        components: Vec::new(),
+        reward_version: String::new(),
+        latency_ms: 0.0,
+    };
+    Err(codec::encode_scored(&ScoredRollout { rollout, reward }).map_or_else(bad, ScoredEntry::Payload))
+}
+
+/// Opens an entry of the scored stream; `rollout` is the id that stands beside the payload.
+pub(crate) fn open_scored(entry: &ScoredEntry, rollout: RolloutId) -> DeliveryBody {
+    match entry {
+        ScoredEntry::Payload(payload) => match codec::decode_scored(payload) {
+            Ok(scored) if scored.rollout.id == rollout => DeliveryBody::Scored(Box::new(scored)),
+            Ok(scored) => {
+                DeliveryBody::Bad { rollout: Some(rollout), error: other_rollout(rollout, scored.rollout.id) }
+            }
+            Err(error) => DeliveryBody::Bad { rollout: Some(rollout), error },
+        },
+        ScoredEntry::Bad(what) => {
+            DeliveryBody::Bad { rollout: Some(rollout), error: TypesError::Envelope(what.clone()) }
+        }
+        ScoredEntry::Abandoned { prompt, group_size } => {
+            DeliveryBody::Abandoned { rollout, prompt: *prompt, group_size: *group_size }
+        }
+    }
+}
+
+/// An entry whose rollout id does not even parse.
+pub(crate) fn nameless() -> DeliveryBody {
+    DeliveryBody::Bad { rollout: None, error: TypesError::Envelope("an entry without a rollout id".into()) }
+}
+
+fn other_rollout(expected: RolloutId, got: RolloutId) -> TypesError {
+    let what = "rollout id of a payload";
+    TypesError::Mismatch { what, expected: expected.to_string(), got: got.to_string() }
+}
+
+/// Consumer name of the learner of an epoch.
+pub(crate) fn learner_name(epoch: u64) -> String {
+    format!("L-{epoch}")
+}
+
+/// Why something was given up.
+pub(crate) fn too_often(max_deliveries: u32) -> String {
+    format!("handed out more than {max_deliveries} times")
+}
+
+/// A task that was to end before all its samples had been accepted.
+pub(crate) fn unfinished(task: TaskId, index: u32, group_size: u32) -> QueueError {
+    QueueError::Config(format!(
+        "task {task} cannot be finished: sample {index} of {group_size} was never accepted; \
+         leave the task, its lease will run out and another actor redoes what is missing"
+    ))
+}
+
+/// A lease that belongs to another rollout.
+pub(crate) fn wrong_lease(lease: &str, rollout: RolloutId) -> QueueError {
+    QueueError::Config(format!("lease {lease} is not a lease of rollout {rollout}"))
+}

@@ -1,0 +1,593 @@
+//! The rollout streams of a run in Redis.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use freewheel_types::{
+    ActorId, GroupOutcome, PolicyVersion, Rollout, RolloutId, RunId, ScoredRollout, Task, TaskId, codec,
+};
+use redis::{FromRedisValue, Script, ScriptInvocation};
+use tokio::time::Instant;
+
+use super::entries::{DamagedTask, Fields, TaskHead, control_name, control_of, frame, is_entry_id, unframe};
+use super::inspect;
+use super::keys::Keys;
+use super::link::{Failure, Link, Request};
+use super::scripts::SCRIPTS;
+use super::{CONNECT, Poll, random_name};
+use crate::payload::{self, ScoredEntry};
+use crate::{
+    DeadLetter, Delivery, LeasedRollout, LeasedTask, PutOutcome, QueueConfig, QueueCounts, QueueError,
+    QueueSecret, RolloutQueue, RunControl,
+};
+
+/// Acknowledgements per script call: keeps a call short for everybody else.
+const ACK_BATCH: usize = 256;
+/// Longest pause between two looks for abandoned entries.
+const REAP_MAX: Duration = Duration::from_secs(1);
+
+/// All streams of one run, in Redis.
+pub struct RedisQueue {
+    link: Arc<Link>,
+    keys: Keys,
+    run: RunId,
+    config: QueueConfig,
+    /// Which life of the server's data this client knows.
+    incarnation: Mutex<String>,
+    task_reaper: Mutex<Reaper>,
+    rollout_reaper: Mutex<Reaper>,
+    learner: Mutex<Fetching>,
+    /// Outcomes given to the pool and not confirmed yet.
+    given: tokio::sync::Mutex<Vec<String>>,
+}
+
+/// Where the search for abandoned entries stands. Its pace is no decision: the server's clock says what is abandoned.
+#[derive(Default)]
+struct Reaper {
+    cursor: Option<String>,
+    last: Option<Instant>,
+}
+
+/// What the learner of an epoch has in hand.
+#[derive(Default)]
+struct Fetching {
+    epoch: u64,
+    /// Where the claim of left-behind entries stands; `None` when it is complete.
+    cursor: Option<String>,
+    /// A reply may have been lost: entries it held are pending without having been handed out.
+    unsure: bool,
+    /// Handed out, not acknowledged.
+    handed: HashSet<String>,
+}
+
+type Leased = (String, String, Vec<(String, u32, Fields)>);
+type Fetched = (String, String, Vec<(String, Fields)>);
+
+impl RedisQueue {
+    /// Connects and sets up what is missing.
+    ///
+    /// # Errors
+    /// [`QueueError::Unavailable`] if no server answers within a few seconds, [`QueueError::Config`] if it is the
+    /// wrong one.
+    pub async fn connect(
+        url: &QueueSecret,
+        run: &RunId,
+        config: &QueueConfig,
+    ) -> Result<Arc<Self>, QueueError> {
+        let limit = config.timeout();
+        let link = Link::open(url, limit)?;
+        let queue = Self {
+            keys: Keys::new(run),
+            run: run.clone(),
+            config: config.clone(),
+            incarnation: Mutex::default(),
+            task_reaper: Mutex::default(),
+            rollout_reaper: Mutex::default(),
+            learner: Mutex::default(),
+            given: tokio::sync::Mutex::default(),
+            link,
+        };
+        inspect::check_version(&queue.link, limit.min(CONNECT))
+            .await
+            .map_err(|failure| queue.error(failure, 0))?;
+        queue.initialise().await?;
+        Ok(Arc::new(queue))
+    }
+
+    /// The newest dead letters, newest first.
+    ///
+    /// # Errors
+    /// As any call.
+    pub async fn dead_letters(&self, max: usize) -> Result<Vec<DeadLetter>, QueueError> {
+        let mut command = redis::cmd("XREVRANGE");
+        command.arg(self.keys.key("dlq")).arg("+").arg("-").arg("COUNT").arg(max);
+        let letters: Vec<(String, Fields)> = self
+            .link
+            .call(Request::Command(&command), 0, "reading dead letters")
+            .await
+            .map_err(|failure| self.error(failure, 0))?;
+        Ok(letters.iter().map(|(_, fields)| fields.dead_letter()).collect())
+    }
+
+    async fn initialise(&self) -> Result<(), QueueError> {
+        let mut init = SCRIPTS.init.key(self.keys.key("inc"));
+        for stream in ["tasks", "rollouts", "scored", "outcomes"] {
+            init.key(self.keys.key(stream));
+        }
+        init.arg(random_name());
+        let incarnation = self.call(&init, 0, "setting up the streams").await?;
+        *lock(&self.incarnation) = incarnation;
+        *lock(&self.learner) = Fetching::default();
+        Ok(())
+    }
+
+    /// A call of `script` on `keys`; every queue script takes the incarnation first.
+    fn prepare(&self, script: &'static Script, keys: &[&str]) -> ScriptInvocation<'static> {
+        let mut call = script.key(self.keys.key("inc"));
+        for key in keys {
+            call.key(if key.starts_with("fw:") { (*key).to_owned() } else { self.keys.key(key) });
+        }
+        call.arg(lock(&self.incarnation).as_str());
+        call
+    }
+
+    async fn call<T: FromRedisValue>(
+        &self,
+        call: &ScriptInvocation<'_>,
+        epoch: u64,
+        what: &'static str,
+    ) -> Result<T, QueueError> {
+        self.link.call(Request::Script(call), 0, what).await.map_err(|failure| self.error(failure, epoch))
+    }
+
+    fn error(&self, failure: Failure, epoch: u64) -> QueueError {
+        failure.into_error(self.run.as_str(), self.link.address(), epoch)
+    }
+
+    // --- leases ----------------------------------------------------------------------------------
+
+    /// One look at a stream: abandoned entries if it is time to look for them, then new ones.
+    async fn lease(
+        &self,
+        (stream, group, reaper): (&'static str, &'static str, &Mutex<Reaper>),
+        owner: &str,
+        max: usize,
+        first: bool,
+    ) -> Result<(bool, Vec<(String, u32, Fields)>), QueueError> {
+        let lease = self.config.lease();
+        let cursor = lock(reaper).due((lease / 20).min(REAP_MAX), first);
+        let mut call = self.prepare(&SCRIPTS.lease, &[stream, "ctl"]);
+        call.arg(group).arg(owner).arg(max).arg(lease.as_millis() as u64).arg(&cursor);
+        let (next, control, entries): Leased = self.call(&call, 0, "leasing").await?;
+        if !cursor.is_empty() {
+            lock(reaper).arrived(next);
+        }
+        Ok((control_of(&control) == RunControl::Finished, entries))
+    }
+
+    async fn lease_tasks_now(
+        &self,
+        actor: &str,
+        max: usize,
+        mut first: bool,
+    ) -> Result<(bool, Vec<LeasedTask>), QueueError> {
+        let mut leased = Vec::new();
+        loop {
+            let want = max - leased.len();
+            let (finished, entries) =
+                self.lease(("tasks", "actors", &self.task_reaper), actor, want, first).await?;
+            let found = entries.len();
+            first = false;
+            for (id, deliveries, mut fields) in entries {
+                if deliveries > self.config.max_deliveries {
+                    self.give_up(&id, fields.task_head(), None).await?;
+                    continue;
+                }
+                match fields.task() {
+                    Ok(task) => leased.push(LeasedTask { task, lease: id, deliveries }),
+                    Err(DamagedTask { error, head }) => {
+                        self.give_up(&id, head, Some(error.to_string())).await?
+                    }
+                }
+            }
+            if found == 0 || leased.len() >= max {
+                return Ok((finished, leased));
+            }
+        }
+    }
+
+    /// Ends a task whose missing samples will never come.
+    async fn give_up(
+        &self,
+        id: &str,
+        head: Option<TaskHead>,
+        damage: Option<String>,
+    ) -> Result<(), QueueError> {
+        let reason = damage.clone().unwrap_or_else(|| payload::too_often(self.config.max_deliveries));
+        tracing::warn!(task = ?head.map(|head| head.id.0), reason, "task given up");
+        let seen = self.keys.seen_base(head.map_or(TaskId(0), |head| head.id));
+        let mut call = self.prepare(&SCRIPTS.abandon, &["tasks", "live", &seen.key, "scored", "cnt", "dlq"]);
+        call.arg(id).arg(head.map_or(String::new(), |head| head.id.to_string())).arg(seen.offset);
+        match (&damage, head) {
+            (None, Some(head)) => call.arg("ab").arg(head.prompt.to_string()),
+            _ => call.arg("bad").arg(&reason),
+        };
+        call.arg(&reason);
+        if let Some(head) = head {
+            (0..head.group_size).for_each(|k| {
+                call.arg(head.id.rollout(k).0);
+            });
+        }
+        self.call::<u64>(&call, 0, "giving a task up").await.map(drop)
+    }
+
+    async fn lease_rollouts_now(
+        &self,
+        worker: &str,
+        max: usize,
+        mut first: bool,
+    ) -> Result<(bool, Vec<LeasedRollout>), QueueError> {
+        let mut leased = Vec::new();
+        loop {
+            let want = max - leased.len();
+            let (finished, entries) =
+                self.lease(("rollouts", "reward", &self.rollout_reaper), worker, want, first).await?;
+            let found = entries.len();
+            first = false;
+            for (id, deliveries, mut fields) in entries {
+                let beside = fields.rollout();
+                match payload::open_rollout(&fields.payload(), beside, deliveries, self.config.max_deliveries)
+                {
+                    Ok(rollout) => leased.push(LeasedRollout { rollout, lease: id }),
+                    Err(entry) => {
+                        if let ScoredEntry::Bad(reason) = &entry {
+                            self.dead_letter("rollouts", beside, reason).await?;
+                        }
+                        self.replace(&id, beside, &entry).await?;
+                    }
+                }
+            }
+            if found == 0 || leased.len() >= max {
+                return Ok((finished, leased));
+            }
+        }
+    }
+
+    /// Moves an entry from `rollouts` to `scored`.
+    async fn replace(
+        &self,
+        id: &str,
+        rollout: Option<RolloutId>,
+        entry: &ScoredEntry,
+    ) -> Result<(), QueueError> {
+        let mut call = self.prepare(&SCRIPTS.forward, &["rollouts", "scored", "bytes"]);
+        call.arg(id).arg(rollout.map_or(String::new(), |rollout| rollout.0.to_string()));
+        match entry {
+            ScoredEntry::Payload(payload) => call.arg("d").arg(payload),
+            ScoredEntry::Bad(reason) => call.arg("bad").arg(reason),
+            ScoredEntry::Abandoned { prompt, .. } => call.arg("ab").arg(prompt.to_string()),
+        };
+        self.send(&call, entry.bytes(), "forwarding a rollout").await.map(|_: u64| ()).map_err(|failure| {
+            match (failure.code(), rollout) {
+                ("MISMATCH", Some(rollout)) => payload::wrong_lease(id, rollout),
+                _ => self.error(failure, 0),
+            }
+        })
+    }
+
+    async fn send<T: FromRedisValue>(
+        &self,
+        call: &ScriptInvocation<'_>,
+        bytes: u64,
+        what: &'static str,
+    ) -> Result<T, Failure> {
+        self.link.call(Request::Script(call), bytes, what).await
+    }
+
+    async fn put(
+        &self,
+        stream: &'static str,
+        rollout: RolloutId,
+        payload: &[u8],
+    ) -> Result<PutOutcome, QueueError> {
+        let seen = self.keys.seen(rollout);
+        let mut call = self.prepare(&SCRIPTS.put, &[stream, &seen.key, "bytes", "cnt"]);
+        call.arg(seen.offset).arg(self.config.max_len).arg(self.config.max_bytes).arg(rollout.0).arg(payload);
+        match self.send::<String>(&call, payload.len() as u64, "putting a rollout").await {
+            Ok(outcome) => Ok(match outcome.as_str() {
+                "DUP" => PutOutcome::Duplicate,
+                "BUSY" => PutOutcome::Busy,
+                _ => PutOutcome::Accepted,
+            }),
+            // Full by its own count rather than ours: it drains, because everything else may still run.
+            Err(failure) if failure.code() == "OOM" => Ok(PutOutcome::Busy),
+            Err(failure) => Err(self.error(failure, 0)),
+        }
+    }
+
+    // --- learner ---------------------------------------------------------------------------------
+
+    async fn fetch_now(&self, epoch: u64, max: usize) -> Result<(bool, Vec<Delivery>), QueueError> {
+        let mut retry = self.link.retry();
+        // Each try starts from what is known then: a lost reply leaves entries pending that must be claimed again.
+        let (next, control, entries): Fetched = loop {
+            let cursor = lock(&self.learner).begin(epoch);
+            let mut call = self.prepare(&SCRIPTS.fetch, &["scored", "epoch", "ctl"]);
+            call.arg(epoch).arg(payload::learner_name(epoch)).arg(max).arg(&cursor);
+            match retry.once(&Request::Script(&call), "fetching").await {
+                Ok(fetched) => break fetched,
+                Err(failure) => retry.pause(failure).await.map_err(|failure| self.error(failure, epoch))?,
+            }
+        };
+        let fresh = lock(&self.learner).arrived(next, entries);
+        let deliveries = fresh.into_iter().map(|(id, mut fields)| {
+            let body = match fields.rollout() {
+                Some(rollout) => payload::open_scored(&fields.scored(), rollout),
+                None => payload::nameless(),
+            };
+            Delivery { id, body }
+        });
+        Ok((control_of(&control) == RunControl::Finished, deliveries.collect()))
+    }
+}
+
+impl Reaper {
+    /// The cursor to go on from, or "" if it is not time yet.
+    fn due(&mut self, pace: Duration, first: bool) -> String {
+        let now = Instant::now();
+        if !first && self.cursor.is_none() && self.last.is_some_and(|last| now - last < pace) {
+            return String::new();
+        }
+        self.last = Some(now);
+        self.cursor.clone().unwrap_or_else(|| "0-0".into())
+    }
+
+    fn arrived(&mut self, next: String) {
+        self.cursor = Some(next).filter(|next| next != "0-0");
+    }
+}
+
+impl Fetching {
+    /// The cursor of the next fetch, "" when nothing is left behind.
+    fn begin(&mut self, epoch: u64) -> String {
+        if self.epoch != epoch {
+            *self = Self { epoch, cursor: Some("0-0".into()), ..Self::default() };
+        }
+        if std::mem::replace(&mut self.unsure, true) {
+            self.cursor = Some("0-0".into());
+        }
+        self.cursor.clone().unwrap_or_default()
+    }
+
+    /// Takes note of a reply; gives the entries that had not been handed out yet.
+    fn arrived(&mut self, next: String, entries: Vec<(String, Fields)>) -> Vec<(String, Fields)> {
+        self.unsure = false;
+        self.cursor = Some(next).filter(|next| !next.is_empty());
+        entries.into_iter().filter(|(id, _)| self.handed.insert(id.clone())).collect()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[async_trait]
+impl RolloutQueue for RedisQueue {
+    async fn issue(&self, task: &Task) -> Result<(), QueueError> {
+        let payload = codec::encode_task(task)?;
+        let (issued, seen) = (self.keys.issued(task.id), self.keys.seen_base(task.id));
+        let mut call = self.prepare(&SCRIPTS.issue, &["tasks", &issued.key, "live", "cnt", &seen.key]);
+        call.arg(task.id.0).arg(issued.offset).arg(seen.offset).arg(task.group_size);
+        call.arg(task.prompt.id.to_string()).arg(&payload);
+        let bytes = payload.len() as u64;
+        self.send::<u64>(&call, bytes, "issuing a task")
+            .await
+            .map(drop)
+            .map_err(|failure| self.error(failure, 0))
+    }
+
+    async fn outcomes(&self, max: usize, wait: Duration) -> Result<Vec<GroupOutcome>, QueueError> {
+        let mut poll = Poll::new(wait);
+        let mut given = self.given.lock().await;
+        loop {
+            let mut call = self.prepare(&SCRIPTS.outcomes, &["outcomes", "ctl"]);
+            call.arg(max).arg(&*given);
+            let (control, entries): (String, Vec<(String, Vec<u8>)>) =
+                self.call(&call, 0, "reading outcomes").await?;
+            let mut outcomes = Vec::with_capacity(entries.len());
+            for (id, bytes) in &entries {
+                match unframe(bytes) {
+                    Ok(outcome) => outcomes.push(outcome),
+                    Err(error) => self.dead_letter("outcomes", None, &format!("entry {id}: {error}")).await?,
+                }
+            }
+            // From here to the return nothing waits: what is confirmed by the next call was really given.
+            *given = entries.into_iter().map(|(id, _)| id).collect();
+            let finished = control_of(&control) == RunControl::Finished;
+            if !outcomes.is_empty() || !poll.again(finished).await? {
+                return Ok(outcomes);
+            }
+        }
+    }
+
+    async fn lease_tasks(
+        &self,
+        actor: &ActorId,
+        max: usize,
+        wait: Duration,
+    ) -> Result<Vec<LeasedTask>, QueueError> {
+        let mut poll = Poll::new(wait);
+        loop {
+            let (finished, leased) = self.lease_tasks_now(&actor.0, max, poll.first()).await?;
+            if !leased.is_empty() || !poll.again(finished).await? {
+                return Ok(leased);
+            }
+        }
+    }
+
+    async fn extend_task(&self, actor: &ActorId, _task: TaskId, lease: &str) -> Result<bool, QueueError> {
+        if !is_entry_id(lease) {
+            return Ok(false);
+        }
+        let mut call = self.prepare(&SCRIPTS.extend, &["tasks"]);
+        call.arg("actors").arg(&actor.0).arg(lease);
+        self.call(&call, 0, "renewing a task lease").await
+    }
+
+    async fn delivered(&self, task: &Task) -> Result<Vec<bool>, QueueError> {
+        let seen = self.keys.seen_base(task.id);
+        let mut call = self.prepare(&SCRIPTS.delivered, &[&seen.key]);
+        call.arg(seen.offset).arg(task.group_size);
+        self.call(&call, 0, "reading what was delivered").await
+    }
+
+    async fn put_rollout(&self, rollout: &Rollout) -> Result<PutOutcome, QueueError> {
+        self.put("rollouts", rollout.id, &codec::encode_rollout(rollout)?).await
+    }
+
+    async fn put_scored(&self, scored: &ScoredRollout) -> Result<PutOutcome, QueueError> {
+        self.put("scored", scored.rollout.id, &codec::encode_scored(scored)?).await
+    }
+
+    async fn finish_task(&self, _actor: &ActorId, task: TaskId, lease: &str) -> Result<(), QueueError> {
+        if !is_entry_id(lease) {
+            return Ok(());
+        }
+        let seen = self.keys.seen_base(task);
+        let mut call = self.prepare(&SCRIPTS.finish, &["tasks", "live", &seen.key]);
+        call.arg(lease).arg(task.0).arg(seen.offset);
+        let (missing, group_size): (i64, u32) = self.call(&call, 0, "finishing a task").await?;
+        match u32::try_from(missing) {
+            Ok(index) => Err(payload::unfinished(task, index, group_size)),
+            Err(_none_missing) => Ok(()),
+        }
+    }
+
+    async fn lease_rollouts(
+        &self,
+        worker: &str,
+        max: usize,
+        wait: Duration,
+    ) -> Result<Vec<LeasedRollout>, QueueError> {
+        let mut poll = Poll::new(wait);
+        loop {
+            let (finished, leased) = self.lease_rollouts_now(worker, max, poll.first()).await?;
+            if !leased.is_empty() || !poll.again(finished).await? {
+                return Ok(leased);
+            }
+        }
+    }
+
+    async fn forward_scored(
+        &self,
+        _worker: &str,
+        lease: &str,
+        scored: &ScoredRollout,
+    ) -> Result<(), QueueError> {
+        let entry = ScoredEntry::Payload(codec::encode_scored(scored)?);
+        if !is_entry_id(lease) {
+            return Ok(());
+        }
+        self.replace(lease, Some(scored.rollout.id), &entry).await
+    }
+
+    async fn acquire_learner(&self, holder: &str, floor: u64) -> Result<Option<u64>, QueueError> {
+        let ttl = self.config.learner_lease().as_millis() as u64;
+        let mut call = self.prepare(&SCRIPTS.acquire, &["lease", "epoch"]);
+        call.arg(holder).arg(ttl).arg(floor);
+        let epoch: u64 = self.call(&call, 0, "acquiring the learner lease").await?;
+        Ok(Some(epoch).filter(|epoch| *epoch > 0))
+    }
+
+    async fn renew_learner(&self, holder: &str, epoch: u64) -> Result<(), QueueError> {
+        let ttl = self.config.learner_lease().as_millis() as u64;
+        let mut call = self.prepare(&SCRIPTS.renew, &["lease", "epoch"]);
+        call.arg(holder).arg(epoch).arg(ttl);
+        self.call::<u64>(&call, epoch, "renewing the learner lease").await.map(drop)
+    }
+
+    async fn fetch_scored(
+        &self,
+        epoch: u64,
+        max: usize,
+        wait: Duration,
+    ) -> Result<Vec<Delivery>, QueueError> {
+        let mut poll = Poll::new(wait);
+        loop {
+            let (finished, deliveries) = self.fetch_now(epoch, max).await?;
+            if !deliveries.is_empty() || !poll.again(finished).await? {
+                return Ok(deliveries);
+            }
+        }
+    }
+
+    async fn ack_scored(&self, epoch: u64, deliveries: &[String]) -> Result<(), QueueError> {
+        let ids: Vec<&String> = deliveries.iter().filter(|id| is_entry_id(id)).collect();
+        // An empty list still says whether the epoch is over.
+        let batches = if ids.is_empty() { vec![&ids[..]] } else { ids.chunks(ACK_BATCH).collect() };
+        for batch in batches {
+            let mut call = self.prepare(&SCRIPTS.ack, &["scored", "epoch", "bytes", "cnt"]);
+            call.arg(epoch).arg(batch);
+            self.call::<u64>(&call, epoch, "acknowledging").await?;
+            let mut learner = lock(&self.learner);
+            batch.iter().for_each(|id| {
+                learner.handed.remove(*id);
+            });
+        }
+        Ok(())
+    }
+
+    async fn report(&self, epoch: u64, outcome: &GroupOutcome) -> Result<(), QueueError> {
+        let mut call = self.prepare(&SCRIPTS.report, &["outcomes", "epoch"]);
+        call.arg(epoch).arg(frame(outcome)?);
+        self.call::<String>(&call, epoch, "reporting an outcome").await.map(drop)
+    }
+
+    async fn dead_letter(
+        &self,
+        source: &str,
+        rollout: Option<RolloutId>,
+        reason: &str,
+    ) -> Result<(), QueueError> {
+        let mut call = self.prepare(&SCRIPTS.dead_letter, &["dlq"]);
+        call.arg(source).arg(rollout.map_or(String::new(), |rollout| rollout.0.to_string())).arg(reason);
+        self.call::<String>(&call, 0, "writing a dead letter").await.map(drop)
+    }
+
+    async fn counts(&self) -> Result<QueueCounts, QueueError> {
+        let call = self.prepare(&SCRIPTS.counts, &["cnt", "rollouts", "scored", "tasks", "bytes"]);
+        let n: [u64; 8] = self.call(&call, 0, "counting").await?;
+        let [issued, delivered, acked, abandoned, rollouts, scored, tasks, bytes] = n;
+        Ok(QueueCounts { issued, delivered, rollouts, scored, acked, tasks, abandoned, bytes })
+    }
+
+    async fn control(&self) -> Result<RunControl, QueueError> {
+        let call = self.prepare(&SCRIPTS.get, &["ctl"]);
+        let name: Option<String> = self.call(&call, 0, "reading the run's control").await?;
+        Ok(name.map_or(RunControl::Run, |name| control_of(&name)))
+    }
+
+    async fn set_control(&self, control: RunControl) -> Result<(), QueueError> {
+        let mut call = self.prepare(&SCRIPTS.set, &["ctl"]);
+        call.arg(control_name(control));
+        self.call::<String>(&call, 0, "setting the run's control").await.map(drop)
+    }
+
+    async fn set_progress(&self, epoch: u64, version: PolicyVersion) -> Result<(), QueueError> {
+        let mut call = self.prepare(&SCRIPTS.set_progress, &["prog", "epoch"]);
+        call.arg(epoch).arg(format!("{} {}", version.epoch, version.step));
+        self.call::<String>(&call, epoch, "reporting progress").await.map(drop)
+    }
+
+    async fn progress(&self) -> Result<PolicyVersion, QueueError> {
+        let call = self.prepare(&SCRIPTS.get, &["prog"]);
+        let text: Option<String> = self.call(&call, 0, "reading progress").await?;
+        Ok(text.as_deref().and_then(super::store::version_of).unwrap_or_default())
+    }
+
+    async fn reinit(&self) -> Result<(), QueueError> {
+        self.initialise().await
+    }
+}

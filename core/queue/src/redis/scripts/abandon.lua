@@ -1,0 +1,18 @@
+#!lua flags=allow-oom
+-- Ends a task whose missing samples will never come; each goes to the learner, as abandoned ('ab') or bad ('bad').
+-- KEYS inc tasks live seen scored cnt dlq  ARGV inc id task seen_base field value reason rid…
+if not entry_at(KEYS[2], ARGV[2]) then return 0 end
+local given_up = 0
+for i = 8, #ARGV do
+  if redis.call('SETBIT', KEYS[4], ARGV[4] + i - 8, 1) == 0 then
+    redis.call('XADD', KEYS[5], '*', 'rid', ARGV[i], ARGV[5], ARGV[6], 'g', #ARGV - 7)
+    given_up = given_up + 1
+  end
+end
+redis.call('HINCRBY', KEYS[6], 'delivered', given_up)
+if ARGV[5] == 'ab' then redis.call('HINCRBY', KEYS[6], 'abandoned', given_up) end
+redis.call('XADD', KEYS[7], 'MAXLEN', '~', '10000', '*', 'source', 'tasks', 'rid', ARGV[8], 'reason', ARGV[7])
+redis.call('XACK', KEYS[2], 'actors', ARGV[2])
+redis.call('XDEL', KEYS[2], ARGV[2])
+redis.call('HDEL', KEYS[3], ARGV[3])
+return given_up

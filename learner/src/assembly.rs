@@ -1,0 +1,317 @@
+//! From single deliveries to whole prompt groups, each rollout counted once.
+//!
+//! ```text
+//! arrival ─► known id? ─► group ─ all members here ─► judge ─► ready (can teach) ─► batch
+//!              │ yes: duplicate                         └────► dropped: unscored, invalid, zero signal
+//! ```
+//!
+//! A group is whole when each of its rollout ids has arrived, as a scored rollout, as one that cannot be used, or as one
+//! that will never come. Unscored members are left out; they are never zero. Which groups make a batch, and when a
+//! group is too old, is decided in [`batching`](crate::batching).
+
+use std::collections::BTreeMap;
+
+use freewheel_types::{DropReason, Dropped, MAX_GROUP_SIZE, PolicyVersion, PromptId, RolloutId, ScoredRollout, TaskId};
+
+use crate::advantage::is_informative;
+use crate::consumed::IdSet;
+
+/// One rollout id, as it reached the learner.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Arrival {
+    /// With a reward record.
+    Scored(Box<ScoredRollout>),
+    /// It came, but cannot be used.
+    Bad(RolloutId),
+    /// It will never come.
+    Abandoned {
+        /// The rollout.
+        rollout: RolloutId,
+        /// Its prompt.
+        prompt: PromptId,
+        /// Rollouts in its group.
+        group_size: u32,
+    },
+}
+
+impl Arrival {
+    /// Which rollout.
+    pub fn rollout(&self) -> RolloutId {
+        match self {
+            Self::Scored(scored) => scored.rollout.id,
+            Self::Bad(rollout) | Self::Abandoned { rollout, .. } => *rollout,
+        }
+    }
+
+    fn group_size(&self) -> Option<u32> {
+        match self {
+            Self::Scored(scored) => Some(scored.rollout.group_size),
+            Self::Abandoned { group_size, .. } => Some(*group_size),
+            Self::Bad(_) => None,
+        }
+    }
+
+    fn prompt(&self) -> Option<PromptId> {
+        match self {
+            Self::Scored(scored) => Some(scored.rollout.prompt.id),
+            Self::Abandoned { prompt, .. } => Some(*prompt),
+            Self::Bad(_) => None,
+        }
+    }
+}
+
+/// The rollouts of one task, as far as they are here.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Group {
+    /// The task.
+    pub id: TaskId,
+    /// Its members by sample index.
+    pub members: BTreeMap<u32, Arrival>,
+}
+
+/// What a group's members have in common, for reports.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GroupSummary {
+    /// Its prompt; `None` if no member says.
+    pub prompt: Option<PromptId>,
+    /// Oldest version that had a part in a token.
+    pub oldest: Option<PolicyVersion>,
+    /// Members with a reward.
+    pub scored: u32,
+    /// Of those, how many were right.
+    pub correct: u32,
+    /// Mean reward of the scored.
+    pub reward_mean: Option<f32>,
+}
+
+/// The end of a group, as told to the prompt pool.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SettledGroup {
+    /// The group.
+    pub group: Group,
+    /// Why it left without being trained on.
+    pub reason: DropReason,
+}
+
+impl Group {
+    /// Members with a reward, in sample order.
+    pub fn scored(&self) -> impl Iterator<Item = &ScoredRollout> {
+        self.members.values().filter_map(|arrival| match arrival {
+            Arrival::Scored(scored) if scored.reward.reward().is_some() => Some(&**scored),
+            _ => None,
+        })
+    }
+
+    /// Members that leave on their own account, whatever becomes of the rest.
+    pub fn dropped_members(&self) -> Vec<(RolloutId, DropReason)> {
+        let reason = |arrival: &Arrival| match arrival {
+            Arrival::Scored(scored) if scored.reward.reward().is_some() => None,
+            Arrival::Scored(_) => Some(DropReason::Unscored),
+            Arrival::Bad(_) | Arrival::Abandoned { .. } => Some(DropReason::Invalid),
+        };
+        self.members.values().filter_map(|arrival| Some((arrival.rollout(), reason(arrival)?))).collect()
+    }
+
+    /// Counts for the report.
+    pub fn summary(&self) -> GroupSummary {
+        let rewards: Vec<f32> = self.scored().filter_map(|s| s.reward.reward()).collect();
+        // Where no component decides what is right, a positive reward counts as right.
+        let right = |s: &&ScoredRollout| s.reward.correct().unwrap_or(s.reward.reward().is_some_and(|r| r > 0.0));
+        GroupSummary {
+            prompt: self.members.values().find_map(Arrival::prompt),
+            oldest: self.oldest(),
+            scored: rewards.len() as u32,
+            correct: self.scored().filter(right).count() as u32,
+            reward_mean: (!rewards.is_empty()).then(|| rewards.iter().sum::<f32>() / rewards.len() as f32),
+        }
+    }
+
+    /// Oldest version that drew a token of a member that may be trained on, or prefilled its prompt.
+    pub fn oldest(&self) -> Option<PolicyVersion> {
+        self.scored().filter_map(|s| s.rollout.version_oldest()).min()
+    }
+
+    /// Newest version that drew a token of a member that may be trained on.
+    pub fn newest(&self) -> Option<PolicyVersion> {
+        self.scored().filter_map(|s| s.rollout.version_newest()).max()
+    }
+}
+
+/// What makes a whole group one to train on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupRules {
+    /// Scored members it needs.
+    pub min_valid: u32,
+    /// Size of groups none of whose members says.
+    pub group_size: u32,
+}
+
+impl GroupRules {
+    /// Why a whole group cannot be trained on, if it cannot. Depends on the group alone.
+    fn verdict(&self, group: &Group) -> Option<DropReason> {
+        let scored = group.scored().count() as u32;
+        if scored < self.min_valid.min(group.members.len() as u32) || scored == 0 {
+            let unscored = group.dropped_members().iter().any(|(_, reason)| *reason == DropReason::Unscored);
+            return Some(if unscored { DropReason::Unscored } else { DropReason::Invalid });
+        }
+        // A group of one has no baseline of its own; it is for objectives that compare across the batch.
+        let informative = group.members.len() == 1 || is_informative(group.scored().map(|s| s.reward.reward()));
+        (!informative).then_some(DropReason::ZeroSignal)
+    }
+}
+
+/// Where every rollout that ever arrived is. `received = trained + dropped + held`, always.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Ledger {
+    /// Distinct rollout ids that arrived.
+    pub received: u64,
+    /// Rollouts that went into an update.
+    pub trained: u64,
+    /// Rollouts that left otherwise.
+    pub dropped: Dropped,
+    /// Further copies of rollouts that had arrived; outside the identity, nobody asked for them.
+    pub duplicates: u64,
+}
+
+impl Ledger {
+    /// Rollouts that wait here: in unfinished groups, or in groups that wait for a batch.
+    pub fn held(&self) -> u64 {
+        self.received - self.trained - self.dropped.total()
+    }
+}
+
+/// Groups under way and groups that are ready.
+#[derive(Clone, Debug)]
+pub struct Assembly {
+    rules: GroupRules,
+    /// Every rollout id that arrived.
+    seen: IdSet,
+    partial: BTreeMap<TaskId, Group>,
+    ready: BTreeMap<TaskId, Group>,
+    /// Groups that ended, trained or dropped.
+    settled: IdSet,
+    ledger: Ledger,
+}
+
+impl Assembly {
+    /// Nothing has arrived.
+    pub fn new(rules: GroupRules) -> Self {
+        Self::restore(rules, IdSet::default(), IdSet::default(), Ledger::default())
+    }
+
+    /// As it was when `settled` groups had ended with their `consumed` rollouts; whatever was held then is to be inserted again.
+    pub fn restore(rules: GroupRules, consumed: IdSet, settled: IdSet, ledger: Ledger) -> Self {
+        Self { rules, seen: consumed, partial: BTreeMap::new(), ready: BTreeMap::new(), settled, ledger }
+    }
+
+    /// Whether this rollout arrived before.
+    pub fn knows(&self, rollout: RolloutId) -> bool {
+        self.seen.contains(rollout.0)
+    }
+
+    /// Takes an arrival. Returns the group, if this ended it without making it ready.
+    pub fn insert(&mut self, arrival: Arrival) -> Option<SettledGroup> {
+        let id = arrival.rollout();
+        if !self.seen.insert(id.0) {
+            self.ledger.duplicates += 1;
+            return None;
+        }
+        self.ledger.received += 1;
+        let group = self.partial.entry(id.task()).or_insert_with(|| Group { id: id.task(), members: BTreeMap::new() });
+        group.members.insert(id.index(), arrival);
+        let size = group.members.values().find_map(Arrival::group_size).unwrap_or(self.rules.group_size);
+        if (group.members.len() as u32) < size {
+            return None;
+        }
+        let group = self.partial.remove(&id.task()).expect("it was just there");
+        // All ids of the task, used or not: nothing more is to come, and the mark below which everything is known moves on.
+        for index in 0..MAX_GROUP_SIZE {
+            self.seen.insert(group.id.rollout(index).0);
+        }
+        match self.rules.verdict(&group) {
+            Some(reason) => Some(self.settle_dropped(group, reason)),
+            None => {
+                self.ready.insert(group.id, group);
+                None
+            }
+        }
+    }
+
+    /// Groups that can be trained on, by id.
+    pub fn ready(&self) -> &BTreeMap<TaskId, Group> {
+        &self.ready
+    }
+
+    /// Groups some of whose members are here, by id.
+    pub fn partial(&self) -> &BTreeMap<TaskId, Group> {
+        &self.partial
+    }
+
+    /// Every rollout id that arrived.
+    pub fn seen(&self) -> &IdSet {
+        &self.seen
+    }
+
+    /// Groups that ended.
+    pub fn settled(&self) -> &IdSet {
+        &self.settled
+    }
+
+    /// The counters.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Takes ready groups out, to be trained on; [`trained`](Self::trained) or [`drop_batch`](Self::drop_batch) ends them.
+    ///
+    /// # Panics
+    /// If one is not ready.
+    pub fn take(&mut self, ids: &[TaskId]) -> Vec<Group> {
+        ids.iter().map(|id| self.ready.remove(id).unwrap_or_else(|| panic!("group {id} is not ready"))).collect()
+    }
+
+    /// Drops a ready group.
+    ///
+    /// # Panics
+    /// If it is not ready.
+    pub fn drop_ready(&mut self, id: TaskId, reason: DropReason) -> SettledGroup {
+        let group = self.ready.remove(&id).unwrap_or_else(|| panic!("group {id} is not ready"));
+        self.settle_dropped(group, reason)
+    }
+
+    /// Counts groups that went into an update.
+    pub fn trained(&mut self, groups: &[Group]) {
+        for group in groups {
+            self.count_members(group);
+            self.ledger.trained += group.scored().count() as u64;
+        }
+    }
+
+    /// Counts groups whose update was not applied.
+    pub fn drop_batch(&mut self, groups: Vec<Group>, reason: DropReason) -> Vec<SettledGroup> {
+        groups.into_iter().map(|group| self.settle_dropped(group, reason)).collect()
+    }
+
+    /// Rollout ids that are held: those of partial and ready groups.
+    pub fn held(&self) -> impl Iterator<Item = RolloutId> {
+        self.partial.values().chain(self.ready.values()).flat_map(|group| group.members.values().map(Arrival::rollout))
+    }
+
+    /// Rollout ids that arrived and are not held any more.
+    pub fn consumed(&self) -> IdSet {
+        let mut consumed = self.seen.clone();
+        self.held().for_each(|id| consumed.remove(id.0));
+        consumed
+    }
+
+    fn settle_dropped(&mut self, group: Group, reason: DropReason) -> SettledGroup {
+        self.count_members(&group);
+        self.ledger.dropped.add(reason, group.scored().count() as u64);
+        SettledGroup { group, reason }
+    }
+
+    fn count_members(&mut self, group: &Group) {
+        self.settled.insert(group.id.0);
+        group.dropped_members().iter().for_each(|(_, reason)| self.ledger.dropped.add(*reason, 1));
+    }
+}

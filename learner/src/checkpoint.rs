@@ -1,0 +1,371 @@
+//! The commit point: model, optimiser, consumed set and curriculum, all or nothing.
+//!
+//! ```text
+//! checkpoints/step-<n>-e<E>.tmp/  write every file ─► fsync each ─► fsync the folder
+//!                ─► no EPOCH-<m> with m > E? ─► rename to step-<n>-e<E> ─► fsync parent ─► LATEST (tmp, fsync, rename, fsync)
+//! ```
+//!
+//! A reader trusts a folder only if every file has the digest that `digests.json` states; otherwise it takes the one before.
+//! Files: `config.json`, `model.safetensors` (or shards), tokenizer files (Hugging Face layout), `trainer.safetensors` (masters
+//! and moments), `state.json`, `curriculum.json`. `EPOCH-<m>` files are the authority on who the learner is: claimed with
+//! `O_EXCL`, looked at again before every rename.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use freewheel_model::Params;
+use freewheel_types::{Digest, GroupOutcome};
+use serde::{Deserialize, Serialize};
+
+use crate::LearnerError;
+use crate::assembly::Ledger;
+use crate::batching::Overtaking;
+use crate::consumed::IdSet;
+use crate::disk::Disk;
+use crate::journal::Position;
+use crate::optim::AdamW;
+
+const STATE: &str = "state.json";
+const TRAINER: &str = "trainer.safetensors";
+const CURRICULUM: &str = "curriculum.json";
+const DIGESTS: &str = "digests.json";
+/// Layout of `state.json`; another number is refused.
+const FORMAT: u32 = 1;
+
+/// Writes a model in Hugging Face layout.
+pub trait ModelWriter: Send {
+    /// Writes every file but weights and optimiser state into `dir`, and `weights` as safetensors.
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    fn write(&self, dir: &Path, weights: &Params) -> Result<(), LearnerError>;
+}
+
+/// Everything a learner resumes from, but the arenas.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TrainerState {
+    /// Layout number.
+    pub format: u32,
+    /// Updates in the weights.
+    pub step: u64,
+    /// Epoch of the learner that wrote it.
+    pub epoch: u64,
+    /// Optimiser updates (more than `step` where batches are split).
+    pub optimizer_steps: u64,
+    /// Rollout ids that are done with.
+    pub consumed: IdSet,
+    /// Groups that are done with.
+    pub settled: IdSet,
+    /// Counters.
+    pub ledger: Ledger,
+    /// Memory of batch formation.
+    pub overtaking: Overtaking,
+    /// Journal: where the oldest rollout begins that was held when this was written.
+    pub replay_from: Position,
+    /// Journal: its end when this was written; later records are news.
+    pub journal_end: Position,
+    /// The newest outcomes reported, told again on resume; the pool knows which it has seen.
+    pub outcomes: Vec<GroupOutcome>,
+    /// Updates in a row that were not applied.
+    pub refused_in_a_row: u32,
+    /// Digest of the working weights, hex.
+    pub weights: String,
+    /// Digest of the tokenizer, hex.
+    pub tokenizer: String,
+}
+
+/// A checkpoint as it is on disk.
+#[derive(Debug)]
+pub struct Loaded {
+    /// Its folder.
+    pub path: PathBuf,
+    /// Its state.
+    pub state: TrainerState,
+    /// What the curriculum source gave.
+    pub curriculum: Option<Vec<u8>>,
+    trainer: Vec<u8>,
+}
+
+/// What is to be committed.
+pub struct Commit<'a> {
+    /// The state.
+    pub state: &'a TrainerState,
+    /// Weights in working precision.
+    pub weights: &'a Params,
+    /// Masters and moments.
+    pub optimizer: &'a AdamW,
+    /// The curriculum's state.
+    pub curriculum: Option<&'a [u8]>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct FileDigest {
+    len: u64,
+    blake3: String,
+}
+
+/// The folder of checkpoints of one run.
+pub struct Checkpoints {
+    disk: Arc<dyn Disk>,
+    folder: PathBuf,
+    keep_last: usize,
+}
+
+impl Checkpoints {
+    /// The checkpoints in `folder`, which is made if missing. Half-written ones are removed.
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    pub fn open(disk: Arc<dyn Disk>, folder: &Path, keep_last: usize) -> Result<Self, LearnerError> {
+        disk.create_dir(folder).map_err(LearnerError::disk(folder, "make the checkpoint folder"))?;
+        Ok(Self { disk, folder: folder.to_owned(), keep_last: keep_last.max(2) })
+    }
+
+    /// Removes what a crash left half written. Only the learner that holds the epoch may call it.
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    pub fn clean(&self) -> Result<(), LearnerError> {
+        for path in self.list()? {
+            if name(&path).starts_with("step-") && name(&path).ends_with(".tmp") {
+                self.disk.remove_dir(&path).map_err(LearnerError::disk(&path, "remove"))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The highest epoch ever claimed here; 0 if none was.
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    pub fn epoch_floor(&self) -> Result<u64, LearnerError> {
+        let epoch = |path: &PathBuf| name(path).strip_prefix("EPOCH-")?.parse().ok();
+        Ok(self.list()?.iter().filter_map(epoch).max().unwrap_or(0))
+    }
+
+    /// Makes `epoch` ours, for good.
+    ///
+    /// # Errors
+    /// [`LearnerError::Fenced`] if somebody claimed it or a newer one.
+    pub fn claim(&self, epoch: u64) -> Result<(), LearnerError> {
+        let path = self.folder.join(format!("EPOCH-{epoch:010}"));
+        match self.disk.create_new(&path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(LearnerError::Fenced { epoch, by: format!("{} exists", path.display()) });
+            }
+            made => made.map_err(LearnerError::disk(&path, "claim the epoch"))?,
+        }
+        self.disk.sync_dir(&self.folder).map_err(LearnerError::disk(&self.folder, "sync"))?;
+        self.check_epoch(epoch)
+    }
+
+    /// Whether `epoch` is still the newest.
+    ///
+    /// # Errors
+    /// [`LearnerError::Fenced`] if a newer one was claimed.
+    pub fn check_epoch(&self, epoch: u64) -> Result<(), LearnerError> {
+        match self.epoch_floor()? {
+            newest if newest > epoch => Err(LearnerError::Fenced { epoch, by: format!("EPOCH-{newest:010} exists") }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes and commits a checkpoint, then removes the oldest beyond those kept.
+    ///
+    /// # Errors
+    /// If the disk refuses or the epoch is over. The checkpoints before are untouched then.
+    pub fn commit(&self, commit: &Commit<'_>, model: &dyn ModelWriter) -> Result<PathBuf, LearnerError> {
+        let (step, epoch) = (commit.state.step, commit.state.epoch);
+        let path = self.folder.join(format!("step-{step}-e{epoch}"));
+        let tmp = self.folder.join(format!("step-{step}-e{epoch}.tmp"));
+        let written = self.write(commit, model, &tmp).and_then(|()| self.check_epoch(epoch));
+        if let Err(error) = written {
+            // Best effort: what is left is ignored by readers and removed by the next learner.
+            self.disk.remove_dir(&tmp).ok();
+            return Err(error);
+        }
+        self.disk.rename(&tmp, &path).map_err(LearnerError::disk(&path, "rename the checkpoint"))?;
+        self.disk.sync_dir(&self.folder).map_err(LearnerError::disk(&self.folder, "sync"))?;
+        self.set_latest(&path)?;
+        self.remove_old()?;
+        Ok(path)
+    }
+
+    fn write(&self, commit: &Commit<'_>, model: &dyn ModelWriter, tmp: &Path) -> Result<(), LearnerError> {
+        if self.list()?.iter().any(|path| path == tmp) {
+            self.disk.remove_dir(tmp).map_err(LearnerError::disk(tmp, "write the checkpoint"))?;
+        }
+        self.disk.create_dir(tmp).map_err(LearnerError::disk(tmp, "write the checkpoint"))?;
+        model.write(tmp, commit.weights)?;
+        let trainer = tmp.join(TRAINER);
+        self.disk.write(&trainer, &mut |out| write_safetensors(commit.optimizer, out)).map_err(LearnerError::disk(&trainer, "write the checkpoint"))?;
+        let state = serde_json::to_vec_pretty(commit.state).expect("plain data always serialises");
+        self.write_bytes(&tmp.join(STATE), &state)?;
+        if let Some(curriculum) = commit.curriculum {
+            self.write_bytes(&tmp.join(CURRICULUM), curriculum)?;
+        }
+        let mut digests = BTreeMap::new();
+        for path in self.disk.list(tmp).map_err(LearnerError::disk(tmp, "write the checkpoint"))? {
+            self.disk.sync_file(&path).map_err(LearnerError::disk(&path, "fsync"))?;
+            digests.insert(name(&path).to_owned(), self.digest(&path)?);
+        }
+        let path = tmp.join(DIGESTS);
+        self.write_bytes(&path, &serde_json::to_vec_pretty(&digests).expect("plain data always serialises"))?;
+        self.disk.sync_file(&path).map_err(LearnerError::disk(&path, "fsync"))?;
+        self.disk.sync_dir(tmp).map_err(LearnerError::disk(tmp, "fsync"))
+    }
+
+    /// The newest checkpoint whose digests hold: newest lineage first, then newest step.
+    ///
+    /// # Errors
+    /// If the disk refuses, or there are checkpoints but none is sound.
+    pub fn newest(&self) -> Result<Option<Loaded>, LearnerError> {
+        let found = self.committed()?;
+        let mut problems = Vec::new();
+        for (_, _, path) in found.iter().rev() {
+            match self.load(path) {
+                Ok(loaded) => return Ok(Some(loaded)),
+                Err(error) => {
+                    tracing::warn!(checkpoint = %path.display(), %error, "checkpoint is unsound, trying the one before");
+                    problems.push(error.to_string());
+                }
+            }
+        }
+        match problems.is_empty() {
+            true => Ok(None),
+            false => Err(LearnerError::Checkpoint {
+                path: self.folder.clone(),
+                what: format!("no sound checkpoint: {}", problems.join("; ")),
+            }),
+        }
+    }
+
+    /// The checkpoint in `path`, every digest checked.
+    ///
+    /// # Errors
+    /// If a file is missing, damaged or of another layout.
+    pub fn load(&self, path: &Path) -> Result<Loaded, LearnerError> {
+        let unsound = |path: &Path, what: String| LearnerError::Checkpoint { path: path.to_owned(), what };
+        let read = |name: &str| {
+            let file = path.join(name);
+            self.disk.read(&file).map_err(LearnerError::disk(&file, "read"))
+        };
+        let digests: BTreeMap<String, FileDigest> =
+            serde_json::from_slice(&read(DIGESTS)?).map_err(|e| unsound(&path.join(DIGESTS), e.to_string()))?;
+        for (file, expected) in &digests {
+            let found = self.digest(&path.join(file))?;
+            if (found.len, &found.blake3) != (expected.len, &expected.blake3) {
+                return Err(unsound(&path.join(file), "its digest is not the one in digests.json".into()));
+            }
+        }
+        for needed in [STATE, TRAINER] {
+            if !digests.contains_key(needed) {
+                return Err(unsound(&path.join(DIGESTS), format!("{needed} is not listed")));
+            }
+        }
+        let state: TrainerState =
+            serde_json::from_slice(&read(STATE)?).map_err(|e| unsound(&path.join(STATE), e.to_string()))?;
+        if state.format != FORMAT {
+            let what = format!("layout {}, this build reads {FORMAT}", state.format);
+            return Err(unsound(&path.join(STATE), what));
+        }
+        let curriculum = digests.contains_key(CURRICULUM).then(|| read(CURRICULUM)).transpose()?;
+        Ok(Loaded { path: path.to_owned(), state, curriculum, trainer: read(TRAINER)? })
+    }
+
+    /// Committed checkpoints as (epoch, step, path), oldest first.
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    pub fn committed(&self) -> Result<Vec<(u64, u64, PathBuf)>, LearnerError> {
+        let parse = |path: PathBuf| {
+            let (step, epoch) = name(&path).strip_prefix("step-")?.split_once("-e")?;
+            Some((epoch.parse().ok()?, step.parse().ok()?, path.clone()))
+        };
+        let mut found: Vec<_> = self.list()?.into_iter().filter_map(parse).collect();
+        found.sort();
+        Ok(found)
+    }
+
+    fn set_latest(&self, path: &Path) -> Result<(), LearnerError> {
+        let (tmp, latest) = (self.folder.join("LATEST.tmp"), self.folder.join("LATEST"));
+        self.write_bytes(&tmp, format!("{}\n", name(path)).as_bytes())?;
+        self.disk.sync_file(&tmp).map_err(LearnerError::disk(&tmp, "fsync"))?;
+        self.disk.rename(&tmp, &latest).map_err(LearnerError::disk(&latest, "rename"))?;
+        self.disk.sync_dir(&self.folder).map_err(LearnerError::disk(&self.folder, "sync"))
+    }
+
+    fn remove_old(&self) -> Result<(), LearnerError> {
+        let found = self.committed()?;
+        for (_, _, path) in &found[..found.len().saturating_sub(self.keep_last)] {
+            self.disk.remove_dir(path).map_err(LearnerError::disk(path, "remove"))?;
+        }
+        Ok(())
+    }
+
+    fn write_bytes(&self, path: &Path, bytes: &[u8]) -> Result<(), LearnerError> {
+        self.disk
+            .write(path, &mut |out: &mut dyn Write| out.write_all(bytes))
+            .map_err(LearnerError::disk(path, "write the checkpoint"))
+    }
+
+    fn digest(&self, path: &Path) -> Result<FileDigest, LearnerError> {
+        let bytes = self.disk.read(path).map_err(LearnerError::disk(path, "read"))?;
+        Ok(FileDigest { len: bytes.len() as u64, blake3: Digest::of(&bytes).to_string() })
+    }
+
+    fn list(&self) -> Result<Vec<PathBuf>, LearnerError> {
+        self.disk.list(&self.folder).map_err(LearnerError::disk(&self.folder, "list"))
+    }
+}
+
+impl TrainerState {
+    /// The layout number this build writes.
+    pub const FORMAT: u32 = FORMAT;
+}
+
+impl Loaded {
+    /// Puts masters and moments into `optimizer`, which has the model's layout.
+    ///
+    /// # Errors
+    /// If a tensor is missing, of another size or another type.
+    pub fn restore(&self, optimizer: &mut AdamW) -> Result<(), LearnerError> {
+        let path = self.path.join(TRAINER);
+        let unsound = |what: String| LearnerError::Checkpoint { path: path.clone(), what };
+        let tensors = safetensors::SafeTensors::deserialize(&self.trainer).map_err(|e| unsound(e.to_string()))?;
+        let mut arenas = BTreeMap::new();
+        for (name, view) in tensors.tensors() {
+            if view.dtype() != safetensors::Dtype::F32 {
+                return Err(unsound(format!("tensor {name} is {:?}, not F32", view.dtype())));
+            }
+            let words = view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+            arenas.insert(name, words.collect::<Vec<f32>>());
+        }
+        optimizer
+            .restore(self.state.optimizer_steps, |name| arenas.get(name).map(Vec::as_slice))
+            .map_err(|error| unsound(error.to_string()))
+    }
+}
+
+fn name(path: &Path) -> &str {
+    path.file_name().and_then(|name| name.to_str()).unwrap_or("")
+}
+
+/// The optimiser's tensors in safetensors format, without a second copy in memory.
+fn write_safetensors(optimizer: &AdamW, out: &mut dyn Write) -> io::Result<()> {
+    let mut header = serde_json::Map::new();
+    let mut at = 0;
+    for tensor in optimizer.state() {
+        let end = at + 4 * tensor.values.len();
+        let entry = serde_json::json!({ "dtype": "F32", "shape": tensor.shape, "data_offsets": [at, end] });
+        header.insert(tensor.name, entry);
+        at = end;
+    }
+    let mut header = serde_json::to_vec(&header)?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    optimizer.state().try_for_each(|tensor| out.write_all(bytemuck::cast_slice(tensor.values)))
+}

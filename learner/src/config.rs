@@ -1,0 +1,274 @@
+//! `[learner]`: the step loop's settings, with those of the objective beside them under the same heading.
+
+use std::ops::{Deref, DerefMut};
+
+use schemars::{JsonSchema, Schema, SchemaGenerator};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Map, Value};
+
+use crate::objective::ObjectiveConfig;
+use crate::optim::{AdamWConfig, ScheduleConfig};
+
+/// The `[learner]` section. Written flat: the keys of all three parts side by side, every other key refused.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LearnerConfig {
+    /// Loop, optimiser, checkpoints, publishing. Its fields are also reached directly: `config.steps`.
+    pub training: TrainingConfig,
+    /// Course of the learning rate.
+    pub schedule: ScheduleConfig,
+    /// Advantage and loss.
+    pub loss: ObjectiveConfig,
+}
+
+/// Loop, optimiser, checkpoints and publishing.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainingConfig {
+    /// Optimiser updates to make; the run ends after the last. 1 or more. Default 100.
+    #[schemars(range(min = 1))]
+    pub steps: u64,
+    /// Prompt groups in one update's batch. 1 or more. Default 16.
+    #[schemars(range(min = 1))]
+    pub groups_per_step: usize,
+    /// Updates that one batch is split into, whole groups each. 1 to `groups_per_step`. Default 1.
+    #[schemars(range(min = 1))]
+    pub minibatches: usize,
+    /// Peak learning rate. 0 or more; 0 leaves the weights exactly as they are. Default 1e-6.
+    #[schemars(range(min = 0))]
+    pub learning_rate: f64,
+    /// AdamW's decay of the first moment. In [0, 1). Default 0.9.
+    #[schemars(range(min = 0, max = 1))]
+    pub beta1: f64,
+    /// AdamW's decay of the second moment. In [0, 1). Default 0.95.
+    #[schemars(range(min = 0, max = 1))]
+    pub beta2: f64,
+    /// AdamW's epsilon. Above 0. Default 1e-8.
+    #[schemars(range(min = 0))]
+    pub eps: f64,
+    /// Decoupled weight decay; not applied to norms and biases. 0 or more. Default 0.
+    #[schemars(range(min = 0))]
+    pub weight_decay: f64,
+    /// Largest global norm of the gradient; a larger gradient is scaled down. Above 0. Default 1.
+    #[schemars(range(min = 0))]
+    pub max_grad_norm: f64,
+    /// Tokens in one forward and backward pass; bounds memory, changes no result beyond the order of sums. Default 16384.
+    #[schemars(range(min = 1))]
+    pub micro_batch_tokens: usize,
+    /// Optimiser updates that may lie between the oldest token of a sample and its use. 0 is synchronous. Default 4.
+    pub max_staleness: u64,
+    /// How far a batch may run ahead of an older, unfinished group, in batches; 0 keeps strict issue order. Default 2.
+    pub window: u64,
+    /// Scored samples a group needs to be trained on. 2 or more, but no more than `prompts.group_size`. Default 2.
+    #[schemars(range(min = 1))]
+    pub min_valid: u32,
+    /// Replay the experts recorded while sampling in the training forward (router replay). Only matters for mixture-of-experts
+    /// models. Default true.
+    pub router_replay: bool,
+    /// Weights are published every this many updates. 1 or more, at most `max_staleness` + 1. Default 1.
+    #[schemars(range(min = 1))]
+    pub publish_every: u64,
+    /// Every this many publications the whole weights go out instead of a delta. 1 or more. Default 32.
+    #[schemars(range(min = 1))]
+    pub keyframe_every: u64,
+    /// A checkpoint is written every this many updates, and at the end. 1 or more. Default 50.
+    #[schemars(range(min = 1))]
+    pub checkpoint_every: u64,
+    /// Checkpoints kept. 2 or more. Default 2.
+    #[schemars(range(min = 2))]
+    pub keep_last: usize,
+    /// Compute threads; 0 takes all cores. No result depends on it. Default 0.
+    pub threads: usize,
+}
+
+impl Default for TrainingConfig {
+    fn default() -> Self {
+        Self {
+            steps: 100,
+            groups_per_step: 16,
+            minibatches: 1,
+            learning_rate: 1e-6,
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.0,
+            max_grad_norm: 1.0,
+            micro_batch_tokens: 16_384,
+            max_staleness: 4,
+            window: 2,
+            min_valid: 2,
+            router_replay: true,
+            publish_every: 1,
+            keyframe_every: 32,
+            checkpoint_every: 50,
+            keep_last: 2,
+            threads: 0,
+        }
+    }
+}
+
+impl LearnerConfig {
+    /// Everything wrong with the section, one line each, naming the key. Empty: all is well.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = self.loss.problems();
+        problems.extend(self.schedule.problems(self.steps));
+        let mut check = |good: bool, key: &str, value: String, limit: &str| {
+            if !good {
+                problems.push(format!("learner.{key} is {value}, outside {limit}"));
+            }
+        };
+        let t = &self.training;
+        let unit = |x: f64| (0.0..1.0).contains(&x);
+        let positive = |x: f64| x.is_finite() && x > 0.0;
+        check(t.steps >= 1, "steps", t.steps.to_string(), "values of 1 or more");
+        check(t.groups_per_step >= 1, "groups_per_step", t.groups_per_step.to_string(), "values of 1 or more");
+        check(
+            (1..=t.groups_per_step.max(1)).contains(&t.minibatches),
+            "minibatches",
+            t.minibatches.to_string(),
+            "1 to learner.groups_per_step",
+        );
+        check(t.learning_rate.is_finite() && t.learning_rate >= 0.0, "learning_rate", t.learning_rate.to_string(), "finite values of 0 or more");
+        check(unit(t.beta1), "beta1", t.beta1.to_string(), "0 to below 1");
+        check(unit(t.beta2), "beta2", t.beta2.to_string(), "0 to below 1");
+        check(positive(t.eps), "eps", t.eps.to_string(), "finite values above 0");
+        check(t.weight_decay.is_finite() && t.weight_decay >= 0.0, "weight_decay", t.weight_decay.to_string(), "finite values of 0 or more");
+        check(positive(t.max_grad_norm), "max_grad_norm", t.max_grad_norm.to_string(), "finite values above 0");
+        check(t.micro_batch_tokens >= 1, "micro_batch_tokens", t.micro_batch_tokens.to_string(), "values of 1 or more");
+        check(t.min_valid >= 1, "min_valid", t.min_valid.to_string(), "values of 1 or more");
+        check(t.publish_every >= 1, "publish_every", t.publish_every.to_string(), "values of 1 or more");
+        check(
+            t.publish_every <= t.max_staleness.saturating_add(1),
+            "publish_every",
+            t.publish_every.to_string(),
+            &format!("1 to learner.max_staleness + 1 ({})", t.max_staleness.saturating_add(1)),
+        );
+        check(t.keyframe_every >= 1, "keyframe_every", t.keyframe_every.to_string(), "values of 1 or more");
+        check(t.checkpoint_every >= 1, "checkpoint_every", t.checkpoint_every.to_string(), "values of 1 or more");
+        check(t.keep_last >= 2, "keep_last", t.keep_last.to_string(), "values of 2 or more");
+        problems
+    }
+}
+
+impl TrainingConfig {
+    /// The optimiser's settings.
+    pub fn optimizer(&self) -> AdamWConfig {
+        AdamWConfig {
+            betas: [self.beta1, self.beta2],
+            eps: self.eps,
+            weight_decay: self.weight_decay,
+            decay_1d: false,
+            max_grad_norm: Some(self.max_grad_norm),
+        }
+    }
+}
+
+impl Deref for LearnerConfig {
+    type Target = TrainingConfig;
+
+    fn deref(&self) -> &TrainingConfig {
+        &self.training
+    }
+}
+
+impl DerefMut for LearnerConfig {
+    fn deref_mut(&mut self) -> &mut TrainingConfig {
+        &mut self.training
+    }
+}
+
+fn table(part: &impl Serialize) -> Map<String, Value> {
+    match serde_json::to_value(part).expect("settings are plain data") {
+        Value::Object(map) => map,
+        other => unreachable!("a struct serialises as a table, not {other}"),
+    }
+}
+
+/// Takes the keys of `T` out of `all` and reads them.
+fn part<T: Default + Serialize + serde::de::DeserializeOwned>(all: &mut Map<String, Value>) -> serde_json::Result<T> {
+    let known = table(&T::default());
+    let (mine, rest) = std::mem::take(all).into_iter().partition(|(key, _)| known.contains_key(key));
+    *all = rest;
+    serde_json::from_value(Value::Object(mine))
+}
+
+impl Serialize for LearnerConfig {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut all = table(&self.training);
+        all.extend(table(&self.schedule));
+        all.extend(table(&self.loss));
+        all.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for LearnerConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut all = Map::deserialize(deserializer)?;
+        let loss = part(&mut all).map_err(D::Error::custom)?;
+        let schedule = part(&mut all).map_err(D::Error::custom)?;
+        // Whatever is left is the loop's, or unknown: then this says so.
+        let training = serde_json::from_value(Value::Object(all)).map_err(D::Error::custom)?;
+        Ok(Self { training, schedule, loss })
+    }
+}
+
+impl JsonSchema for LearnerConfig {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "LearnerConfig".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let mut schema = TrainingConfig::json_schema(generator);
+        for mut part in [ScheduleConfig::json_schema(generator), ObjectiveConfig::json_schema(generator)] {
+            let extra = part.get_mut("properties").and_then(Value::as_object_mut).map(std::mem::take).unwrap_or_default();
+            if let Some(properties) = schema.get_mut("properties").and_then(Value::as_object_mut) {
+                properties.extend(extra);
+            }
+        }
+        schema
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_halves_are_written_flat_and_unknown_keys_are_refused() {
+        let config: LearnerConfig = serde_json::from_str(r#"{"steps": 7, "clip_low": 0.3, "warmup_steps": 2}"#).unwrap();
+        assert_eq!((config.steps, config.loss.clip_low, config.schedule.warmup_steps), (7, Some(0.3), 2));
+        let error = serde_json::from_str::<LearnerConfig>(r#"{"stepz": 7}"#).unwrap_err().to_string();
+        assert!(error.contains("stepz"), "{error}");
+        let text = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<LearnerConfig>(&text).unwrap(), config);
+    }
+
+    #[test]
+    fn the_schema_knows_every_key_of_both_halves_with_its_documentation() {
+        let schema = schemars::schema_for!(LearnerConfig);
+        let properties = schema.get("properties").and_then(Value::as_object).unwrap();
+        let config = table(&LearnerConfig::default());
+        for key in config.keys() {
+            assert!(properties[key].get("description").is_some(), "{key} has no documentation");
+        }
+        assert_eq!(properties.len(), config.len());
+    }
+
+    #[test]
+    fn no_key_is_in_two_parts() {
+        let config = LearnerConfig::default();
+        let parts = table(&config.training).len() + table(&config.schedule).len() + table(&config.loss).len();
+        assert_eq!(table(&config).len(), parts);
+    }
+
+    #[test]
+    fn all_problems_come_at_once() {
+        let mut config = LearnerConfig::default();
+        (config.keep_last, config.learning_rate, config.max_staleness, config.publish_every) = (1, f64::NAN, 0, 2);
+        config.loss.kl_coef = -1.0;
+        let problems = config.problems().join("\n");
+        for key in ["keep_last is 1", "learning_rate is NaN", "publish_every is 2", "kl_coef is -1"] {
+            assert!(problems.contains(key), "{key} missing in\n{problems}");
+        }
+    }
+}

@@ -1,0 +1,547 @@
+//! The learner without its surroundings: arrivals in, steps out, on one thread, with truth on disk.
+//!
+//! Everything that changes the weights happens here and is a function of the journal: [`Learner::recover`] repeats it to the bit.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use freewheel_types::{Digest, DropReason, GroupFate, GroupOutcome, PolicyVersion, TaskId};
+
+use crate::LearnerError;
+use crate::assembly::{Arrival, Assembly, Group, GroupRules, Ledger, SettledGroup};
+use crate::batch::Batch;
+use crate::batching::{BatchRules, Overtaking};
+use crate::checkpoint::{Checkpoints, Commit, Loaded, ModelWriter, TrainerState};
+use crate::config::LearnerConfig;
+use crate::consumed::IdSet;
+use crate::disk::Disk;
+use crate::journal::{self, Journal, Opened, Position, Record, StepFormed};
+use crate::metrics::MetricsSink;
+use crate::objective::Loss;
+use crate::optim::Schedule;
+use crate::policy::Policy;
+use crate::report::{self, Interval, StepReport, StepTimes};
+use crate::trainer::PolicyTrainer;
+use crate::update::{UpdateRules, Updated, update};
+
+/// Updates in a row that may fail before the learner stops.
+const REFUSED_MAX: u32 = 3;
+/// Checkpoints in a row that may fail for want of space.
+const FULL_DISK_MAX: u32 = 3;
+/// Outcomes kept in a checkpoint, to be told again.
+const OUTCOMES_KEPT: usize = 1024;
+
+/// Gives the state of whatever chooses prompts, for the checkpoint.
+pub trait CurriculumSource: Send + Sync {
+    /// The state now, as JSON; `None` if it lives elsewhere.
+    fn snapshot(&self) -> Option<Vec<u8>>;
+}
+
+/// The journal, shared by the thread that receives and the thread that trains.
+pub type SharedJournal = Arc<Mutex<Journal>>;
+
+/// What a learner is made of.
+pub struct LearnerParts {
+    /// Settings; without problems.
+    pub config: LearnerConfig,
+    /// The policy at its initial weights.
+    pub policy: Policy,
+    /// The frozen reference; needed when the loss asks for one.
+    pub reference: Option<Box<dyn PolicyTrainer>>,
+    /// Rollouts in a group.
+    pub group_size: u32,
+    /// Longest completion the run allows, tokens.
+    pub max_new_tokens: u64,
+    /// Digest of the tokenizer.
+    pub tokenizer: Digest,
+    /// The run's folder.
+    pub run_dir: PathBuf,
+    /// Where files go.
+    pub disk: Arc<dyn Disk>,
+    /// Writes the model part of a checkpoint.
+    pub writer: Box<dyn ModelWriter>,
+    /// Asked at each checkpoint.
+    pub curriculum: Option<Arc<dyn CurriculumSource>>,
+    /// Told of every group that ends.
+    pub metrics: Arc<dyn MetricsSink>,
+}
+
+/// The learner's state machine.
+pub struct Learner {
+    parts: LearnerParts,
+    epoch: u64,
+    loss: Loss,
+    schedule: Schedule,
+    batch_rules: BatchRules,
+    assembly: Assembly,
+    overtaking: Overtaking,
+    journal: SharedJournal,
+    checkpoints: Checkpoints,
+    /// Where the first record of each held group begins.
+    begins: BTreeMap<TaskId, Position>,
+    /// Where the record of the last arrival begins; arrivals come in journal order.
+    last_accepted: Position,
+    /// Groups dropped since the last step.
+    dropped: Vec<(TaskId, DropReason)>,
+    new_outcomes: Vec<GroupOutcome>,
+    recent_outcomes: VecDeque<GroupOutcome>,
+    refused_in_a_row: u32,
+    full_disk_in_a_row: u32,
+    committed_step: Option<u64>,
+    interval: Interval,
+    started: Instant,
+    idle_s: f64,
+}
+
+/// What recovery found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Recovery {
+    /// Step of the checkpoint started from; `None`: the initial weights.
+    pub checkpoint_step: Option<u64>,
+    /// Updates made again from the journal.
+    pub replayed_steps: u64,
+    /// Rollouts in the journal that wait for a batch.
+    pub held: u64,
+}
+
+/// Folder of the journal in a run's folder.
+pub fn journal_dir(run_dir: &Path) -> PathBuf {
+    run_dir.join("journal")
+}
+
+/// Folder of the checkpoints in a run's folder.
+pub fn checkpoint_dir(run_dir: &Path) -> PathBuf {
+    run_dir.join("checkpoints")
+}
+
+impl Learner {
+    /// Takes up the run in `parts.run_dir` as the learner of `epoch`, which is claimed: newest sound checkpoint, then every step and
+    /// every rollout in the journal after it. The result is, to the bit, where the learner before was when it last wrote.
+    ///
+    /// # Errors
+    /// If config, checkpoint or journal are unsound, or a repeated step comes out different.
+    pub fn recover(parts: LearnerParts, checkpoints: Checkpoints, epoch: u64) -> Result<(Self, Recovery), LearnerError> {
+        let folder = journal_dir(&parts.run_dir);
+        let journal = Arc::new(Mutex::new(Journal::open(parts.disk.clone(), &folder)?));
+        let loaded = checkpoints.newest()?;
+        let mut learner = Self::new(parts, checkpoints, journal, epoch)?;
+        let mut recovery = Recovery::default();
+        let (mut from, mut news) = Default::default();
+        if let Some(loaded) = &loaded {
+            learner.restore(loaded)?;
+            recovery.checkpoint_step = Some(loaded.state.step);
+            (from, news) = (loaded.state.replay_from, loaded.state.journal_end);
+        }
+        recovery.replayed_steps = learner.replay(from, news, u64::MAX)?;
+        recovery.held = learner.assembly.ledger().held();
+        learner.last_accepted = learner.journal.lock().expect("no holder of the lock panics").position();
+        learner.policy_mut().set_epoch(epoch);
+        learner.open_journal()?;
+        Ok((learner, recovery))
+    }
+
+    fn new(parts: LearnerParts, checkpoints: Checkpoints, journal: SharedJournal, epoch: u64) -> Result<Self, LearnerError> {
+        let config = &parts.config;
+        let problems = config.problems();
+        if !problems.is_empty() {
+            return Err(LearnerError::Config(problems.join("\n")));
+        }
+        let loss = Loss::new(&config.loss).map_err(|problems| LearnerError::Config(problems.join("\n")))?;
+        if loss.needs_reference() && parts.reference.is_none() {
+            return Err(LearnerError::Config("learner.kl_coef above 0 needs a reference model".into()));
+        }
+        let rules = GroupRules { min_valid: config.min_valid, group_size: parts.group_size };
+        let last_accepted = journal.lock().expect("no holder of the lock panics").position();
+        Ok(Self {
+            epoch,
+            last_accepted,
+            loss,
+            schedule: Schedule::new(config.schedule.clone(), config.steps),
+            batch_rules: BatchRules {
+                groups_per_step: config.groups_per_step,
+                window: config.window,
+                max_staleness: config.max_staleness,
+            },
+            assembly: Assembly::new(rules),
+            overtaking: Overtaking::default(),
+            journal,
+            checkpoints,
+            begins: BTreeMap::new(),
+            dropped: Vec::new(),
+            new_outcomes: Vec::new(),
+            recent_outcomes: VecDeque::new(),
+            refused_in_a_row: 0,
+            full_disk_in_a_row: 0,
+            committed_step: None,
+            interval: Interval::default(),
+            started: Instant::now(),
+            idle_s: 0.0,
+            parts,
+        })
+    }
+
+    // --- recovery --------------------------------------------------------------------------------
+
+    fn restore(&mut self, loaded: &Loaded) -> Result<(), LearnerError> {
+        let state = &loaded.state;
+        let unsound = |what: String| LearnerError::Checkpoint { path: loaded.path.clone(), what };
+        if state.tokenizer != self.parts.tokenizer.to_string() {
+            return Err(unsound(format!("made with tokenizer {}, the model has {}", state.tokenizer, self.parts.tokenizer)));
+        }
+        let mut optimizer = self.policy().optimizer().clone();
+        loaded.restore(&mut optimizer)?;
+        self.policy_mut().restore(optimizer, state.step);
+        if self.policy().digest().to_string() != state.weights {
+            return Err(unsound("its masters do not round to its weights; is model.dtype another one?".into()));
+        }
+        let rules = GroupRules { min_valid: self.parts.config.min_valid, group_size: self.parts.group_size };
+        // What was held then is inserted again by the replay, which counts it again.
+        let ledger = Ledger { received: state.ledger.received - state.ledger.held(), ..state.ledger };
+        self.assembly = Assembly::restore(rules, state.consumed.clone(), state.settled.clone(), ledger);
+        self.overtaking = state.overtaking.clone();
+        self.refused_in_a_row = state.refused_in_a_row;
+        self.recent_outcomes = state.outcomes.iter().cloned().collect();
+        self.new_outcomes = state.outcomes.clone();
+        self.committed_step = Some(state.step);
+        Ok(())
+    }
+
+    /// Repeats the journal from `from` on; steps before `news` are in the weights already, those from `until` on are left alone.
+    /// Returns the number of steps made.
+    fn replay(&mut self, from: Position, news: Position, until: u64) -> Result<u64, LearnerError> {
+        let folder = journal_dir(&self.parts.run_dir);
+        let disk = self.parts.disk.clone();
+        let mut steps = 0;
+        journal::read(&*disk, &folder, from, &mut |at, record| {
+            match record {
+                Record::Opened(opened) => self.check_opened(&folder, at, news, &opened)?,
+                Record::Consumed(scored) => self.accept_once(Arrival::Scored(scored), at),
+                Record::Bad(bad) => self.accept_once(Arrival::Bad(bad.rollout), at),
+                Record::Abandoned(gone) => self.accept_once(
+                    Arrival::Abandoned { rollout: gone.rollout, prompt: gone.prompt, group_size: gone.group_size },
+                    at,
+                ),
+                Record::StepFormed(formed) if at >= news && formed.from_step < until => {
+                    self.repeat(&folder, at, &formed)?;
+                    steps += 1;
+                }
+                Record::StepFormed(_) => {}
+            }
+            Ok(())
+        })?;
+        Ok(steps)
+    }
+
+    fn accept_once(&mut self, arrival: Arrival, at: Position) {
+        if !self.assembly.knows(arrival.rollout()) {
+            self.accept(arrival, at);
+        }
+    }
+
+    /// A learner that started later than `news` must have started from the weights that are here now.
+    fn check_opened(&self, folder: &Path, at: Position, news: Position, opened: &Opened) -> Result<(), LearnerError> {
+        let here = self.policy().digest().to_string();
+        if at >= news && opened.weights != here {
+            let what = format!(
+                "a learner started here from weights {} at step {}, this one has {here} at step {}; is model.path another model?",
+                opened.weights,
+                opened.step,
+                self.policy().step()
+            );
+            return Err(LearnerError::Journal { path: folder.to_owned(), offset: at.offset, what });
+        }
+        Ok(())
+    }
+
+    fn repeat(&mut self, folder: &Path, at: Position, formed: &StepFormed) -> Result<(), LearnerError> {
+        let damaged = |what: String| LearnerError::Journal { path: folder.to_owned(), offset: at.offset, what };
+        if formed.from_step != self.policy().step() {
+            return Err(damaged(format!("a step from {}, but the weights are at {}", formed.from_step, self.policy().step())));
+        }
+        for (task, reason) in &formed.dropped {
+            if self.assembly.ready().contains_key(task) {
+                let settled = self.assembly.drop_ready(*task, *reason);
+                self.note_settled(&settled);
+            }
+        }
+        let mut tasks: Vec<TaskId> = formed.rollouts.iter().map(|rollout| rollout.task()).collect();
+        tasks.dedup();
+        if let Some(missing) = tasks.iter().find(|task| !self.assembly.ready().contains_key(task)) {
+            return Err(damaged(format!("group {missing} was trained on, but its rollouts are not in the journal before")));
+        }
+        let trained = self.train(&tasks)?;
+        if trained.record.weights != formed.weights {
+            return Err(LearnerError::ReplayMismatch {
+                step: self.policy().step(),
+                computed: trained.record.weights,
+                journalled: formed.weights.clone(),
+            });
+        }
+        Ok(())
+    }
+
+    fn open_journal(&mut self) -> Result<(), LearnerError> {
+        let mut journal = self.journal.lock().expect("no holder of the lock panics");
+        let opened = Opened {
+            epoch: self.epoch,
+            step: self.policy().step(),
+            weights: self.policy().digest().to_string(),
+            sealed: journal.sealed(),
+        };
+        journal.append(&Record::Opened(opened))?;
+        journal.sync()
+    }
+
+    // --- the loop's steps ------------------------------------------------------------------------
+
+    /// Takes an arrival whose journal record begins at `at`.
+    pub fn accept(&mut self, arrival: Arrival, at: Position) {
+        self.last_accepted = at;
+        let task = arrival.rollout().task();
+        if let Arrival::Scored(scored) = &arrival
+            && let Some(oldest) = scored.rollout.version_oldest()
+        {
+            self.overtaking.saw(task, oldest.step);
+        }
+        if !self.assembly.knows(arrival.rollout()) {
+            self.begins.entry(task).or_insert(at);
+        }
+        if let Some(settled) = self.assembly.insert(arrival) {
+            self.note_settled(&settled);
+        }
+    }
+
+    /// Makes one step if a batch can be formed now.
+    ///
+    /// # Errors
+    /// If the journal cannot be written, or too many updates in a row were not finite.
+    pub fn try_step(&mut self) -> Result<Option<StepReport>, LearnerError> {
+        let step = self.policy().step();
+        for task in self.overtaking.stale(&self.batch_rules, &self.assembly, step) {
+            let settled = self.assembly.drop_ready(task, DropReason::Stale);
+            self.note_settled(&settled);
+        }
+        let Some(tasks) = self.overtaking.form(&self.batch_rules, &self.assembly, step) else { return Ok(None) };
+        let trained = self.train(&tasks)?;
+        self.checkpoints.check_epoch(self.epoch)?;
+        let mut journal = self.journal.lock().expect("no holder of the lock panics");
+        journal.append(&Record::StepFormed(trained.record))?;
+        journal.sync()?;
+        drop(journal);
+        if self.refused_in_a_row >= REFUSED_MAX {
+            return Err(LearnerError::Diverged {
+                count: self.refused_in_a_row,
+                step: self.policy().step(),
+                folder: self.parts.run_dir.join("bad-steps"),
+            });
+        }
+        Ok(Some(trained.report))
+    }
+
+    /// Counts time spent waiting for rollouts.
+    pub fn waited(&mut self, seconds: f64) {
+        self.idle_s += seconds;
+    }
+
+    /// Outcomes not yet reported.
+    pub fn take_outcomes(&mut self) -> Vec<GroupOutcome> {
+        std::mem::take(&mut self.new_outcomes)
+    }
+
+    /// Commits a checkpoint if one is due, or `now` asks for one.
+    ///
+    /// # Errors
+    /// If the disk refuses for another reason than being full, or was full several times.
+    pub fn checkpoint(&mut self, now: bool) -> Result<(), LearnerError> {
+        let step = self.policy().step();
+        let due = step.is_multiple_of(self.parts.config.checkpoint_every);
+        if self.committed_step == Some(step) || !(due || now) {
+            return Ok(());
+        }
+        match self.commit() {
+            Ok(path) => {
+                tracing::info!(checkpoint = %path.display(), step, "checkpoint committed");
+                self.full_disk_in_a_row = 0;
+                self.committed_step = Some(step);
+                Ok(())
+            }
+            Err(LearnerError::Disk { source, path, .. })
+                if source.kind() == std::io::ErrorKind::StorageFull && self.full_disk_in_a_row + 1 < FULL_DISK_MAX =>
+            {
+                self.full_disk_in_a_row += 1;
+                tracing::error!(path = %path.display(), step, "disk is full, this checkpoint is skipped");
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn commit(&mut self) -> Result<PathBuf, LearnerError> {
+        let end = self.journal.lock().expect("no holder of the lock panics").position();
+        let held_from = self.begins.values().min().copied();
+        let state = TrainerState {
+            format: TrainerState::FORMAT,
+            step: self.policy().step(),
+            epoch: self.epoch,
+            optimizer_steps: self.policy().optimizer().steps(),
+            consumed: self.assembly.consumed(),
+            settled: self.assembly.settled().clone(),
+            ledger: *self.assembly.ledger(),
+            overtaking: self.overtaking.clone(),
+            // Rollouts that are in the journal but not here yet lie after the last one that is.
+            replay_from: held_from.unwrap_or(end).min(self.last_accepted),
+            journal_end: end,
+            outcomes: self.recent_outcomes.iter().cloned().collect(),
+            refused_in_a_row: self.refused_in_a_row,
+            weights: self.policy().digest().to_string(),
+            tokenizer: self.parts.tokenizer.to_string(),
+        };
+        let curriculum = self.parts.curriculum.as_ref().and_then(|source| source.snapshot());
+        let commit = Commit {
+            state: &state,
+            weights: self.policy().weights(),
+            optimizer: self.policy().optimizer(),
+            curriculum: curriculum.as_deref(),
+        };
+        self.checkpoints.commit(&commit, &*self.parts.writer)
+    }
+
+    /// Trains on ready groups.
+    fn train(&mut self, tasks: &[TaskId]) -> Result<Trained, LearnerError> {
+        let started = Instant::now();
+        let before = self.policy().version();
+        self.overtaking.formed(&self.assembly, tasks);
+        let groups = self.assembly.take(tasks);
+        let config = &self.parts.config;
+        let rules = UpdateRules {
+            micro_batch_tokens: config.micro_batch_tokens,
+            minibatches: config.minibatches,
+            router_replay: config.router_replay,
+            learning_rate: config.learning_rate * self.schedule.factor(before.step),
+        };
+        let batch = Batch::new(&groups, &config.loss, before.step, self.parts.max_new_tokens);
+        let updated = update(&mut self.parts.policy, self.parts.reference.as_deref(), &self.loss, &batch, &rules);
+        if updated.moved {
+            self.parts.policy.advance();
+        }
+        self.refused_in_a_row = if updated.applied { 0 } else { self.refused_in_a_row + 1 };
+        if !updated.applied {
+            self.save_bad_step(before, &batch)?;
+        }
+        let rollouts = batch.rollouts();
+        let dropped = std::mem::take(&mut self.dropped);
+        groups.iter().filter(|_| updated.moved).for_each(|group| self.interval.add(group, None));
+        let times = StepTimes {
+            wall_s: self.started.elapsed().as_secs_f64(),
+            idle_s: std::mem::take(&mut self.idle_s),
+            train_s: started.elapsed().as_secs_f64(),
+        };
+        let interval = std::mem::take(&mut self.interval);
+        let after = self.policy().version();
+        let line = report::line(after, &batch, &updated, &self.loss, rules.learning_rate, &interval, &times);
+        let record = StepFormed {
+            from_step: before.step,
+            rollouts,
+            dropped,
+            applied: updated.moved,
+            weights: self.policy().digest().to_string(),
+        };
+        self.end_batch(groups, before, &updated);
+        Ok(Trained { record, report: StepReport { version: after, line, ledger: *self.assembly.ledger() } })
+    }
+
+    fn end_batch(&mut self, groups: Vec<Group>, before: PolicyVersion, updated: &Updated) {
+        if updated.moved {
+            self.assembly.trained(&groups);
+            let fate = GroupFate::Trained { step: self.policy().step() };
+            groups.iter().for_each(|group| self.note_outcome(group, before, fate));
+        } else {
+            for settled in self.assembly.drop_batch(groups, DropReason::Invalid) {
+                self.note_settled(&settled);
+            }
+        }
+    }
+
+    fn note_settled(&mut self, settled: &SettledGroup) {
+        self.dropped.push((settled.group.id, settled.reason));
+        self.interval.add(&settled.group, Some(settled.reason));
+        let version = self.policy().version();
+        self.note_outcome(&settled.group, version, GroupFate::Dropped(settled.reason));
+    }
+
+    fn note_outcome(&mut self, group: &Group, version: PolicyVersion, fate: GroupFate) {
+        self.begins.remove(&group.id);
+        self.parts.metrics.group(version, group, fate);
+        let outcome = report::outcome(group, version, fate);
+        self.recent_outcomes.push_back(outcome.clone());
+        if self.recent_outcomes.len() > OUTCOMES_KEPT {
+            self.recent_outcomes.pop_front();
+        }
+        self.new_outcomes.push(outcome);
+    }
+
+    /// Writes a batch whose loss or gradient was not finite to `bad-steps/`, one rollout a line.
+    fn save_bad_step(&self, version: PolicyVersion, batch: &Batch<'_>) -> Result<(), LearnerError> {
+        let folder = self.parts.run_dir.join("bad-steps");
+        let path = folder.join(format!("step-{}-{}.jsonl", version.step, self.refused_in_a_row));
+        tracing::error!(step = version.step, path = %path.display(), "loss or gradient is not finite, update skipped");
+        let mut text = Vec::new();
+        for sample in &batch.samples {
+            let rollout = &sample.scored.rollout;
+            let line = serde_json::json!({
+                "rollout": rollout.id, "prompt_ids": rollout.prompt_ids, "output_ids": rollout.output_ids,
+                "behaviour_logprobs": rollout.behaviour_logprobs, "versions": rollout.versions,
+                "reward": sample.scored.reward.reward(), "advantage": sample.advantage,
+            });
+            serde_json::to_writer(&mut text, &line).expect("plain data always serialises");
+            text.push(b'\n');
+        }
+        let disk = &self.parts.disk;
+        disk.create_dir(&folder).map_err(LearnerError::disk(&folder, "make the folder"))?;
+        disk.write(&path, &mut |out| out.write_all(&text)).map_err(LearnerError::disk(&path, "write"))
+    }
+
+    // --- what others look at ---------------------------------------------------------------------
+
+    /// The policy.
+    pub fn policy(&self) -> &Policy {
+        &self.parts.policy
+    }
+
+    fn policy_mut(&mut self) -> &mut Policy {
+        &mut self.parts.policy
+    }
+
+    /// Settings.
+    pub fn config(&self) -> &LearnerConfig {
+        &self.parts.config
+    }
+
+    /// The journal.
+    pub fn journal(&self) -> SharedJournal {
+        self.journal.clone()
+    }
+
+    /// Rollout ids that arrived.
+    pub fn seen(&self) -> &IdSet {
+        self.assembly.seen()
+    }
+
+    /// Counters.
+    pub fn ledger(&self) -> &Ledger {
+        self.assembly.ledger()
+    }
+
+    /// Whether all steps are made.
+    pub fn finished(&self) -> bool {
+        self.policy().step() >= self.parts.config.steps
+    }
+}
+
+/// What one call of `train` leaves.
+struct Trained {
+    record: StepFormed,
+    report: StepReport,
+}

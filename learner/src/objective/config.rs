@@ -1,0 +1,237 @@
+//! The settings of the loss and their checks.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::aggregate::LossAggregation;
+use super::correction::{Correction, SequenceRejection};
+use super::kl::KlEstimator;
+use super::recipes::{Objective, Recipe};
+use crate::advantage::{Advantage, AdvantageConfig};
+
+/// What the policy's ratio is taken against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RatioAnchor {
+    /// The distribution the token was drawn from: w = π/μ.
+    Behaviour,
+    /// The learner frozen before the batch's first update: r = π/π_old; what lies between μ and π_old is left to `correction`.
+    Proximal,
+}
+
+/// Settings of advantage and objective, part of `[learner]`. `None` means the objective's own default (its recipe).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ObjectiveConfig {
+    /// The policy loss: `aipo` (default), `aipo_surrogate`, `reinforce`, `ppo`, `grpo`, `dr_grpo`, `dapo`, `two_sided`, `gspo`, `luspo`,
+    /// `gmpo`, `sapo`, `cispo`, `rloo`, `decoupled_ppo`, `topr`, `vespo`, `dppo`, `m2po` or `oapl`.
+    pub objective: Objective,
+    /// The advantage: `grpo`, `dr_grpo`, `rloo`, `batch_std`, `opo`, `maxrl`, `pass_k`, `reinforce_pp`, `reinforce_pp_baseline` or
+    /// `soft_value`. Default: the objective's own (`dr_grpo` for `aipo`, `grpo` for `grpo`, …).
+    pub advantage: Option<Advantage>,
+    /// Added to the standard deviation that `grpo`, `batch_std` and `pass_k` divide by. Above 0. Default 1e-6.
+    pub advantage_std_eps: Option<f64>,
+    /// Subtracted from every advantage: a baseline below the mean (negative value) trusts off-policy successes more than
+    /// failures (asymmetric REINFORCE, arXiv 2506.20520). Reward units. Default 0.
+    pub advantage_shift: f64,
+    /// How token terms become the loss: `token_mean`, `seq_mean_token_mean`, `seq_mean_token_sum`, `fixed_length` or `prompt_mean`.
+    /// Default: the objective's own (`token_mean` for `aipo` and `dapo`, `seq_mean_token_mean` for `grpo`, …).
+    pub loss_aggregation: Option<LossAggregation>,
+    /// What ratios are taken against: `behaviour` (the sampler) or `proximal` (the learner before the batch's first update).
+    /// Default: `behaviour`; `proximal` for `decoupled_ppo` and whenever `correction` is set.
+    pub ratio: Option<RatioAnchor>,
+    /// Lower clip distance: ratios below 1 − `clip_low` stop counting where the advantage is negative. 0 or more.
+    /// Default: the objective's own (0.2 for `grpo` and `dapo`, 3e-4 for `gspo`, 0.4 for `gmpo`, …).
+    pub clip_low: Option<f64>,
+    /// Upper clip distance: ratios above 1 + `clip_high` stop counting where the advantage is positive. 0 or more.
+    /// Default: the objective's own (0.2 for `grpo`, 0.28 for `dapo`, 4e-4 for `gspo`, …).
+    pub clip_high: Option<f64>,
+    /// Dual clip: bounds the loss at `dual_clip` · |A| where the advantage is negative. Above 1; 3 is usual. Default: off.
+    pub dual_clip: Option<f64>,
+    /// Cap on the importance weight: c of `aipo`, `cispo`, `dppo`, δ of `aipo_surrogate` and `two_sided`. Above 0.
+    /// Default: the objective's own (4 for `aipo` and `two_sided`, 5 for `cispo`, 20 for `dppo`).
+    pub is_cap: Option<f64>,
+    /// Temperature β of the regression objective `oapl` and of its advantage `soft_value`. Above 0. Default 1.
+    pub regression_beta: Option<f64>,
+    /// Mean of (log w)² that `m2po` leaves in a batch. Above 0. Default 0.04.
+    pub m2po_tau: Option<f64>,
+    /// Correction of the gap between sampler and learner, ρ = π_old/μ: `none`, `full` (weight ρ), `tis` (ρ truncated),
+    /// `mis` (ρ, 0 outside the band), `icepop` (as `mis`, wider), `seq_tis`, `seq_mis` (the same on the product over the sequence).
+    /// Default: `none`; `full` for `decoupled_ppo`.
+    pub correction: Option<Correction>,
+    /// Lower bound of the correction's weight. 0 or more. Default: the correction's own (0; 0.5 for `mis` and `icepop`).
+    pub correction_low: Option<f64>,
+    /// Upper bound of the correction's weight. Above `correction_low`. Default: the correction's own (2; 5 for `icepop`).
+    pub correction_high: Option<f64>,
+    /// Drops whole sequences whose sampler and learner disagree: `none` (default), `geo` (geometric mean of ρ outside a band),
+    /// `k2`, `k3` (mean divergence estimate above a bound).
+    pub sequence_rejection: SequenceRejection,
+    /// Lower bound for `sequence_rejection = "geo"`. Default 0.999.
+    pub rejection_low: Option<f64>,
+    /// Upper bound for `sequence_rejection`. Default 1.001 for `geo`, 2 for `k2`, 0.01 for `k3`.
+    pub rejection_high: Option<f64>,
+    /// Off-policy sequence mask (DeepSeek-V3.2): drops a sequence with a negative advantage whose mean of log(μ/π) is above this.
+    /// 0.5 is usual. Nats. Default: off.
+    pub opsm_delta: Option<f64>,
+    /// Trains only on this share of tokens, those with the highest entropy. In (0, 1); 0.2 is usual. Default: off.
+    pub top_entropy: Option<f64>,
+    /// Weight of the divergence from the frozen reference in the loss. 0 or more; above 0 the reference is kept in
+    /// memory and run on every batch. Default 0.
+    pub kl_coef: f64,
+    /// Estimator of that divergence: `k1`, `k2`, `k3` (default) or `k3_plus` (value of k3, gradient of k2).
+    pub kl_estimator: KlEstimator,
+    /// Whether the divergence is weighted by the ratio, gradient included, which makes it unbiased off policy. Default true.
+    pub kl_importance_weighted: Option<bool>,
+    /// Weight of the entropy bonus: this much times the mean token entropy is subtracted from the loss. Default 0.
+    pub entropy_coef: f64,
+    /// Whether truncated completions are left out of the loss; they still count in their group's baseline (DAPO). Default false.
+    pub overlong_filter: bool,
+    /// Soft overlong punishment (DAPO): the last this many tokens before `max_new_tokens` cost up to 1 reward, linearly. Tokens.
+    /// Default: off.
+    pub overlong_buffer: Option<u32>,
+}
+
+impl ObjectiveConfig {
+    /// The objective's table row.
+    pub fn recipe(&self) -> &'static Recipe {
+        self.objective.recipe()
+    }
+
+    /// Advantage settings with defaults filled in.
+    pub fn advantage_config(&self) -> AdvantageConfig {
+        AdvantageConfig {
+            kind: self.advantage.unwrap_or(self.recipe().advantage),
+            std_eps: self.advantage_std_eps.unwrap_or(1e-6),
+            shift: self.advantage_shift,
+            beta: self.regression_beta.unwrap_or(1.0),
+        }
+    }
+
+    /// The aggregation, default filled in.
+    pub fn aggregation(&self) -> LossAggregation {
+        self.loss_aggregation.unwrap_or(self.recipe().aggregation)
+    }
+
+    /// The correction, default filled in.
+    pub fn correction_kind(&self) -> Correction {
+        self.correction.unwrap_or(self.recipe().correction)
+    }
+
+    /// The anchor of ratios, default filled in.
+    pub fn anchor(&self) -> RatioAnchor {
+        let default = if self.correction_kind() == Correction::None {
+            RatioAnchor::Behaviour
+        } else {
+            RatioAnchor::Proximal
+        };
+        self.ratio.unwrap_or(default)
+    }
+
+    /// Everything wrong with the settings, one line each, keys as in `[learner]`. Empty: all is well.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        for (key, value, limit, bad) in self.ranges() {
+            if value.is_some_and(|x| !x.is_finite() || bad(x)) {
+                problems.push(format!("learner.{key} is {}, outside {limit}", value.unwrap_or(f64::NAN)));
+            }
+        }
+        if let Some((low, high)) = self.correction_kind().bounds(self)
+            && low >= high
+        {
+            problems.push(format!(
+                "learner.correction_low is {low}, must be below learner.correction_high ({high})"
+            ));
+        }
+        if self.correction_kind() != Correction::None && self.ratio == Some(RatioAnchor::Behaviour) {
+            problems.push(
+                "learner.correction weighs by π_old/μ, but learner.ratio = \"behaviour\" already contains it: \
+                 remove one, or set ratio = \"proximal\""
+                    .to_owned(),
+            );
+        }
+        if self.sequence_rejection == SequenceRejection::Geo {
+            let (low, high) = self.sequence_rejection.bounds(self);
+            if low >= high {
+                problems.push(format!(
+                    "learner.rejection_low is {low}, must be below learner.rejection_high ({high})"
+                ));
+            }
+        }
+        if self.objective == Objective::Oapl && self.advantage.is_some_and(|a| a != Advantage::SoftValue) {
+            problems.push("learner.objective = \"oapl\" regresses on reward minus soft value: leave learner.advantage out".to_owned());
+        }
+        problems
+    }
+
+    #[expect(clippy::type_complexity, reason = "a table, read top to bottom")]
+    fn ranges(&self) -> [(&'static str, Option<f64>, &'static str, fn(f64) -> bool); 16] {
+        [
+            ("advantage_std_eps", self.advantage_std_eps, "values above 0", |x| x <= 0.0),
+            ("advantage_shift", Some(self.advantage_shift), "finite values", |_| false),
+            ("clip_low", self.clip_low, "values of 0 or more", |x| x < 0.0),
+            ("clip_high", self.clip_high, "values of 0 or more", |x| x < 0.0),
+            ("dual_clip", self.dual_clip, "values above 1", |x| x <= 1.0),
+            ("is_cap", self.is_cap, "values above 0", |x| x <= 0.0),
+            ("regression_beta", self.regression_beta, "values above 0", |x| x <= 0.0),
+            ("m2po_tau", self.m2po_tau, "values above 0", |x| x <= 0.0),
+            ("correction_low", self.correction_low, "values of 0 or more", |x| x < 0.0),
+            ("correction_high", self.correction_high, "values above 0", |x| x <= 0.0),
+            ("rejection_low", self.rejection_low, "values above 0", |x| x <= 0.0),
+            ("rejection_high", self.rejection_high, "values above 0", |x| x <= 0.0),
+            ("opsm_delta", self.opsm_delta, "finite values", |_| false),
+            ("top_entropy", self.top_entropy, "values above 0 and below 1", |x| x <= 0.0 || x >= 1.0),
+            ("kl_coef", Some(self.kl_coef), "values of 0 or more", |x| x < 0.0),
+            ("entropy_coef", Some(self.entropy_coef), "finite values", |_| false),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_is_aipo_against_the_behaviour_policy() {
+        let config = ObjectiveConfig::default();
+        assert_eq!(config.objective, Objective::Aipo);
+        assert_eq!(config.anchor(), RatioAnchor::Behaviour);
+        assert_eq!(config.aggregation(), LossAggregation::TokenMean);
+        assert_eq!(config.advantage_config().kind, Advantage::DrGrpo);
+        assert_eq!(config.problems(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn every_problem_is_reported_at_once_with_its_key() {
+        let config = ObjectiveConfig {
+            clip_low: Some(-0.1),
+            kl_coef: f64::NAN,
+            top_entropy: Some(1.0),
+            correction: Some(Correction::Tis),
+            ratio: Some(RatioAnchor::Behaviour),
+            correction_low: Some(3.0),
+            ..Default::default()
+        };
+        let problems = config.problems().join("\n");
+        for key in ["clip_low is -0.1", "kl_coef is NaN", "top_entropy is 1", "correction_low is 3", "ratio"]
+        {
+            assert!(problems.contains(key), "{key} missing in:\n{problems}");
+        }
+        assert_eq!(config.problems().len(), 5);
+    }
+
+    #[test]
+    fn a_correction_moves_the_anchor_so_that_nothing_is_weighed_twice() {
+        let config = ObjectiveConfig { correction: Some(Correction::Tis), ..Default::default() };
+        assert_eq!(config.anchor(), RatioAnchor::Proximal);
+        assert_eq!(config.problems(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn names_are_those_of_the_field() {
+        let text = r#"{"objective":"two_sided","advantage":"dr_grpo","loss_aggregation":"prompt_mean","kl_estimator":"k3_plus"}"#;
+        let config: ObjectiveConfig = serde_json::from_str(text).unwrap();
+        assert_eq!(config.objective, Objective::TwoSided);
+        assert_eq!(config.kl_estimator, KlEstimator::K3Plus);
+        assert!(serde_json::from_str::<ObjectiveConfig>(r#"{"clip_hi":1}"#).is_err());
+    }
+}

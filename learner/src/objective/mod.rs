@@ -1,0 +1,205 @@
+//! Objectives: from log-probs and advantages to the loss and its gradient with respect to every log-prob.
+//!
+//! ```text
+//!  SequenceInput ─► Sequence (live tokens, ratios) ─► PolicyLoss::terms ──► × corrections ─► + kl ─► × aggregation weight
+//!   (learner)         sequence.rs                     one file each          correction.rs   kl.rs    aggregate.rs
+//! ```
+//!
+//! The step loop holds a [`Loss`] and never asks which algorithm it runs; a new objective is one small file with a
+//! [`PolicyLoss`] and one row in [`recipes`]. All arithmetic is f64 and per sequence, with batch-wide constants
+//! ([`BatchTotals`], [`BatchStats`]) known before the first micro-batch: any split of a batch gives the same bits per sequence.
+//! Knows no model, no optimiser and no reward; refuses nothing (a NaN log-prob of a live token gives a NaN loss, which the
+//! step loop refuses).
+
+mod aggregate;
+mod clip;
+mod config;
+mod correction;
+mod diagnostics;
+mod kl;
+mod recipes;
+mod sequence;
+mod sequence_level;
+mod stats;
+mod weighted;
+
+#[cfg(test)]
+mod checks;
+
+pub use aggregate::{BatchTotals, LossAggregation};
+pub use config::{ObjectiveConfig, RatioAnchor};
+pub use correction::{Correction, SequenceRejection};
+pub use diagnostics::Diagnostics;
+pub use kl::{KlEstimator, reward_penalty};
+pub use recipes::{Objective, RECIPES, Recipe};
+pub use sequence::{LOG_RATIO_LIMIT, Sequence, SequenceInput, Token, clamp_log, live_tokens, widen};
+pub use stats::BatchStats;
+
+use correction::Corrections;
+
+/// Which bound held a token back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Clip {
+    /// None.
+    #[default]
+    Inside,
+    /// The ratio was too small.
+    Low,
+    /// The ratio was too large.
+    High,
+}
+
+/// One live token's part of the loss, before corrections and aggregation.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Term {
+    /// Loss of the token. Sequence-level objectives give every token the sequence's loss.
+    pub loss: f64,
+    /// d (Σ of the sequence's `loss`) / d (this token's policy log-prob).
+    pub gradient: f64,
+    /// Whether a bound held it back, for the metric.
+    pub clip: Clip,
+}
+
+/// A policy loss. Pure: same tokens, same terms.
+pub trait PolicyLoss: Send + Sync {
+    /// One term per live token of `sequence`, which has at least one.
+    fn terms(&self, sequence: &Sequence, stats: &BatchStats) -> Vec<Term>;
+}
+
+/// The whole loss of a run: policy term, corrections, KL, entropy, aggregation.
+pub struct Loss {
+    policy: Box<dyn PolicyLoss>,
+    corrections: Corrections,
+    aggregation: LossAggregation,
+    anchor: RatioAnchor,
+    kl_coef: f64,
+    kl_estimator: KlEstimator,
+    kl_importance_weighted: bool,
+    entropy_coef: f64,
+    top_entropy: Option<f64>,
+    m2po_tau: Option<f64>,
+}
+
+/// Loss and gradient of one sequence, aggregation weight included: those of a batch are the sums over its sequences.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SequenceLoss {
+    /// Its part of the batch's loss.
+    pub loss: f64,
+    /// d loss / d policy log-prob `[T]`; exactly 0 where masked.
+    pub d_logprobs: Vec<f32>,
+    /// d loss / d entropy `[T]`; `None` without an entropy bonus.
+    pub d_entropies: Option<Vec<f32>>,
+    /// d loss / d policy log-prob `[T]` in f64, for tests and checks.
+    pub d_logprobs_f64: Vec<f64>,
+    /// What to report.
+    pub diagnostics: Diagnostics,
+}
+
+impl Loss {
+    /// The loss that `config` describes.
+    ///
+    /// # Errors
+    /// All problems of the config, as [`ObjectiveConfig::problems`] gives them.
+    pub fn new(config: &ObjectiveConfig) -> Result<Self, Vec<String>> {
+        let problems = config.problems();
+        if !problems.is_empty() {
+            return Err(problems);
+        }
+        Ok(Self {
+            policy: (config.recipe().build)(config),
+            corrections: Corrections::new(config),
+            aggregation: config.aggregation(),
+            anchor: config.anchor(),
+            kl_coef: config.kl_coef,
+            kl_estimator: config.kl_estimator,
+            kl_importance_weighted: config.kl_importance_weighted.unwrap_or(true),
+            entropy_coef: config.entropy_coef,
+            top_entropy: config.top_entropy,
+            m2po_tau: (config.objective == Objective::M2po).then(|| config.m2po_tau.unwrap_or(0.04)),
+        })
+    }
+
+    /// Whether log-probs before the batch's first update matter; with one optimiser step a batch they are the policy's own
+    /// and may be left out.
+    pub fn needs_proximal(&self) -> bool {
+        self.anchor == RatioAnchor::Proximal
+    }
+
+    /// Whether every sequence needs `ref_logprobs`.
+    pub fn needs_reference(&self) -> bool {
+        self.kl_coef > 0.0
+    }
+
+    /// Whether every sequence needs `entropies`.
+    pub fn needs_entropies(&self) -> bool {
+        self.entropy_coef != 0.0 || self.top_entropy.is_some()
+    }
+
+    /// Whether [`Loss::batch_stats`] needs the log-probs of the whole batch before the first gradient. If not,
+    /// `BatchStats::default()` will do.
+    pub fn needs_batch_pass(&self) -> bool {
+        self.top_entropy.is_some() || self.m2po_tau.is_some()
+    }
+
+    /// Thresholds over the whole batch.
+    pub fn batch_stats(&self, batch: &[SequenceInput]) -> BatchStats {
+        stats::measure(batch, self.top_entropy, self.m2po_tau)
+    }
+
+    /// Loss and gradient of one sequence.
+    ///
+    /// # Panics
+    /// If a field that the loss needs is missing or of the wrong length: a bug of the caller.
+    pub fn sequence(&self, input: &SequenceInput, totals: &BatchTotals, stats: &BatchStats) -> SequenceLoss {
+        assert!(
+            !self.needs_batch_pass() || stats.measured,
+            "this objective needs batch_stats of the whole batch first"
+        );
+        let sequence = Sequence::new(input, self.anchor);
+        let len = input.policy_logprobs.len();
+        let mut out = SequenceLoss {
+            loss: 0.0,
+            d_logprobs: vec![0.0; len],
+            d_entropies: (self.entropy_coef != 0.0).then(|| vec![0.0; len]),
+            d_logprobs_f64: vec![0.0; len],
+            diagnostics: Diagnostics::default(),
+        };
+        if sequence.tokens.is_empty() {
+            return out;
+        }
+        let terms = self.policy.terms(&sequence, stats);
+        let factors = self.corrections.factors(&sequence, stats);
+        let weight = self.aggregation.weight(totals, sequence.tokens.len() as u64, input.group_tokens);
+        for ((token, term), &factor) in sequence.tokens.iter().zip(&terms).zip(&factors) {
+            let (kl, kl_gradient) = self.kl_term(token);
+            // A dropped token is dropped: 0 · NaN would not be.
+            let (loss, gradient) =
+                if factor == 0.0 { (0.0, 0.0) } else { (factor * term.loss, factor * term.gradient) };
+            out.loss += weight * (loss + kl);
+            out.d_logprobs_f64[token.index] = weight * (gradient + kl_gradient);
+            out.d_logprobs[token.index] = out.d_logprobs_f64[token.index] as f32;
+        }
+        self.add_entropy_bonus(&sequence, totals, &mut out);
+        out.diagnostics = Diagnostics::of(&sequence, &terms, &factors);
+        out
+    }
+
+    fn kl_term(&self, token: &Token) -> (f64, f64) {
+        if self.kl_coef == 0.0 {
+            return (0.0, 0.0);
+        }
+        let reference = token.reference.expect("needs_reference() asked for ref_logprobs");
+        let (value, gradient) = kl::term(self.kl_estimator, self.kl_importance_weighted, token, reference);
+        (self.kl_coef * value, self.kl_coef * gradient)
+    }
+
+    /// The bonus is on the token mean, whatever the aggregation of the policy term.
+    fn add_entropy_bonus(&self, sequence: &Sequence, totals: &BatchTotals, out: &mut SequenceLoss) {
+        let Some(d_entropies) = &mut out.d_entropies else { return };
+        let weight = -self.entropy_coef / totals.tokens as f64;
+        for token in &sequence.tokens {
+            out.loss += weight * token.entropy.expect("needs_entropies() asked for entropies");
+            d_entropies[token.index] = weight as f32;
+        }
+    }
+}

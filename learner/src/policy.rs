@@ -1,0 +1,104 @@
+//! The weights being trained: f32 masters, their working copy, the gradient, and the model that computes with them.
+
+use freewheel_kernels::Threads;
+use freewheel_model::Params;
+use freewheel_types::{Digest, PolicyVersion};
+
+use crate::optim::{AdamW, AdamWConfig, StepOutcome};
+use crate::trainer::{PackedBatch, PolicyTrainer, TokenGradients, TokenLogProbs};
+
+/// A policy under training.
+pub struct Policy {
+    trainer: Box<dyn PolicyTrainer>,
+    optimizer: AdamW,
+    weights: Params,
+    grads: Vec<f32>,
+    version: PolicyVersion,
+    threads: Threads,
+}
+
+impl Policy {
+    /// A policy at `params` (whose element type is the working precision), update 0.
+    pub fn new(mut trainer: Box<dyn PolicyTrainer>, params: Params, config: AdamWConfig, threads: Threads) -> Self {
+        let version = PolicyVersion::default();
+        trainer.load(&params, version);
+        Self {
+            optimizer: AdamW::new(config, &params),
+            grads: vec![0.0; params.layout.total],
+            weights: params,
+            trainer,
+            version,
+            threads,
+        }
+    }
+
+    /// Which weights these are.
+    pub fn version(&self) -> PolicyVersion {
+        self.version
+    }
+
+    /// Updates made.
+    pub fn step(&self) -> u64 {
+        self.version.step
+    }
+
+    /// Names the lineage: the epoch of the versions from here on.
+    pub fn set_epoch(&mut self, epoch: u64) {
+        self.version.epoch = epoch;
+    }
+
+    /// The weights in working precision: what is sampled from and published.
+    pub fn weights(&self) -> &Params {
+        &self.weights
+    }
+
+    /// Digest of the working weights.
+    pub fn digest(&self) -> Digest {
+        self.weights.digest()
+    }
+
+    /// The optimiser with its masters.
+    pub fn optimizer(&self) -> &AdamW {
+        &self.optimizer
+    }
+
+    /// Takes back a checkpointed optimiser; the working weights follow from its masters.
+    pub fn restore(&mut self, optimizer: AdamW, step: u64) {
+        self.optimizer = optimizer;
+        self.version.step = step;
+        self.optimizer.write_weights(&self.threads, &mut self.weights);
+        self.trainer.load(&self.weights, self.version);
+    }
+
+    /// Forward only.
+    pub fn log_probs(&self, batch: &PackedBatch) -> TokenLogProbs {
+        self.trainer.log_probs(batch)
+    }
+
+    /// Forward, loss, backward; the gradient adds up until [`update`](Self::update).
+    pub fn accumulate(&mut self, batch: &PackedBatch, loss: &mut dyn FnMut(&TokenLogProbs) -> TokenGradients) {
+        self.trainer.accumulate(batch, loss, &mut self.grads);
+    }
+
+    /// One optimiser update with the gradient gathered, which is zero afterwards. If it is not finite nothing changes.
+    /// The version stays: [`advance`](Self::advance) ends a step.
+    pub fn update(&mut self, learning_rate: f64) -> StepOutcome {
+        let outcome = self.optimizer.step(&self.threads, &self.grads, learning_rate);
+        self.discard_gradient();
+        if matches!(outcome, StepOutcome::Applied { .. }) {
+            self.optimizer.write_weights(&self.threads, &mut self.weights);
+            self.trainer.load(&self.weights, self.version);
+        }
+        outcome
+    }
+
+    /// Counts the updates made since the last call as one step of the policy.
+    pub fn advance(&mut self) {
+        self.version.step += 1;
+    }
+
+    /// Forgets the gradient gathered.
+    pub fn discard_gradient(&mut self) {
+        self.grads.fill(0.0);
+    }
+}

@@ -1,0 +1,82 @@
+//! What the step loop needs of a model: log-probs of packed sequences, and their gradient.
+//!
+//! The seam between training logic and transformer: tests put a bigram table behind it, a GPU may come behind it later.
+
+use std::sync::Arc;
+
+use freewheel_model::{ParamLayout, Params};
+use freewheel_types::{PolicyVersion, SamplingParams};
+
+/// Sequences of one micro-batch, packed without padding.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PackedBatch {
+    /// Input tokens of all sequences, one after the other. A sequence's last sampled token is not among them: nothing
+    /// is predicted from it.
+    pub tokens: Vec<u32>,
+    /// Input tokens of each sequence.
+    pub lengths: Vec<usize>,
+    /// Experts to use, `[tokens, moe_layers, top_k]`; `None` lets the router choose.
+    pub replay: Option<Vec<u16>>,
+    /// What is predicted: for each sequence in order, its completion tokens in order.
+    pub targets: Vec<PackedTarget>,
+    /// The transform all its tokens were drawn with.
+    pub sampling: SamplingParams,
+    /// Which sequence of the caller's list each packed sequence is, and where its targets lie.
+    pub sequences: Vec<PackedSequence>,
+}
+
+/// One predicted token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PackedTarget {
+    /// Row of `tokens` whose logits predict it.
+    pub row: usize,
+    /// The token.
+    pub token: u32,
+}
+
+/// One sequence in a micro-batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PackedSequence {
+    /// Its place in the list that was packed.
+    pub index: usize,
+    /// Its targets.
+    pub targets: std::ops::Range<usize>,
+}
+
+/// Log-prob and entropy at each target.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenLogProbs {
+    /// Log-prob of each target, nats.
+    pub logprobs: Vec<f32>,
+    /// Entropy of the distribution each target was predicted from, nats.
+    pub entropies: Vec<f32>,
+}
+
+/// Gradient of the loss at each target.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenGradients {
+    /// d loss / d log-prob.
+    pub d_logprobs: Vec<f32>,
+    /// d loss / d entropy, where the loss has an entropy term.
+    pub d_entropies: Option<Vec<f32>>,
+}
+
+/// A model that can be trained. Results depend on nothing but weights and batch: same bits on every call.
+pub trait PolicyTrainer: Send {
+    /// Names and places of the parameters.
+    fn layout(&self) -> &Arc<ParamLayout>;
+
+    /// Takes new weights.
+    fn load(&mut self, params: &Params, version: PolicyVersion);
+
+    /// Forward only.
+    fn log_probs(&self, batch: &PackedBatch) -> TokenLogProbs;
+
+    /// Forward, `loss` on its result, backward; adds to `grads`, an arena of [`layout`](Self::layout).
+    fn accumulate(
+        &self,
+        batch: &PackedBatch,
+        loss: &mut dyn FnMut(&TokenLogProbs) -> TokenGradients,
+        grads: &mut [f32],
+    );
+}

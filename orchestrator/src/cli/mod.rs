@@ -1,0 +1,76 @@
+//! The command line: one file a command, each with an example in its `--help`.
+
+mod config;
+pub mod fail;
+mod generate;
+mod logprobs;
+mod model;
+mod score;
+mod table;
+mod tokenize;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{ConfigError, Loaded};
+
+pub use score::reward_json;
+pub use table::{bytes, table};
+
+/// Asynchronous online RL post-training of language models.
+///
+/// prompt pool → actors → reward → learner → weights → actors: one command on one machine, or one role a process on many.
+#[derive(Debug, Parser)]
+#[command(name = "freewheel", version, propagate_version = true, max_term_width = 110)]
+#[command(after_help = "Example:\n  freewheel run configs/quickstart.toml\n\nExit codes: 0 done, 1 the work failed, \
+    2 wrong usage, 78 bad config or input, 130 interrupted.")]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Generate(generate::GenerateArgs),
+    Logprobs(logprobs::LogprobsArgs),
+    Tokenize(tokenize::TokenizeArgs),
+    Score(score::ScoreArgs),
+    Config(config::ConfigCommand),
+}
+
+/// A config file and changes to it.
+#[derive(Debug, Args)]
+pub struct ConfigArgs {
+    /// Config file (TOML).
+    pub config: PathBuf,
+    /// Change one value: `--set learner.learning_rate=1e-4`. May be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub overrides: Vec<String>,
+}
+
+impl ConfigArgs {
+    /// Reads and checks the config.
+    pub fn load(&self) -> Result<Loaded, ConfigError> {
+        crate::config::load(&self.config, &self.overrides)
+    }
+}
+
+/// Parses the command line, runs the command, reports.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Command::Generate(args) => args.run(),
+        Command::Logprobs(args) => args.run(),
+        Command::Tokenize(args) => args.run(),
+        Command::Score(args) => args.run(),
+        Command::Config(command) => command.run(),
+    };
+    fail::finish(result)
+}
+
+/// The command line's definition, for snapshots and generated pages.
+pub fn command() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
+}

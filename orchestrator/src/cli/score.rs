@@ -1,0 +1,165 @@
+//! `freewheel score`: the reward stack on recorded completions, with nothing else running.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+
+use clap::Args;
+use freewheel_reward::{Completion, RewardStack};
+use freewheel_types::{Message, MessageContent, Prompt, PromptBody, PromptId, RewardRecord, Verdict};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::fail::Explain as _;
+use super::table::table;
+use super::ConfigArgs;
+use crate::lines;
+
+/// Run the reward stack offline: every component's value, the verdict, the total.
+///
+/// A line holds `completion` (or `text`) and what a prompt file holds: `prompt` or `messages`, `answer`, `tags`, `verifier`.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  freewheel score configs/quickstart.toml --input completions.jsonl --json")]
+pub struct ScoreArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// JSONL file; `-` reads standard input.
+    #[arg(long, value_name = "FILE")]
+    input: PathBuf,
+    /// Print JSON lines instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Deserialize)]
+struct Line {
+    id: Option<Value>,
+    completion: Option<String>,
+    text: Option<String>,
+    prompt: Option<String>,
+    messages: Option<Vec<Turn>>,
+    answer: Option<Value>,
+    #[serde(default)]
+    tags: Vec<String>,
+    verifier: Option<String>,
+    tokens: Option<usize>,
+    output_ids: Option<Vec<u32>>,
+    #[serde(default)]
+    truncated: bool,
+}
+
+#[derive(Debug, Deserialize)]
+struct Turn {
+    role: String,
+    content: String,
+}
+
+impl Line {
+    fn check(&self) -> Result<(), String> {
+        match (&self.completion, &self.text) {
+            (None, None) => Err("holds neither `completion` nor `text`".into()),
+            (Some(_), Some(_)) => Err("holds both `completion` and `text`".into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn completion(&self) -> &str {
+        self.completion.as_deref().or(self.text.as_deref()).unwrap_or_default()
+    }
+
+    fn prompt(&self) -> Prompt {
+        let body = match &self.messages {
+            Some(turns) => PromptBody::Messages(
+                turns
+                    .iter()
+                    .map(|turn| Message { role: turn.role.clone(), content: MessageContent::Text(turn.content.clone()) })
+                    .collect(),
+            ),
+            None => PromptBody::Text(self.prompt.clone().unwrap_or_default()),
+        };
+        Prompt {
+            id: PromptId([0; 16]),
+            name: None,
+            body,
+            answer: self.answer.as_ref().map(Value::to_string),
+            tags: self.tags.clone(),
+            verifier: self.verifier.clone(),
+            meta: None,
+        }
+    }
+}
+
+impl ScoreArgs {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        let loaded = self.config.load()?;
+        let stack = RewardStack::new(&loaded.config.reward).expect("checked when the config was loaded");
+        let lines = lines::read(&self.input, Line::check)?;
+        let mut out = std::io::BufWriter::new(std::io::stdout());
+        let mut rows = Vec::new();
+        for (at, line) in &lines {
+            let prompt = line.prompt();
+            let tokens = line.tokens.or(line.output_ids.as_ref().map(Vec::len)).unwrap_or(0);
+            let completion =
+                Completion { prompt: &prompt, text: line.completion(), tokens, truncated: line.truncated };
+            let record = stack.score(&completion);
+            if self.json {
+                writeln!(out, "{}", json_row(*at, line, &record))?;
+            } else {
+                rows.push(table_row(*at, &record));
+            }
+        }
+        if !self.json {
+            let mut header = vec!["line", "reward", "correct", "why"];
+            header.extend(stack.component_names());
+            write!(out, "{}", table(&header, &rows))?;
+        }
+        out.flush()?;
+        Ok(())
+    }
+}
+
+fn json_row(at: usize, line: &Line, record: &RewardRecord) -> Value {
+    let mut row = reward_json(record);
+    if let Some(map) = row.as_object_mut() {
+        map.insert("line".into(), json!(at));
+        if let Some(id) = &line.id {
+            map.insert("id".into(), id.clone());
+        }
+    }
+    row
+}
+
+/// A reward record as every command and file of ours spells it.
+pub fn reward_json(record: &RewardRecord) -> Value {
+    let components: serde_json::Map<String, Value> = record
+        .components
+        .iter()
+        .map(|part| {
+            (part.name.clone(), json!({"value": part.value, "detail": part.detail, "latency_ms": part.latency_ms}))
+        })
+        .collect();
+    let (gated_by, unscored) = match &record.verdict {
+        Verdict::Scored { gated_by, .. } => (gated_by.clone(), None),
+        Verdict::Unscored { reason } => (None, Some(reason.clone())),
+    };
+    json!({
+        "reward": record.reward(),
+        "correct": record.correct(),
+        "gated_by": gated_by,
+        "unscored": unscored,
+        "components": components,
+        "reward_version": record.reward_version,
+    })
+}
+
+fn table_row(at: usize, record: &RewardRecord) -> Vec<String> {
+    let number = |x: Option<f32>| x.map_or_else(|| "-".into(), |x| format!("{x:.4}"));
+    let why = match &record.verdict {
+        Verdict::Unscored { reason } => format!("unscored: {reason}"),
+        Verdict::Scored { gated_by: Some(gate), .. } => format!("gate {gate}"),
+        Verdict::Scored { .. } => String::new(),
+    };
+    let correct = record.correct().map_or("-", |yes| if yes { "yes" } else { "no" });
+    let mut row = vec![at.to_string(), number(record.reward()), correct.to_owned(), why];
+    row.extend(record.components.iter().map(|part| number(part.value)));
+    row
+}

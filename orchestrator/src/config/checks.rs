@@ -1,0 +1,168 @@
+//! What a schema cannot say: ranges that hang together, keys that exclude each other, values across sections.
+
+use std::path::Path;
+
+use freewheel_queue::Backend;
+use freewheel_types::RunId;
+
+use super::document::Node;
+use super::problem::{Origin, Problem};
+use super::{EvalSection, GeneratorKind, PromptsSection, RunConfig};
+
+/// Collects problems with the place of the key they are about.
+pub struct Checks<'d> {
+    document: &'d Node,
+    problems: Vec<Problem>,
+}
+
+impl<'d> Checks<'d> {
+    /// Nothing found yet.
+    pub fn new(document: &'d Node) -> Self {
+        Self { document, problems: Vec::new() }
+    }
+
+    /// Notes a problem at `key` unless `good`.
+    pub fn require(&mut self, good: bool, key: &str, message: impl Into<String>, hint: Option<&str>) {
+        if !good {
+            self.note(key, message, hint);
+        }
+    }
+
+    /// Notes a problem at `key`.
+    pub fn note(&mut self, key: &str, message: impl Into<String>, hint: Option<&str>) {
+        // An unset key has no place of its own: its section has.
+        let origin = self.document.at(key).map_or(Origin::Default, |node| node.origin.clone());
+        self.problems.push(Problem {
+            origin,
+            key: key.to_owned(),
+            message: message.into(),
+            hint: hint.map(str::to_owned),
+        });
+    }
+
+    /// Notes a problem told as one line that starts with its dotted key: `learner.steps is 0, …`.
+    pub fn told(&mut self, line: &str) {
+        let (key, rest) = line.split_once(' ').unwrap_or(("", line));
+        let is_key = key.contains('.') && key.bytes().all(|b| b.is_ascii_alphanumeric() || b"._".contains(&b));
+        if is_key { self.note(key, rest, None) } else { self.note("", line, None) }
+    }
+
+    /// What was found.
+    pub fn finish(self) -> Vec<Problem> {
+        self.problems
+    }
+}
+
+/// The run's name: `run.name`, or the stem of the config file.
+pub fn run_name(config: &RunConfig, path: &Path) -> Result<RunId, String> {
+    match &config.run.name {
+        Some(name) => name.parse::<RunId>().map_err(|error| error.to_string()),
+        None => {
+            let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+            stem.parse::<RunId>().map_err(|error| format!("is not set, and the file's name will not do: {error}"))
+        }
+    }
+}
+
+/// Everything about a run's config that needs neither the model nor the network.
+pub fn run_config(config: &RunConfig, document: &Node, path: &Path) -> Vec<Problem> {
+    let mut checks = Checks::new(document);
+    if let Err(message) = run_name(config, path) {
+        checks.note("run.name", message, None);
+    }
+    checks.require(
+        !config.model.path.is_empty(),
+        "model.path",
+        "is not set",
+        Some("model.path = \"assets/sprout\" (a folder in Hugging Face layout) or a .gguf file"),
+    );
+    prompts(&config.prompts, &mut checks);
+    eval(&config.eval, &config.prompts, &mut checks);
+    queue(config, &mut checks);
+    sections(config, &mut checks);
+    checks.finish()
+}
+
+/// What the crates say about their own sections, and what hangs together across them.
+fn sections(config: &RunConfig, checks: &mut Checks<'_>) {
+    config.actor.problems().iter().for_each(|problem| checks.told(&problem.to_string()));
+    config.learner.problems().iter().for_each(|problem| checks.told(problem));
+    if let Err(problems) = freewheel_reward::RewardStack::new(&config.reward) {
+        problems.into_iter().for_each(|problem| checks.note(&problem.key, problem.message, None));
+    }
+    let group_size = config.prompts.group_size;
+    for (key, min_valid) in
+        [("learner.min_valid", config.learner.min_valid), ("reward.min_valid", config.reward.min_valid)]
+    {
+        checks.require(
+            min_valid <= group_size,
+            key,
+            format!("is {min_valid}, must be at most prompts.group_size ({group_size})"),
+            None,
+        );
+    }
+}
+
+fn prompts(prompts: &PromptsSection, checks: &mut Checks<'_>) {
+    match (&prompts.file, prompts.generator) {
+        (None, None) => checks.note(
+            "prompts.file",
+            "there are no prompts: neither `prompts.file` nor `prompts.generator` is set",
+            Some("prompts.file = \"prompts.jsonl\", or prompts.generator = \"arithmetic\""),
+        ),
+        (Some(_), Some(_)) => {
+            checks.note("prompts.generator", "`prompts.file` is set too: give one of the two", None);
+        }
+        _ => {}
+    }
+    if prompts.generator == Some(GeneratorKind::Arithmetic) {
+        checks.require(!prompts.levels.is_empty(), "prompts.levels", "is empty", Some("for example [1, 2, 3]"));
+        for level in prompts.levels.iter().filter(|level| !(1..=6).contains(*level)) {
+            checks.note("prompts.levels", format!("holds {level}, must be 1 to 6 each"), None);
+        }
+    }
+}
+
+fn eval(eval: &EvalSection, prompts: &PromptsSection, checks: &mut Checks<'_>) {
+    let plain = |name: &str| {
+        !name.is_empty() && name.len() <= 40 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+    };
+    checks.require(
+        plain(&eval.name),
+        "eval.name",
+        format!("is {:?}, must be 1 to 40 of a-z A-Z 0-9 . _ -", eval.name),
+        None,
+    );
+    checks.require(
+        eval.samples == 1 || eval.temperature > 0.0,
+        "eval.samples",
+        format!("is {} at temperature 0: greedy completions are all the same", eval.samples),
+        Some("set eval.temperature = 1.0, or eval.samples = 1"),
+    );
+    if let (Some(held_out), Some(train)) = (&eval.file, &prompts.file) {
+        checks.require(held_out != train, "eval.file", "is the file the policy is trained on", None);
+    }
+}
+
+fn queue(config: &RunConfig, checks: &mut Checks<'_>) {
+    let queue = &config.queue;
+    for (key, value) in [
+        ("queue.lease_s", queue.lease_s),
+        ("queue.learner_lease_s", queue.learner_lease_s),
+        ("queue.timeout_s", queue.timeout_s),
+    ] {
+        checks.require(value > 0.0, key, format!("is {value}, must be above 0 (seconds)"), None);
+    }
+    checks.require(queue.max_deliveries >= 1, "queue.max_deliveries", "is 0, must be at least 1", None);
+    checks.require(queue.keep_versions >= 1, "queue.keep_versions", "is 0, must be at least 1", None);
+    if queue.backend == Backend::Redis {
+        let url = queue.url.0.as_str();
+        let known = ["redis://", "rediss://", "unix://", "redis+unix://"];
+        checks.require(
+            url == "managed" || known.iter().any(|scheme| url.starts_with(scheme)),
+            "queue.url",
+            format!("is \"{}\", which is no address of a Redis server", queue.url),
+            Some("redis://host:6379/0, rediss://…, unix:///path/to.sock, or \"managed\" to start a private server"),
+        );
+    }
+}

@@ -1,0 +1,220 @@
+//! One typed tree for a whole run: what was written becomes what will run, or every problem at once.
+//!
+//! ```text
+//! defaults ◄─ file ◄─ environment ◄─ --set        document   values with their places
+//!        └──────► schema walk ──► serde ──► checks           all problems, then one error
+//! ```
+//!
+//! Section structs live in the crate they configure; their doc comments are the documentation (`reference`).
+
+mod aliases;
+mod checks;
+mod document;
+mod problem;
+pub mod reference;
+mod schema;
+mod sections;
+
+use std::path::{Path, PathBuf};
+
+use freewheel_actor::ActorConfig;
+use freewheel_learner::LearnerConfig;
+use freewheel_queue::QueueConfig;
+use freewheel_reward::RewardConfig;
+use freewheel_types::RunId;
+use schemars::JsonSchema;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value as Json;
+
+pub use checks::Checks;
+pub use document::{Node, Value};
+pub use problem::{ConfigError, Origin, Problem};
+pub use sections::{Dtype, EvalSection, GeneratorKind, LogSection, ModelSection, PromptsSection, RunSection};
+
+/// Everything a run reads.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunConfig {
+    /// Name, folder, seed, time limit.
+    pub run: RunSection,
+    /// The policy to start from.
+    pub model: ModelSection,
+    /// What carries rollouts and weights between the roles.
+    pub queue: QueueConfig,
+    /// Where prompts come from.
+    pub prompts: PromptsSection,
+    /// How rollouts are generated.
+    pub actor: ActorConfig,
+    /// How completions are scored.
+    pub reward: RewardConfig,
+    /// How the policy is trained.
+    pub learner: LearnerConfig,
+    /// Held-out accuracy.
+    pub eval: EvalSection,
+    /// What is written beside the metrics.
+    pub log: LogSection,
+}
+
+/// The environment variables that set a key; there are no others that do.
+pub const ENVIRONMENT: [(&str, &str); 3] =
+    [("FREEWHEEL_QUEUE_URL", "queue.url"), ("FREEWHEEL_RUN_DIR", "run.dir"), ("FREEWHEEL_LOG", "log.level")];
+
+/// A checked config with what is derived from it.
+#[derive(Clone, Debug)]
+pub struct Loaded<C = RunConfig> {
+    /// The values.
+    pub config: C,
+    /// The file it was read from.
+    pub path: PathBuf,
+    /// All values with their origins, for `config show`.
+    pub document: Node,
+}
+
+/// Reads and checks a run's config: file, environment, `--set` flags. Needs no model and touches no network.
+///
+/// # Errors
+/// All problems together.
+pub fn load(path: &Path, overrides: &[String]) -> Result<Loaded, ConfigError> {
+    load_as(path, overrides, &environment(), checks::run_config)
+}
+
+/// Reads a config of type `C` (a run's, or that of another job).
+///
+/// # Errors
+/// All problems together.
+pub fn load_as<C>(
+    path: &Path,
+    overrides: &[String],
+    environment: &[(&'static str, &'static str, String)],
+    checks: impl Fn(&C, &Node, &Path) -> Vec<Problem>,
+) -> Result<Loaded<C>, ConfigError>
+where
+    C: Default + Serialize + DeserializeOwned + JsonSchema,
+{
+    let name = path.display().to_string();
+    let fail = |problems| ConfigError { what: name.clone(), problems };
+    let text = std::fs::read(path).map_err(|error| fail(vec![unreadable(path, &error)]))?;
+    let text = String::from_utf8(text).map_err(|error| fail(vec![not_utf8(&name, &error)]))?;
+    let written = layers(&name, &text, overrides, environment).map_err(&fail)?;
+    let schema = schema_of::<C>();
+    let mut found = Vec::new();
+    schema::check(&schema, &schema, &written, "", &mut found);
+    // What fits the schema is checked further even if something else does not, so that one pass shows everything.
+    let mut sound = written.clone();
+    found.iter().for_each(|problem| sound.remove(&problem.key));
+    let (config, document) = match typed::<C>(&sound) {
+        Ok(typed) => typed,
+        Err(error) if found.is_empty() => return Err(fail(vec![leftover(&error)])),
+        Err(_) => return Err(fail(found)),
+    };
+    let caused = |problem: &Problem| found.iter().any(|cause| cause.explains(&problem.key));
+    let further: Vec<Problem> = checks(&config, &document, path).into_iter().filter(|p| !caused(p)).collect();
+    found.extend(further);
+    if !found.is_empty() {
+        return Err(fail(found));
+    }
+    Ok(Loaded { config, path: path.to_owned(), document })
+}
+
+/// The typed config, and the document with defaults filled in.
+fn typed<C: Serialize + DeserializeOwned>(written: &Node) -> Result<(C, Node), serde_json::Error> {
+    let config: C = serde_json::from_value(written.to_json())?;
+    let mut document = Node::from_json(&serde_json::to_value(&config)?).unwrap_or_else(Node::table);
+    document.overlay(written.clone());
+    Ok((config, document))
+}
+
+/// The schema of a config type, as JSON.
+pub fn schema_of<C: JsonSchema>() -> Json {
+    schemars::schema_for!(C).to_value()
+}
+
+impl Loaded {
+    /// The run's name: `run.name`, or the config file's stem.
+    pub fn run_id(&self) -> RunId {
+        checks::run_name(&self.config, &self.path).expect("checked when the config was loaded")
+    }
+
+    /// The run's folder.
+    pub fn run_dir(&self) -> PathBuf {
+        Path::new(&self.config.run.dir).join(self.run_id().as_str())
+    }
+
+    /// `path` as the config means it: as given if that exists, else beside the config file.
+    pub fn resolve(&self, path: &str) -> PathBuf {
+        resolve(path, &self.path)
+    }
+}
+
+/// `path` as the file `config` means it: as given if that exists, else beside `config`.
+pub fn resolve(path: &str, config: &Path) -> PathBuf {
+    let plain = PathBuf::from(path);
+    let beside = config.parent().map(|parent| parent.join(path));
+    match beside {
+        Some(beside) if plain.is_relative() && !plain.exists() && beside.exists() => beside,
+        _ => plain,
+    }
+}
+
+/// The variables of [`ENVIRONMENT`] that are set.
+fn environment() -> Vec<(&'static str, &'static str, String)> {
+    ENVIRONMENT
+        .iter()
+        .filter_map(|(variable, key)| Some((*variable, *key, std::env::var(variable).ok()?)))
+        .collect()
+}
+
+fn layers(
+    name: &str,
+    text: &str,
+    overrides: &[String],
+    environment: &[(&'static str, &'static str, String)],
+) -> Result<Node, Vec<Problem>> {
+    let mut node = Node::parse(name, text)?;
+    for (variable, key, value) in environment {
+        node.overlay(Node::nested(key, Value::String(value.clone()), &Origin::Env(variable)));
+    }
+    let mut problems = Vec::new();
+    for flag in overrides {
+        match flag.split_once('=') {
+            Some((key, value)) if !key.trim().is_empty() => {
+                let value = Node::parse_value(value.trim(), &Origin::Flag);
+                node.overlay(Node::nested(key.trim(), value, &Origin::Flag));
+            }
+            _ => problems.push(Problem {
+                origin: Origin::Flag,
+                key: String::new(),
+                message: format!("{flag:?} is not KEY=VALUE"),
+                hint: Some("for example --set learner.learning_rate=1e-4".into()),
+            }),
+        }
+    }
+    if problems.is_empty() { Ok(node) } else { Err(problems) }
+}
+
+fn unreadable(path: &Path, error: &std::io::Error) -> Problem {
+    Problem {
+        origin: Origin::Default,
+        key: String::new(),
+        message: format!("cannot be read: {error}"),
+        hint: (error.kind() == std::io::ErrorKind::NotFound && path.extension().is_none())
+            .then(|| format!("is it {}.toml?", path.display())),
+    }
+}
+
+fn not_utf8(name: &str, error: &std::string::FromUtf8Error) -> Problem {
+    let good = error.utf8_error().valid_up_to();
+    let line = error.as_bytes()[..good].iter().filter(|byte| **byte == b'\n').count() + 1;
+    Problem {
+        origin: Origin::File { path: name.to_owned(), line, column: 1 },
+        key: String::new(),
+        message: format!("is not UTF-8 (byte {good})"),
+        hint: None,
+    }
+}
+
+/// What the schema could not express and serde refuses.
+fn leftover(error: &serde_json::Error) -> Problem {
+    Problem { origin: Origin::Default, key: String::new(), message: error.to_string(), hint: None }
+}

@@ -1,0 +1,164 @@
+//! The sections that belong to no other crate: `[run] [model] [prompts] [eval] [log]`.
+
+use freewheel_types::WeightsDtype;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// The `[run]` section.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunSection {
+    /// Name of the run: its folder and its queue keys. 1 to 63 of a-z 0-9 . _ -. Default: the config file's name.
+    pub name: Option<String>,
+    /// Folder that holds the run folders. Default "runs".
+    pub dir: String,
+    /// Seed of everything random: prompt choice, sampling, evaluation. Default 0.
+    #[schemars(range(max = 9_223_372_036_854_775_807_u64))]
+    pub seed: u64,
+    /// Wall time after which the run drains and ends well. Minutes, above 0. Default: no limit.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub time_limit_min: Option<f64>,
+}
+
+impl Default for RunSection {
+    fn default() -> Self {
+        Self { name: None, dir: "runs".into(), seed: 0, time_limit_min: None }
+    }
+}
+
+/// The `[model]` section: read by actor and learner alike.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelSection {
+    /// The policy to start from: a folder in Hugging Face layout or a `.gguf` file. Relative paths start at the working
+    /// directory, or at the config file's folder if there is nothing there. Required.
+    pub path: String,
+    /// Element type of the weights that are sampled, trained and published: "auto" (as stored), "bf16" or "f32".
+    /// Default "auto".
+    pub dtype: Dtype,
+}
+
+impl Default for ModelSection {
+    fn default() -> Self {
+        Self { path: String::new(), dtype: Dtype::Auto }
+    }
+}
+
+/// Element type of weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// As stored; 16-bit floats and quantised blocks become bf16.
+    #[default]
+    Auto,
+    /// bfloat16.
+    Bf16,
+    /// 32-bit floats.
+    F32,
+}
+
+impl Dtype {
+    /// What the loader is asked for.
+    pub fn requested(self) -> Option<WeightsDtype> {
+        match self {
+            Self::Auto => None,
+            Self::Bf16 => Some(WeightsDtype::Bf16),
+            Self::F32 => Some(WeightsDtype::F32),
+        }
+    }
+}
+
+/// A built-in prompt source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum GeneratorKind {
+    /// Chains of additions and subtractions, `17+25-9=?`, in levels by the number of operations.
+    Arithmetic,
+}
+
+/// The `[prompts]` section: where prompts come from and how many rollouts each gets.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct PromptsSection {
+    /// Prompt file (JSONL). Give this or `generator`.
+    pub file: Option<String>,
+    /// Built-in prompt source: "arithmetic". Give this or `file`.
+    pub generator: Option<GeneratorKind>,
+    /// Levels of the generator, each 1 to 6 (operations a question). Default [1, 2, 3].
+    pub levels: Vec<u32>,
+    /// Questions the generator makes, all levels together. 1 to 1,000,000. Default 4000.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub count: usize,
+    /// Seed of the generator. Default: `run.seed`.
+    pub seed: Option<u32>,
+    /// Rollouts per prompt: a prompt group. 2 to 64. Default 8.
+    #[schemars(range(min = 2, max = 64))]
+    pub group_size: u32,
+}
+
+impl Default for PromptsSection {
+    fn default() -> Self {
+        Self { file: None, generator: None, levels: vec![1, 2, 3], count: 4000, seed: None, group_size: 8 }
+    }
+}
+
+/// The `[eval]` section: accuracy on prompts that are never trained on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct EvalSection {
+    /// Evaluate every this many learner steps, besides start and end. 0 = never during the run. Default 20.
+    pub every: u64,
+    /// Name of the evaluation: `eval/<name>/accuracy`. Default "heldout".
+    pub name: String,
+    /// Prompt file (JSONL) of held-out prompts. Default: the generator's held-out set, or no evaluation with
+    /// `prompts.file`.
+    pub file: Option<String>,
+    /// Held-out prompts used, the first ones of the file or generator. 1 to 100,000. Default 200.
+    #[schemars(range(min = 1, max = 100_000))]
+    pub count: usize,
+    /// Completions per prompt; more than 1 gives pass@k. 1 to 64. Default 1.
+    #[schemars(range(min = 1, max = 64))]
+    pub samples: u32,
+    /// Sampling temperature; 0 is greedy. 0 to 10. Default 0.
+    #[schemars(range(min = 0, max = 10))]
+    pub temperature: f32,
+    /// Sampling seed, used when the temperature is above 0. Default 1.
+    pub seed: u32,
+}
+
+impl Default for EvalSection {
+    fn default() -> Self {
+        Self {
+            every: 20,
+            name: "heldout".into(),
+            file: None,
+            count: 200,
+            samples: 1,
+            temperature: 0.0,
+            seed: 1,
+        }
+    }
+}
+
+/// The `[log]` section.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogSection {
+    /// What goes to `freewheel.log`: "error", "warn", "info", "debug", "trace", or a filter such as
+    /// "info,freewheel_actor=debug". Default "info".
+    pub level: String,
+    /// Write TensorBoard events beside `metrics.jsonl`. Default true.
+    pub tensorboard: bool,
+    /// Rollouts of every learner step written to `rollouts/`, with their reward breakdown. 0 to 1024. Default 4.
+    #[schemars(range(max = 1024))]
+    pub rollouts_per_step: u32,
+    /// Size at which a file of `rollouts/` is closed and the next begun. Bytes, at least 65,536. Default 16 MiB.
+    #[schemars(range(min = 65_536))]
+    pub rollouts_file_bytes: u64,
+}
+
+impl Default for LogSection {
+    fn default() -> Self {
+        Self { level: "info".into(), tensorboard: true, rollouts_per_step: 4, rollouts_file_bytes: 16 << 20 }
+    }
+}

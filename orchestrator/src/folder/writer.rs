@@ -1,0 +1,141 @@
+//! Metrics to disk: JSON Lines first, TensorBoard beside it.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use freewheel_learner::metrics::MetricsSink;
+use serde_json::{Map, Value};
+
+use super::{EventWriter, names};
+
+/// One line of metrics.
+pub type StepLine = Map<String, Value>;
+
+/// Adds what the learner cannot know (actors, prompt pool) to its line.
+pub type Extras = Box<dyn Fn(&mut StepLine) + Send + Sync>;
+
+/// Writes `metrics.jsonl`, `eval.jsonl` and TensorBoard events.
+pub struct RunMetrics {
+    dir: PathBuf,
+    extras: Extras,
+    state: Mutex<State>,
+}
+
+struct State {
+    metrics: Option<File>,
+    events: Option<EventWriter>,
+}
+
+impl RunMetrics {
+    /// Metrics of the run in `dir`.
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    pub fn new(dir: &Path, tensorboard: bool, extras: Extras) -> std::io::Result<Self> {
+        let events = if tensorboard { Some(EventWriter::create(dir)?) } else { None };
+        Ok(Self { dir: dir.to_owned(), extras, state: Mutex::new(State { metrics: None, events }) })
+    }
+
+    /// One evaluation.
+    pub fn eval(&self, step: u64, line: &StepLine) {
+        let mut state = self.state.lock().expect("no holder of the lock panics");
+        let written = append(&self.dir.join(names::EVAL)).and_then(|mut file| write_line(&mut file, line));
+        report(written, names::EVAL);
+        state.scalars(step, line);
+    }
+}
+
+impl MetricsSink for RunMetrics {
+    fn step(&self, line: &StepLine) {
+        let mut line = line.clone();
+        (self.extras)(&mut line);
+        let step = line.get("step").and_then(Value::as_u64).unwrap_or(0);
+        let mut state = self.state.lock().expect("no holder of the lock panics");
+        let path = self.dir.join(names::METRICS);
+        if state.metrics.is_none() {
+            // After a resume the learner makes some steps again: their old lines give way.
+            report(keep_before(&path, step), names::METRICS);
+            state.metrics = append(&path).map_err(|error| report(Err(error), names::METRICS)).ok();
+        }
+        if let Some(file) = &mut state.metrics {
+            report(write_line(file, &line), names::METRICS);
+        }
+        state.scalars(step, &line);
+    }
+}
+
+impl State {
+    fn scalars(&mut self, step: u64, line: &StepLine) {
+        let Some(events) = &mut self.events else { return };
+        let scalars = line.iter().filter(|(key, _)| key.contains('/')).filter_map(|(key, x)| Some((key.as_str(), x.as_f64()?)));
+        if let Err(error) = events.scalars(step, scalars) {
+            tracing::warn!(%error, "TensorBoard events end here");
+            self.events = None;
+        }
+    }
+}
+
+fn append(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().create(true).append(true).open(path)
+}
+
+/// One write call a line, so that a reader never sees half of one.
+fn write_line(file: &mut File, line: &StepLine) -> std::io::Result<()> {
+    let mut text = serde_json::to_vec(line)?;
+    text.push(b'\n');
+    file.write_all(&text)
+}
+
+fn report(result: std::io::Result<()>, what: &str) {
+    if let Err(error) = result {
+        tracing::error!(%error, what, "metrics cannot be written");
+    }
+}
+
+/// Keeps the lines of `path` whose step is below `step`; a torn last line goes too.
+fn keep_before(path: &Path, step: u64) -> std::io::Result<()> {
+    let Ok(file) = File::open(path) else { return Ok(()) };
+    let mut kept = Vec::new();
+    for line in BufReader::new(file).lines() {
+        let line = line?;
+        let of_line = serde_json::from_str::<StepLine>(&line).ok().and_then(|line| line.get("step")?.as_u64());
+        if of_line.is_some_and(|of_line| of_line < step) {
+            kept.extend_from_slice(line.as_bytes());
+            kept.push(b'\n');
+        }
+    }
+    let tmp = path.with_extension("jsonl.tmp");
+    fs::write(&tmp, kept)?;
+    fs::rename(tmp, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn line(step: u64) -> StepLine {
+        json!({"step": step, "reward/mean": 0.5}).as_object().cloned().unwrap()
+    }
+
+    #[test]
+    fn steps_made_again_after_a_resume_replace_their_lines() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = || RunMetrics::new(dir.path(), true, Box::new(|line| drop(line.insert("x".into(), json!(1))))).unwrap();
+        let first = open();
+        (1..=5).for_each(|step| first.step(&line(step)));
+        drop(first);
+        // The process died while it wrote.
+        append(&dir.path().join(names::METRICS)).unwrap().write_all(b"{\"step\": 6, \"rew").unwrap();
+        let second = open();
+        (4..=6).for_each(|step| second.step(&line(step)));
+        let text = fs::read_to_string(dir.path().join(names::METRICS)).unwrap();
+        let steps: Vec<u64> =
+            text.lines().map(|l| serde_json::from_str::<StepLine>(l).unwrap()["step"].as_u64().unwrap()).collect();
+        assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
+        assert!(text.lines().all(|l| l.contains("\"x\":1")));
+    }
+}

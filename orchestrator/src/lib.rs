@@ -1,0 +1,20 @@
+//! Freewheel: the whole system around its crates.
+//!
+//! ```text
+//! config   one typed tree, every problem at once        cli      one file a command
+//! prompts  prompt files, generator, the pool            run      wires the roles: one process, or one each
+//! eval     held-out accuracy on the actor's engine      folder   what a run leaves on disk
+//! report   the HTML report                              doctor   this machine, and what a config needs of it
+//! ```
+//!
+//! Everything numeric lives in the crates below; nothing below knows of anything here.
+
+pub mod cli;
+pub mod config;
+pub mod evaluation;
+pub mod folder;
+pub mod lines;
+pub mod logging;
+pub mod policy;
+pub mod run;
+pub mod signals;

@@ -1,0 +1,5 @@
+//! The one binary: see the library.
+
+fn main() -> std::process::ExitCode {
+    freewheel::cli::main()
+}

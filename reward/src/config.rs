@@ -1,0 +1,215 @@
+//! `[reward]`: which components judge, and how their values become one reward.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// The `[reward]` section.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RewardConfig {
+    /// What judges, in order. Default: one verifier, the one each prompt names ("math" where it names none).
+    pub component: Vec<ComponentConfig>,
+    /// How the values become one reward.
+    pub combine: CombineConfig,
+    /// What happens to a rollout that could not be scored. Only "drop_sample": it leaves its group.
+    pub on_unscored: OnUnscored,
+    /// Scored rollouts a group needs; with fewer it is dropped and refilled. 2 to 64, default 2.
+    pub min_valid: u32,
+    /// Time one rollout may take to score; what is not there by then is unscored. Milliseconds, 1 to 600000,
+    /// default 10000.
+    pub deadline_ms: u64,
+    /// Range the composed reward is clipped to, `[low, high]`. Default [-3.0, 3.0].
+    pub clip: [f32; 2],
+    /// A label of your own; hashed with the rest of this section into the reward version of every rollout.
+    pub version: String,
+    /// Threads that score. 1 to 256, default 1.
+    pub workers: usize,
+}
+
+impl Default for RewardConfig {
+    fn default() -> Self {
+        Self {
+            component: vec![ComponentConfig { name: "answer".into(), ..Default::default() }],
+            combine: CombineConfig::default(),
+            on_unscored: OnUnscored::DropSample,
+            min_valid: 2,
+            deadline_ms: 10_000,
+            clip: [-3.0, 3.0],
+            version: String::new(),
+            workers: 1,
+        }
+    }
+}
+
+/// What happens to a rollout without a reward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OnUnscored {
+    /// It leaves its group; the others stay.
+    #[default]
+    DropSample,
+}
+
+/// One `[[reward.component]]`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ComponentConfig {
+    /// Name, unique; used in `combine.weights`, in metrics (`reward/<name>/mean`) and in records.
+    pub name: String,
+    /// "verifier" (default), "guard" or "rule".
+    pub kind: ComponentKind,
+    /// Prompts it applies to: "tag:math", several as "tag:math|physics". Default: all.
+    pub when: Option<String>,
+    /// Factor of its value in the weighted sum; 0 measures without optimising. Default 1. A guard's value is
+    /// the probability of harm and is subtracted.
+    pub weight: Option<f32>,
+
+    /// Verifier: "math", "number", "exact", "regex", "format", or "auto" (default): the one the prompt names,
+    /// "math" where it names none.
+    pub verifier: VerifierKind,
+    /// Exact: compare without regard to case. Default false.
+    pub ignore_case: bool,
+    /// Exact: treat runs of white space as one space, and ignore it at both ends. Default true.
+    pub ignore_space: Option<bool>,
+    /// Number: largest difference that still counts as right. Absolute, default 0.
+    pub tolerance: f64,
+    /// Regex: the pattern. With a capture group, the last match's group 1 must equal the reference answer;
+    /// without, the completion must match. Format: the whole completion must match.
+    pub pattern: Option<String>,
+    /// Format: strings that must occur.
+    pub contains: Vec<String>,
+    /// Format: strings that must not occur.
+    pub excludes: Vec<String>,
+    /// Format: fewest characters. Default 0.
+    pub length_min: usize,
+    /// Format: most characters. Default: no limit.
+    pub length_max: Option<usize>,
+
+    /// Guard: whose words it reads: "response" (default), "prompt" or "both".
+    pub role: GuardRole,
+    /// Guard: what it looks for.
+    pub category: Vec<GuardCategory>,
+    /// Guard as a gate: fails above this probability of harm; 0 to 1, default 0.5. Verifier as a gate: fails
+    /// below this value.
+    pub threshold: Option<f32>,
+
+    /// Rule: "overlong", the soft length penalty of DAPO (arXiv 2503.14476, eq. 13).
+    pub rule: RuleKind,
+    /// Overlong: length at which the penalty reaches -1. Tokens; required by the rule.
+    pub max_tokens: Option<u32>,
+    /// Overlong: the penalty grows over this many tokens before `max_tokens`. Tokens; default a fifth of it.
+    pub buffer_tokens: Option<u32>,
+}
+
+/// The kinds of component.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ComponentKind {
+    /// Compares the completion with a reference answer or a form; 0 or 1.
+    #[default]
+    Verifier,
+    /// Looks for harm; 0 (none) to 1.
+    Guard,
+    /// A fixed formula over the rollout itself.
+    Rule,
+}
+
+/// The verifiers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum VerifierKind {
+    /// The one the prompt names; "math" where it names none.
+    #[default]
+    Auto,
+    /// Equality of mathematical answers, LaTeX or plain.
+    Math,
+    /// The last number of the completion.
+    Number,
+    /// The whole completion.
+    Exact,
+    /// A pattern.
+    Regex,
+    /// The form of the completion; needs no reference answer.
+    Format,
+}
+
+/// Whose words a guard reads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum GuardRole {
+    /// The completion.
+    #[default]
+    Response,
+    /// The prompt.
+    Prompt,
+    /// Prompt and completion.
+    Both,
+}
+
+/// One `[[reward.component.category]]` of a guard.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct GuardCategory {
+    /// Name, shown in records.
+    pub name: String,
+    /// Words or phrases; whole words, without regard to case, hidden characters or look-alike letters.
+    pub words: Vec<String>,
+    /// Patterns (linear-time: no look-around, no back-references), applied to the normalised text.
+    pub patterns: Vec<String>,
+    /// Probability of harm when it is hit. 0 to 1, default 1.
+    pub score: f32,
+}
+
+impl Default for GuardCategory {
+    fn default() -> Self {
+        Self { name: String::new(), words: Vec::new(), patterns: Vec::new(), score: 1.0 }
+    }
+}
+
+/// The rules.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RuleKind {
+    /// 0 up to `max_tokens - buffer_tokens`, then falling to -1 at `max_tokens`, -1 beyond.
+    #[default]
+    Overlong,
+}
+
+/// `[reward.combine]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct CombineConfig {
+    /// "weighted" (default): the weighted sum. "gate": `floor` when a gate fails, else the weighted sum of the rest.
+    pub mode: CombineMode,
+    /// Weights by component name; a component not named here has its own `weight`.
+    pub weights: BTreeMap<String, f32>,
+    /// Gate: the components that must pass, verifiers or guards; they add nothing to the sum.
+    pub gates: Vec<String>,
+    /// Gate: the reward when one fails. Default -1.
+    pub floor: f32,
+}
+
+impl Default for CombineConfig {
+    fn default() -> Self {
+        Self { mode: CombineMode::Weighted, weights: BTreeMap::new(), gates: Vec::new(), floor: -1.0 }
+    }
+}
+
+/// The rules of combination.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CombineMode {
+    /// Weighted sum.
+    #[default]
+    Weighted,
+    /// Gates first, then the weighted sum.
+    Gate,
+    /// Not in this version: refused.
+    Piecewise,
+    /// Not in this version: refused.
+    Lexicographic,
+    /// Not in this version: refused.
+    Lagrangian,
+}

@@ -1,0 +1,256 @@
+//! The reward stack: every component of `[reward]`, run on one rollout within the deadline.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+
+use freewheel_types::{ComponentScore, Digest, FinishReason, Prompt, RewardRecord, Rollout, Verdict};
+
+use crate::ConfigProblem;
+use crate::combine::{Bounds, Part, PartRole, combine};
+use crate::config::RewardConfig;
+use crate::validate::build;
+use crate::when::When;
+
+/// What is judged: the part of a rollout that rewards may depend on.
+#[derive(Clone, Copy, Debug)]
+pub struct Completion<'a> {
+    /// The prompt, with its reference answer and tags.
+    pub prompt: &'a Prompt,
+    /// The completion as text.
+    pub text: &'a str,
+    /// Sampled tokens.
+    pub tokens: usize,
+    /// Whether it was cut off.
+    pub truncated: bool,
+}
+
+impl<'a> From<&'a Rollout> for Completion<'a> {
+    fn from(rollout: &'a Rollout) -> Self {
+        Self {
+            prompt: &rollout.prompt,
+            text: &rollout.text,
+            tokens: rollout.len(),
+            truncated: rollout.finish_reason == FinishReason::Length,
+        }
+    }
+}
+
+/// A component's value, and what it wants to say about it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Judgement {
+    /// Raw value.
+    pub value: f32,
+    /// Parsed answer, categories hit.
+    pub detail: Option<String>,
+}
+
+/// A component could not judge; says why. Not a wrong answer: that is a value of 0.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unscored(pub String);
+
+/// Something that judges completions. Must give the same answer to the same input, whatever was judged before.
+pub trait Component: Send + Sync {
+    /// The raw value of one completion.
+    ///
+    /// # Errors
+    /// If the component itself failed: bad reference answer, missing data.
+    fn judge(&self, completion: &Completion<'_>) -> Result<Judgement, Unscored>;
+}
+
+/// A component in its place.
+pub(crate) struct Slot {
+    pub(crate) name: String,
+    pub(crate) when: When,
+    pub(crate) role: PartRole,
+    pub(crate) component: Box<dyn Component>,
+}
+
+/// Judges rollouts as `[reward]` says. Shared between threads; holds no state that a rollout could change.
+pub struct RewardStack {
+    slots: Vec<Slot>,
+    bounds: Bounds,
+    deadline: Duration,
+    version: String,
+}
+
+impl RewardStack {
+    /// Builds every component.
+    ///
+    /// # Errors
+    /// Every problem of the configuration, at once.
+    pub fn new(config: &RewardConfig) -> Result<Self, Vec<ConfigProblem>> {
+        let (slots, bounds) = build(config)?;
+        // The number of threads has no part in what a reward is.
+        let judged_by = RewardConfig { workers: 1, ..config.clone() };
+        let canonical = serde_json::to_vec(&judged_by).map_err(|error| {
+            vec![ConfigProblem::new("reward", format!("cannot be written as JSON: {error}"))]
+        })?;
+        let version = Digest::of(&canonical).to_string()[..16].to_owned();
+        Ok(Self { slots, bounds, deadline: Duration::from_millis(config.deadline_ms), version })
+    }
+
+    /// Hash of the configuration that judges, 16 hex digits.
+    pub fn reward_version(&self) -> &str {
+        &self.version
+    }
+
+    /// Names of the components, in config order.
+    pub fn component_names(&self) -> impl Iterator<Item = &str> {
+        self.slots.iter().map(|slot| slot.name.as_str())
+    }
+
+    /// Most time one rollout may take.
+    pub fn deadline(&self) -> Duration {
+        self.deadline
+    }
+
+    /// Judges one completion. Never fails: what goes wrong becomes an unscored record with the reason.
+    ///
+    /// Everything in the record but its latencies is a function of the input.
+    pub fn score(&self, completion: &Completion<'_>) -> RewardRecord {
+        let start = Instant::now();
+        let results: Vec<_> = self.slots.iter().map(|slot| self.judge(slot, completion, start)).collect();
+        let parts: Vec<_> = self
+            .slots
+            .iter()
+            .zip(&results)
+            .map(|(slot, (result, _))| Part {
+                name: &slot.name,
+                part: slot.role,
+                value: result.as_ref().map(|r| r.as_ref().map(|j| j.value).map_err(|why| why.0.as_str())),
+            })
+            .collect();
+        let verdict = combine(&parts, self.bounds);
+        let components = self.slots.iter().zip(results).map(|(slot, (result, latency_ms))| {
+            let (value, detail) = match result {
+                None => (None, None),
+                Some(Ok(judgement)) => (Some(judgement.value), judgement.detail),
+                Some(Err(Unscored(why))) => (None, Some(why)),
+            };
+            ComponentScore { name: slot.name.clone(), value, detail, latency_ms }
+        });
+        RewardRecord {
+            verdict,
+            components: components.collect(),
+            reward_version: self.version.clone(),
+            latency_ms: ms(start.elapsed()),
+        }
+    }
+
+    /// The record of a rollout that could not be judged at all.
+    pub fn unscored(&self, reason: impl Into<String>) -> RewardRecord {
+        RewardRecord {
+            verdict: Verdict::Unscored { reason: reason.into() },
+            components: Vec::new(),
+            reward_version: self.version.clone(),
+            latency_ms: 0.0,
+        }
+    }
+
+    fn judge(
+        &self,
+        slot: &Slot,
+        completion: &Completion<'_>,
+        start: Instant,
+    ) -> (Option<Result<Judgement, Unscored>>, f32) {
+        if !slot.when.applies(&completion.prompt.tags) {
+            return (None, 0.0);
+        }
+        let late = || Unscored(format!("not done within deadline_ms = {}", self.deadline.as_millis()));
+        if start.elapsed() > self.deadline {
+            return (Some(Err(late())), 0.0);
+        }
+        let begin = Instant::now();
+        // A bug in one verifier costs one rollout its reward, not the run its reward worker.
+        let result = catch_unwind(AssertUnwindSafe(|| slot.component.judge(completion)))
+            .unwrap_or_else(|_| {
+                Err(Unscored("the component panicked; please report this prompt and answer".into()))
+            })
+            .and_then(|judgement| {
+                if judgement.value.is_finite() {
+                    Ok(judgement)
+                } else {
+                    Err(Unscored(format!(
+                        "the component gave {}, which is not a finite number",
+                        judgement.value
+                    )))
+                }
+            });
+        let result = if start.elapsed() > self.deadline { Err(late()) } else { result };
+        (Some(result), ms(begin.elapsed()))
+    }
+
+    /// A stack of ready-made components with weight 1, for tests.
+    #[cfg(test)]
+    pub(crate) fn of(components: Vec<(&str, Box<dyn Component>)>, deadline: Duration) -> Self {
+        let base = Self::new(&RewardConfig::default()).unwrap();
+        let slots = components.into_iter().map(|(name, component)| Slot {
+            name: name.into(),
+            when: When::Always,
+            role: PartRole { factor: 1.0, decides: true, gate: None },
+            component,
+        });
+        Self { slots: slots.collect(), deadline, ..base }
+    }
+}
+
+fn ms(duration: Duration) -> f32 {
+    duration.as_secs_f32() * 1e3
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use freewheel_types::{PromptBody, PromptId};
+
+    use super::*;
+
+    pub(crate) fn prompt(answer: &str) -> Prompt {
+        Prompt {
+            id: PromptId::of(answer.as_bytes()),
+            name: None,
+            body: PromptBody::Text("?".into()),
+            answer: Some(serde_json::to_string(answer).unwrap()),
+            tags: vec!["math".into()],
+            verifier: None,
+            meta: None,
+        }
+    }
+
+    struct Fixed(f32, u64);
+
+    impl Component for Fixed {
+        fn judge(&self, _: &Completion<'_>) -> Result<Judgement, Unscored> {
+            std::thread::sleep(Duration::from_millis(self.1));
+            assert!(self.0 != 13.0, "a planted bug");
+            Ok(Judgement { value: self.0, detail: None })
+        }
+    }
+
+    fn verdict_of(value: f32, sleep_ms: u64, deadline_ms: u64) -> Verdict {
+        let stack = RewardStack::of(
+            vec![("x", Box::new(Fixed(value, sleep_ms)))],
+            Duration::from_millis(deadline_ms),
+        );
+        let prompt = prompt("1");
+        stack.score(&Completion { prompt: &prompt, text: "1", tokens: 1, truncated: false }).verdict
+    }
+
+    #[test]
+    fn what_fails_itself_is_unscored_with_the_reason_and_never_zero() {
+        let cases = [
+            (verdict_of(f32::NAN, 0, 1000), "NaN"),
+            (verdict_of(f32::INFINITY, 0, 1000), "inf"),
+            (verdict_of(1.0, 30, 5), "deadline_ms = 5"),
+            (verdict_of(13.0, 0, 1000), "panicked"),
+        ];
+        for (verdict, expected) in cases {
+            match verdict {
+                Verdict::Unscored { reason } => {
+                    assert!(reason.contains(expected), "{reason:?} lacks {expected:?}")
+                }
+                scored => panic!("expected unscored because of {expected}, got {scored:?}"),
+            }
+        }
+        assert!(matches!(verdict_of(0.5, 0, 1000), Verdict::Scored { reward, .. } if reward == 0.5));
+    }
+}
