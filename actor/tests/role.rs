@@ -205,6 +205,9 @@ async fn tasks_in_rollouts_out() {
     }
     run.until("all tasks end", |metrics| metrics.tasks == 0 && metrics.rollouts == 18).await;
     assert_eq!(run.queue.counts().await.unwrap().tasks, 0);
+    while run.store.actors().await.unwrap().is_empty() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     assert_eq!(run.store.actors().await.unwrap(), [(ActorId("actor-0".to_owned()), version(0))]);
     let last = run.end().await;
     assert_eq!((last.rollouts, last.version, last.kv_pages_used), (18, Some(version(0)), 0));
@@ -212,7 +215,7 @@ async fn tasks_in_rollouts_out() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_task_waits_for_the_weights_it_asks_for_and_bad_ones_are_not_served() {
-    let tasks = [task(0, "abc", 2, 0), task(1, "abcd", 2, 2)];
+    let tasks = [task(0, "abc", 2, 0), task(1, "abcd", 2, 3)];
     let mut run = Run::new(QueueConfig::default(), &tasks).await;
     run.publish(payload(0, 0, None)).await;
     run.begin();
@@ -223,12 +226,16 @@ async fn a_task_waits_for_the_weights_it_asks_for_and_bad_ones_are_not_served() 
     run.until("the damaged version is noticed", |metrics| metrics.bad_weights > 0).await;
     assert_eq!(run.metrics.borrow().version, Some(version(0)));
     assert_eq!(run.queue.counts().await.unwrap().delivered, 2);
-    // A delta on what could not be applied leads nowhere; the key frame does.
-    run.publish(payload(2, 2, None)).await;
+    // A good delta on what could not be applied leads nowhere; a key frame does.
+    let before = run.metrics.borrow().bad_weights;
+    run.publish(payload(2, 2, Some(1))).await;
+    run.until("the delta is tried", |metrics| metrics.bad_weights > before + 1).await;
+    assert_eq!(run.metrics.borrow().version, Some(version(0)));
+    run.publish(payload(3, 3, None)).await;
     for rollout in run.collect(2).await.values() {
-        assert_drawn_by(rollout, &tasks[1], 2);
+        assert_drawn_by(rollout, &tasks[1], 3);
     }
-    assert_eq!(run.end().await.version, Some(version(2)));
+    assert_eq!(run.end().await.version, Some(version(3)));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -304,11 +311,13 @@ async fn a_prompt_that_cannot_run_is_put_aside_and_the_rest_goes_on() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn shutdown_finishes_what_has_begun_and_takes_nothing_more() {
-    let tasks: Vec<Task> = (0..200).map(|i| task(i, "abc", 4, 0)).collect();
+    let tasks: Vec<Task> = (0..2000).map(|i| task(i, "abc", 4, 0)).collect();
     let mut run = Run::new(QueueConfig::default(), &tasks).await;
     run.publish(payload(0, 0, None)).await;
     run.begin();
-    run.until("it works", |metrics| metrics.rollouts > 0).await;
+    while run.queue.counts().await.unwrap().delivered == 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
     run.shutdown.cancel();
     let actor = run.actor.take().unwrap();
     let last = tokio::time::timeout(Duration::from_secs(8), actor)
@@ -319,8 +328,8 @@ async fn shutdown_finishes_what_has_begun_and_takes_nothing_more() {
     let counts = run.queue.counts().await.unwrap();
     assert_eq!(counts.delivered, last.rollouts);
     assert_eq!(counts.delivered % 4, 0, "whole groups");
-    assert_eq!(counts.tasks, 200 - counts.delivered / 4);
-    assert!(last.rollouts < 800, "it stopped early");
+    assert_eq!(counts.tasks, 2000 - counts.delivered / 4);
+    assert!(last.rollouts < 8000, "it stopped early");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -342,4 +351,16 @@ async fn an_engine_that_cannot_be_made_is_an_error_with_its_cure() {
     let error = freewheel_actor::run(config, deps, run.shutdown.clone()).await.unwrap_err();
     assert_eq!(error.to_string(), "actor.kv_bytes is 150; this model needs at least 200 (two pages)");
     run.actor = None;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_engine_that_dies_ends_the_role_at_once_with_an_error() {
+    let mut run = Run::new(QueueConfig::default(), &[task(0, "abc", 2, 0)]).await;
+    run.publish(payload(fake::BROKEN, fake::BROKEN as u8, None)).await;
+    run.begin();
+    let actor = run.actor.take().unwrap();
+    let ended =
+        tokio::time::timeout(Duration::from_secs(5), actor).await.expect("no waiting for drain_s").unwrap();
+    assert_eq!(ended.unwrap_err().to_string(), "the engine thread of this actor ended unexpectedly");
+    assert_eq!(run.queue.counts().await.unwrap().tasks, 1, "the task is left to others");
 }

@@ -11,7 +11,9 @@
 
 use std::collections::BTreeMap;
 
-use freewheel_types::{DropReason, Dropped, MAX_GROUP_SIZE, PolicyVersion, PromptId, RolloutId, ScoredRollout, TaskId};
+use freewheel_types::{
+    DropReason, Dropped, MAX_GROUP_SIZE, PolicyVersion, PromptId, RolloutId, ScoredRollout, TaskId,
+};
 
 use crate::advantage::is_informative;
 use crate::consumed::IdSet;
@@ -116,7 +118,8 @@ impl Group {
     pub fn summary(&self) -> GroupSummary {
         let rewards: Vec<f32> = self.scored().filter_map(|s| s.reward.reward()).collect();
         // Where no component decides what is right, a positive reward counts as right.
-        let right = |s: &&ScoredRollout| s.reward.correct().unwrap_or(s.reward.reward().is_some_and(|r| r > 0.0));
+        let right =
+            |s: &&ScoredRollout| s.reward.correct().unwrap_or(s.reward.reward().is_some_and(|r| r > 0.0));
         GroupSummary {
             prompt: self.members.values().find_map(Arrival::prompt),
             oldest: self.oldest(),
@@ -155,7 +158,8 @@ impl GroupRules {
             return Some(if unscored { DropReason::Unscored } else { DropReason::Invalid });
         }
         // A group of one has no baseline of its own; it is for objectives that compare across the batch.
-        let informative = group.members.len() == 1 || is_informative(group.scored().map(|s| s.reward.reward()));
+        let informative =
+            group.members.len() == 1 || is_informative(group.scored().map(|s| s.reward.reward()));
         (!informative).then_some(DropReason::ZeroSignal)
     }
 }
@@ -217,7 +221,10 @@ impl Assembly {
             return None;
         }
         self.ledger.received += 1;
-        let group = self.partial.entry(id.task()).or_insert_with(|| Group { id: id.task(), members: BTreeMap::new() });
+        let group = self
+            .partial
+            .entry(id.task())
+            .or_insert_with(|| Group { id: id.task(), members: BTreeMap::new() });
         group.members.insert(id.index(), arrival);
         let size = group.members.values().find_map(Arrival::group_size).unwrap_or(self.rules.group_size);
         if (group.members.len() as u32) < size {
@@ -267,7 +274,9 @@ impl Assembly {
     /// # Panics
     /// If one is not ready.
     pub fn take(&mut self, ids: &[TaskId]) -> Vec<Group> {
-        ids.iter().map(|id| self.ready.remove(id).unwrap_or_else(|| panic!("group {id} is not ready"))).collect()
+        ids.iter()
+            .map(|id| self.ready.remove(id).unwrap_or_else(|| panic!("group {id} is not ready")))
+            .collect()
     }
 
     /// Drops a ready group.
@@ -294,7 +303,10 @@ impl Assembly {
 
     /// Rollout ids that are held: those of partial and ready groups.
     pub fn held(&self) -> impl Iterator<Item = RolloutId> {
-        self.partial.values().chain(self.ready.values()).flat_map(|group| group.members.values().map(Arrival::rollout))
+        self.partial
+            .values()
+            .chain(self.ready.values())
+            .flat_map(|group| group.members.values().map(Arrival::rollout))
     }
 
     /// Rollout ids that arrived and are not held any more.
@@ -313,5 +325,80 @@ impl Assembly {
     fn count_members(&mut self, group: &Group) {
         self.settled.insert(group.id.0);
         group.dropped_members().iter().for_each(|(_, reason)| self.ledger.dropped.add(*reason, 1));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use freewheel_types::GroupFate;
+
+    use super::*;
+    use crate::report::outcome;
+    use crate::testing::{arrival, scored, unscored};
+
+    const RULES: GroupRules = GroupRules { min_valid: 2, group_size: 3 };
+
+    fn sample(index: u32, reward: f32) -> Arrival {
+        Arrival::Scored(Box::new(scored(0, index, PolicyVersion::default(), reward)))
+    }
+
+    /// Puts one whole group in; `None`: it became ready.
+    fn fate(members: [Arrival; 3]) -> (Option<DropReason>, Ledger, GroupSummary) {
+        let mut assembly = Assembly::new(RULES);
+        let ended: Vec<SettledGroup> = members.into_iter().filter_map(|member| assembly.insert(member)).collect();
+        let group = ended.first().map_or_else(|| assembly.ready()[&TaskId(0)].clone(), |settled| settled.group.clone());
+        (ended.first().map(|settled| settled.reason), *assembly.ledger(), group.summary())
+    }
+
+    #[test]
+    fn unscored_samples_are_left_out_and_never_zero() {
+        let away = Arrival::Scored(Box::new(unscored(scored(0, 1, PolicyVersion::default(), 0.0))));
+        // With the unscored one as zero this group would have a signal.
+        let (reason, ledger, summary) = fate([sample(0, 1.0), away.clone(), sample(2, 1.0)]);
+        assert_eq!(reason, Some(DropReason::ZeroSignal));
+        assert_eq!((summary.scored, summary.reward_mean), (2, Some(1.0)));
+        assert_eq!((ledger.dropped.get(DropReason::ZeroSignal), ledger.dropped.get(DropReason::Unscored)), (2, 1));
+        let (reason, ledger, _) = fate([sample(0, 1.0), away.clone(), sample(2, 0.0)]);
+        assert_eq!((reason, ledger.held()), (None, 3));
+    }
+
+    #[test]
+    fn too_few_verdicts_drop_the_group_for_what_is_missing() {
+        let away = |index| Arrival::Scored(Box::new(unscored(scored(0, index, PolicyVersion::default(), 0.0))));
+        let (reason, ledger, summary) = fate([away(0), away(1), sample(2, 1.0)]);
+        assert_eq!((reason, ledger.dropped.get(DropReason::Unscored), ledger.held()), (Some(DropReason::Unscored), 3, 0));
+        assert_eq!(summary.reward_mean, Some(1.0));
+        let gone = |index| Arrival::Abandoned { rollout: TaskId(0).rollout(index), prompt: PromptId([1; 16]), group_size: 3 };
+        let (reason, ledger, summary) = fate([gone(0), gone(1), gone(2)]);
+        assert_eq!((reason, ledger.dropped.get(DropReason::Invalid)), (Some(DropReason::Invalid), 3));
+        assert_eq!((summary.prompt, summary.reward_mean), (Some(PromptId([1; 16])), None));
+        let bad = |index| Arrival::Bad(TaskId(0).rollout(index));
+        assert_eq!(fate([bad(0), bad(1), bad(2)]).0, Some(DropReason::Invalid), "its size is the run's");
+    }
+
+    #[test]
+    fn a_copy_counts_once_whenever_it_comes() {
+        let mut assembly = Assembly::new(RULES);
+        for index in [0, 0, 1, 2, 2] {
+            assembly.insert(arrival(5, index));
+        }
+        let groups = assembly.take(&[TaskId(5)]);
+        assembly.trained(&groups);
+        assembly.insert(arrival(5, 1));
+        let ledger = assembly.ledger();
+        assert_eq!((ledger.received, ledger.trained, ledger.duplicates, ledger.held()), (3, 3, 3, 0));
+        assert!(assembly.ready().is_empty() && assembly.partial().is_empty());
+    }
+
+    #[test]
+    fn the_outcome_names_every_member_that_left_on_its_own() {
+        let mut assembly = Assembly::new(RULES);
+        assembly.insert(sample(0, 1.0));
+        assembly.insert(Arrival::Bad(TaskId(0).rollout(1)));
+        assembly.insert(sample(2, 0.0));
+        let groups = assembly.take(&[TaskId(0)]);
+        let told = outcome(&groups[0], PolicyVersion::new(1, 4), GroupFate::Trained { step: 5 });
+        assert_eq!(told.dropped, [(TaskId(0).rollout(1), DropReason::Invalid)]);
+        assert_eq!((told.scored, told.correct, told.reward_mean), (2, 1, Some(0.5)));
     }
 }

@@ -41,7 +41,8 @@ impl<'a> Batch<'a> {
         let credits = advantages(&config.advantage_config(), &shaped_rewards(groups, config, length_max));
         for (group, credits) in groups.iter().zip(credits) {
             let masks: Vec<Vec<bool>> = group.scored().map(|s| loss_mask(s, config)).collect();
-            let live = |(s, mask): (&ScoredRollout, &Vec<bool>)| live_tokens(mask, &s.rollout.behaviour_logprobs);
+            let live =
+                |(s, mask): (&ScoredRollout, &Vec<bool>)| live_tokens(mask, &s.rollout.behaviour_logprobs);
             let group_tokens = group.scored().zip(&masks).map(live).sum();
             for ((scored, loss_mask), advantage) in group.scored().zip(masks).zip(credits) {
                 samples.push(TrainingSample {
@@ -94,7 +95,13 @@ impl<'a> TrainingSample<'a> {
     }
 
     /// As the loss takes it.
-    pub fn input(&self, policy: &[f32], proximal: Option<&[f32]>, reference: Option<&[f32]>, entropies: &[f32]) -> SequenceInput {
+    pub fn input(
+        &self,
+        policy: &[f32],
+        proximal: Option<&[f32]>,
+        reference: Option<&[f32]>,
+        entropies: &[f32],
+    ) -> SequenceInput {
         SequenceInput {
             policy_logprobs: widen(policy),
             behaviour_logprobs: widen(&self.scored.rollout.behaviour_logprobs),
@@ -112,7 +119,8 @@ impl<'a> TrainingSample<'a> {
 fn shaped_rewards(groups: &[Group], config: &ObjectiveConfig, length_max: u64) -> Vec<Vec<Sample>> {
     let sample = |scored: &ScoredRollout| {
         let tokens = scored.rollout.len() as u64;
-        let penalty = config.overlong_buffer.map_or(0.0, |buffer| overlong_penalty(tokens, length_max, buffer.into()));
+        let penalty =
+            config.overlong_buffer.map_or(0.0, |buffer| overlong_penalty(tokens, length_max, buffer.into()));
         Sample { reward: scored.reward.reward().map(|reward| f64::from(reward) + penalty), tokens }
     };
     groups.iter().map(|group| group.scored().map(sample).collect()).collect()

@@ -99,3 +99,113 @@ impl Overtaking {
         self.times_overtaken(group) < rules.window && age_next <= rules.max_staleness
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use freewheel_types::{CounterRng, DropReason, PolicyVersion};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::assembly::{Arrival, GroupRules};
+    use crate::testing::scored;
+
+    fn insert(assembly: &mut Assembly, overtaking: &mut Overtaking, task: u64, index: u32, step: u64) {
+        let rollout = scored(task, index, PolicyVersion::new(1, step), index as f32);
+        overtaking.saw(TaskId(task), step);
+        assembly.insert(Arrival::Scored(Box::new(rollout)));
+    }
+
+    proptest! {
+        /// Groups arrive in any order, each drawn by the weights current when it was issued; the pool keeps a budget.
+        #[test]
+        fn no_batch_breaks_the_bound_or_runs_ahead_of_its_window(
+            seed in any::<u64>(),
+            max_staleness in 0u64..5,
+            window in 0u64..4,
+            groups_per_step in 1usize..4,
+        ) {
+            let rules = BatchRules { groups_per_step, window, max_staleness };
+            let rng = CounterRng::new(seed, 0);
+            let mut assembly = Assembly::new(GroupRules { min_valid: 2, group_size: 3 });
+            let mut overtaking = Overtaking::default();
+            // Under way: task and how many members arrived; issued at a step.
+            let mut under_way: BTreeMap<u64, (u32, u64)> = BTreeMap::new();
+            let (mut next, mut step, mut trained, mut passed) = (0, 0, BTreeSet::new(), BTreeMap::<u64, u64>::new());
+            for draw in 0..600 {
+                let outstanding = next - trained.len() as u64 - dropped(&assembly, trained.len());
+                if outstanding < (max_staleness + 1) * groups_per_step as u64 {
+                    under_way.insert(next, (0, step));
+                    next += 1;
+                } else if !under_way.is_empty() {
+                    let pick = rng.below(draw, under_way.len() as u64) as usize;
+                    let (&task, &(index, drawn)) = under_way.iter().nth(pick).unwrap();
+                    insert(&mut assembly, &mut overtaking, task, index, drawn);
+                    if index == 2 { under_way.remove(&task); } else { under_way.insert(task, (index + 1, drawn)); }
+                }
+                for task in overtaking.stale(&rules, &assembly, step) {
+                    assembly.drop_ready(task, DropReason::Stale);
+                }
+                let Some(batch) = overtaking.form(&rules, &assembly, step) else { continue };
+                prop_assert_eq!(batch.len(), groups_per_step);
+                prop_assert!(batch.is_sorted());
+                for task in &batch {
+                    let oldest = assembly.ready()[task].oldest().unwrap();
+                    prop_assert!(step - oldest.step <= max_staleness, "staleness at step {}", step);
+                }
+                let last = batch.last().unwrap().0;
+                prop_assert!(assembly.ready().keys().all(|id| batch.contains(id) || id.0 > last), "lowest first");
+                for &task in under_way.keys().filter(|&&task| task < last) {
+                    let times = passed.entry(task).or_insert(0);
+                    *times += 1;
+                    prop_assert!(*times <= window, "group {} was overtaken {} times", task, *times);
+                    prop_assert!(window > 0 && max_staleness > 0, "strict order was asked for");
+                }
+                overtaking.formed(&assembly, &batch);
+                let groups = assembly.take(&batch);
+                assembly.trained(&groups);
+                trained.extend(batch);
+                step += 1;
+            }
+            prop_assert!(step > 20, "it got stuck after {} steps", step);
+        }
+    }
+
+    fn dropped(assembly: &Assembly, trained: usize) -> u64 {
+        assembly.settled().len() - trained as u64
+    }
+
+    #[test]
+    fn a_straggler_is_overtaken_at_most_window_times_and_then_waited_for() {
+        let rules = BatchRules { groups_per_step: 1, window: 2, max_staleness: 10 };
+        let mut assembly = Assembly::new(GroupRules { min_valid: 2, group_size: 3 });
+        let mut overtaking = Overtaking::default();
+        insert(&mut assembly, &mut overtaking, 0, 0, 0);
+        for task in 1..5 {
+            (0..3).for_each(|index| insert(&mut assembly, &mut overtaking, task, index, 0));
+        }
+        let mut formed = Vec::new();
+        for step in 0..4 {
+            let Some(batch) = overtaking.form(&rules, &assembly, step) else { break };
+            overtaking.formed(&assembly, &batch);
+            let groups = assembly.take(&batch);
+            assembly.trained(&groups);
+            formed.extend(batch);
+        }
+        assert_eq!(formed, [TaskId(1), TaskId(2)]);
+        (1..3).for_each(|index| insert(&mut assembly, &mut overtaking, 0, index, 0));
+        assert_eq!(overtaking.form(&rules, &assembly, 2), Some(vec![TaskId(0)]));
+    }
+
+    #[test]
+    fn a_group_from_weights_that_do_not_exist_is_stale() {
+        let rules = BatchRules { groups_per_step: 1, window: 0, max_staleness: 10 };
+        let mut assembly = Assembly::new(GroupRules { min_valid: 2, group_size: 3 });
+        let mut overtaking = Overtaking::default();
+        (0..3).for_each(|index| insert(&mut assembly, &mut overtaking, 0, index, 7));
+        assert_eq!(overtaking.stale(&rules, &assembly, 6), [TaskId(0)]);
+        assert_eq!(overtaking.stale(&rules, &assembly, 17), []);
+        assert_eq!(overtaking.stale(&rules, &assembly, 18), [TaskId(0)]);
+    }
+}

@@ -114,13 +114,18 @@ pub struct Checkpoints {
 }
 
 impl Checkpoints {
-    /// The checkpoints in `folder`, which is made if missing. Half-written ones are removed.
+    /// The checkpoints in `folder`, which is made if missing.
     ///
     /// # Errors
     /// If the disk refuses.
     pub fn open(disk: Arc<dyn Disk>, folder: &Path, keep_last: usize) -> Result<Self, LearnerError> {
         disk.create_dir(folder).map_err(LearnerError::disk(folder, "make the checkpoint folder"))?;
         Ok(Self { disk, folder: folder.to_owned(), keep_last: keep_last.max(2) })
+    }
+
+    /// The same, to read from only.
+    pub fn read_only(disk: Arc<dyn Disk>, folder: &Path) -> Self {
+        Self { disk, folder: folder.to_owned(), keep_last: usize::MAX }
     }
 
     /// Removes what a crash left half written. Only the learner that holds the epoch may call it.
@@ -167,7 +172,9 @@ impl Checkpoints {
     /// [`LearnerError::Fenced`] if a newer one was claimed.
     pub fn check_epoch(&self, epoch: u64) -> Result<(), LearnerError> {
         match self.epoch_floor()? {
-            newest if newest > epoch => Err(LearnerError::Fenced { epoch, by: format!("EPOCH-{newest:010} exists") }),
+            newest if newest > epoch => {
+                Err(LearnerError::Fenced { epoch, by: format!("EPOCH-{newest:010} exists") })
+            }
             _ => Ok(()),
         }
     }
@@ -200,7 +207,9 @@ impl Checkpoints {
         self.disk.create_dir(tmp).map_err(LearnerError::disk(tmp, "write the checkpoint"))?;
         model.write(tmp, commit.weights)?;
         let trainer = tmp.join(TRAINER);
-        self.disk.write(&trainer, &mut |out| write_safetensors(commit.optimizer, out)).map_err(LearnerError::disk(&trainer, "write the checkpoint"))?;
+        self.disk
+            .write(&trainer, &mut |out| write_safetensors(commit.optimizer, out))
+            .map_err(LearnerError::disk(&trainer, "write the checkpoint"))?;
         let state = serde_json::to_vec_pretty(commit.state).expect("plain data always serialises");
         self.write_bytes(&tmp.join(STATE), &state)?;
         if let Some(curriculum) = commit.curriculum {
@@ -252,8 +261,8 @@ impl Checkpoints {
             let file = path.join(name);
             self.disk.read(&file).map_err(LearnerError::disk(&file, "read"))
         };
-        let digests: BTreeMap<String, FileDigest> =
-            serde_json::from_slice(&read(DIGESTS)?).map_err(|e| unsound(&path.join(DIGESTS), e.to_string()))?;
+        let digests: BTreeMap<String, FileDigest> = serde_json::from_slice(&read(DIGESTS)?)
+            .map_err(|e| unsound(&path.join(DIGESTS), e.to_string()))?;
         for (file, expected) in &digests {
             let found = self.digest(&path.join(file))?;
             if (found.len, &found.blake3) != (expected.len, &expected.blake3) {
@@ -334,7 +343,8 @@ impl Loaded {
     pub fn restore(&self, optimizer: &mut AdamW) -> Result<(), LearnerError> {
         let path = self.path.join(TRAINER);
         let unsound = |what: String| LearnerError::Checkpoint { path: path.clone(), what };
-        let tensors = safetensors::SafeTensors::deserialize(&self.trainer).map_err(|e| unsound(e.to_string()))?;
+        let tensors =
+            safetensors::SafeTensors::deserialize(&self.trainer).map_err(|e| unsound(e.to_string()))?;
         let mut arenas = BTreeMap::new();
         for (name, view) in tensors.tensors() {
             if view.dtype() != safetensors::Dtype::F32 {

@@ -121,20 +121,45 @@ impl LearnerConfig {
         let unit = |x: f64| (0.0..1.0).contains(&x);
         let positive = |x: f64| x.is_finite() && x > 0.0;
         check(t.steps >= 1, "steps", t.steps.to_string(), "values of 1 or more");
-        check(t.groups_per_step >= 1, "groups_per_step", t.groups_per_step.to_string(), "values of 1 or more");
+        check(
+            t.groups_per_step >= 1,
+            "groups_per_step",
+            t.groups_per_step.to_string(),
+            "values of 1 or more",
+        );
         check(
             (1..=t.groups_per_step.max(1)).contains(&t.minibatches),
             "minibatches",
             t.minibatches.to_string(),
             "1 to learner.groups_per_step",
         );
-        check(t.learning_rate.is_finite() && t.learning_rate >= 0.0, "learning_rate", t.learning_rate.to_string(), "finite values of 0 or more");
+        check(
+            t.learning_rate.is_finite() && t.learning_rate >= 0.0,
+            "learning_rate",
+            t.learning_rate.to_string(),
+            "finite values of 0 or more",
+        );
         check(unit(t.beta1), "beta1", t.beta1.to_string(), "0 to below 1");
         check(unit(t.beta2), "beta2", t.beta2.to_string(), "0 to below 1");
         check(positive(t.eps), "eps", t.eps.to_string(), "finite values above 0");
-        check(t.weight_decay.is_finite() && t.weight_decay >= 0.0, "weight_decay", t.weight_decay.to_string(), "finite values of 0 or more");
-        check(positive(t.max_grad_norm), "max_grad_norm", t.max_grad_norm.to_string(), "finite values above 0");
-        check(t.micro_batch_tokens >= 1, "micro_batch_tokens", t.micro_batch_tokens.to_string(), "values of 1 or more");
+        check(
+            t.weight_decay.is_finite() && t.weight_decay >= 0.0,
+            "weight_decay",
+            t.weight_decay.to_string(),
+            "finite values of 0 or more",
+        );
+        check(
+            positive(t.max_grad_norm),
+            "max_grad_norm",
+            t.max_grad_norm.to_string(),
+            "finite values above 0",
+        );
+        check(
+            t.micro_batch_tokens >= 1,
+            "micro_batch_tokens",
+            t.micro_batch_tokens.to_string(),
+            "values of 1 or more",
+        );
         check(t.min_valid >= 1, "min_valid", t.min_valid.to_string(), "values of 1 or more");
         check(t.publish_every >= 1, "publish_every", t.publish_every.to_string(), "values of 1 or more");
         check(
@@ -144,7 +169,12 @@ impl LearnerConfig {
             &format!("1 to learner.max_staleness + 1 ({})", t.max_staleness.saturating_add(1)),
         );
         check(t.keyframe_every >= 1, "keyframe_every", t.keyframe_every.to_string(), "values of 1 or more");
-        check(t.checkpoint_every >= 1, "checkpoint_every", t.checkpoint_every.to_string(), "values of 1 or more");
+        check(
+            t.checkpoint_every >= 1,
+            "checkpoint_every",
+            t.checkpoint_every.to_string(),
+            "values of 1 or more",
+        );
         check(t.keep_last >= 2, "keep_last", t.keep_last.to_string(), "values of 2 or more");
         problems
     }
@@ -185,7 +215,9 @@ fn table(part: &impl Serialize) -> Map<String, Value> {
 }
 
 /// Takes the keys of `T` out of `all` and reads them.
-fn part<T: Default + Serialize + serde::de::DeserializeOwned>(all: &mut Map<String, Value>) -> serde_json::Result<T> {
+fn part<T: Default + Serialize + serde::de::DeserializeOwned>(
+    all: &mut Map<String, Value>,
+) -> serde_json::Result<T> {
     let known = table(&T::default());
     let (mine, rest) = std::mem::take(all).into_iter().partition(|(key, _)| known.contains_key(key));
     *all = rest;
@@ -220,7 +252,11 @@ impl JsonSchema for LearnerConfig {
     fn json_schema(generator: &mut SchemaGenerator) -> Schema {
         let mut schema = TrainingConfig::json_schema(generator);
         for mut part in [ScheduleConfig::json_schema(generator), ObjectiveConfig::json_schema(generator)] {
-            let extra = part.get_mut("properties").and_then(Value::as_object_mut).map(std::mem::take).unwrap_or_default();
+            let extra = part
+                .get_mut("properties")
+                .and_then(Value::as_object_mut)
+                .map(std::mem::take)
+                .unwrap_or_default();
             if let Some(properties) = schema.get_mut("properties").and_then(Value::as_object_mut) {
                 properties.extend(extra);
             }
@@ -235,7 +271,8 @@ mod tests {
 
     #[test]
     fn both_halves_are_written_flat_and_unknown_keys_are_refused() {
-        let config: LearnerConfig = serde_json::from_str(r#"{"steps": 7, "clip_low": 0.3, "warmup_steps": 2}"#).unwrap();
+        let config: LearnerConfig =
+            serde_json::from_str(r#"{"steps": 7, "clip_low": 0.3, "warmup_steps": 2}"#).unwrap();
         assert_eq!((config.steps, config.loss.clip_low, config.schedule.warmup_steps), (7, Some(0.3), 2));
         let error = serde_json::from_str::<LearnerConfig>(r#"{"stepz": 7}"#).unwrap_err().to_string();
         assert!(error.contains("stepz"), "{error}");
@@ -264,7 +301,8 @@ mod tests {
     #[test]
     fn all_problems_come_at_once() {
         let mut config = LearnerConfig::default();
-        (config.keep_last, config.learning_rate, config.max_staleness, config.publish_every) = (1, f64::NAN, 0, 2);
+        (config.keep_last, config.learning_rate, config.max_staleness, config.publish_every) =
+            (1, f64::NAN, 0, 2);
         config.loss.kl_coef = -1.0;
         let problems = config.problems().join("\n");
         for key in ["keep_last is 1", "learning_rate is NaN", "publish_every is 2", "kl_coef is -1"] {

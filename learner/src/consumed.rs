@@ -78,7 +78,8 @@ impl<'de> Deserialize<'de> for IdSet {
         let written = Written::deserialize(deserializer)?;
         let text = written.above.as_bytes();
         let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
-        let bytes: Option<Vec<u8>> = text.chunks(2).map(|pair| if pair.len() == 2 { byte(pair) } else { None }).collect();
+        let bytes: Option<Vec<u8>> =
+            text.chunks(2).map(|pair| if pair.len() == 2 { byte(pair) } else { None }).collect();
         let bytes = bytes.ok_or_else(|| D::Error::custom("the id bitmap is not hex"))?;
         let above = RoaringTreemap::deserialize_from(&bytes[..]).map_err(D::Error::custom)?;
         Ok(Self { low_water: written.low_water, above })

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use freewheel_types::{Digest, DropReason, GroupFate, GroupOutcome, PolicyVersion, TaskId};
@@ -77,7 +77,8 @@ pub struct Learner {
     batch_rules: BatchRules,
     assembly: Assembly,
     overtaking: Overtaking,
-    journal: SharedJournal,
+    /// `None` when a run is only repeated: nothing is written then.
+    journal: Option<SharedJournal>,
     checkpoints: Checkpoints,
     /// Where the first record of each held group begins.
     begins: BTreeMap<TaskId, Position>,
@@ -106,6 +107,19 @@ pub struct Recovery {
     pub held: u64,
 }
 
+/// What repeating a run came to: every update gave the weights that the journal states.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Replayed {
+    /// Step started from.
+    pub from_step: u64,
+    /// Updates repeated, those that were refused included.
+    pub steps: u64,
+    /// Step reached.
+    pub step: u64,
+    /// Digest of the weights there, hex.
+    pub weights: String,
+}
+
 /// Folder of the journal in a run's folder.
 pub fn journal_dir(run_dir: &Path) -> PathBuf {
     run_dir.join("journal")
@@ -122,11 +136,15 @@ impl Learner {
     ///
     /// # Errors
     /// If config, checkpoint or journal are unsound, or a repeated step comes out different.
-    pub fn recover(parts: LearnerParts, checkpoints: Checkpoints, epoch: u64) -> Result<(Self, Recovery), LearnerError> {
+    pub fn recover(
+        parts: LearnerParts,
+        checkpoints: Checkpoints,
+        epoch: u64,
+    ) -> Result<(Self, Recovery), LearnerError> {
         let folder = journal_dir(&parts.run_dir);
         let journal = Arc::new(Mutex::new(Journal::open(parts.disk.clone(), &folder)?));
         let loaded = checkpoints.newest()?;
-        let mut learner = Self::new(parts, checkpoints, journal, epoch)?;
+        let mut learner = Self::new(parts, checkpoints, Some(journal), epoch)?;
         let mut recovery = Recovery::default();
         let (mut from, mut news) = Default::default();
         if let Some(loaded) = &loaded {
@@ -136,13 +154,18 @@ impl Learner {
         }
         recovery.replayed_steps = learner.replay(from, news, u64::MAX)?;
         recovery.held = learner.assembly.ledger().held();
-        learner.last_accepted = learner.journal.lock().expect("no holder of the lock panics").position();
+        learner.last_accepted = learner.lock_journal().position();
         learner.policy_mut().set_epoch(epoch);
         learner.open_journal()?;
         Ok((learner, recovery))
     }
 
-    fn new(parts: LearnerParts, checkpoints: Checkpoints, journal: SharedJournal, epoch: u64) -> Result<Self, LearnerError> {
+    fn new(
+        parts: LearnerParts,
+        checkpoints: Checkpoints,
+        journal: Option<SharedJournal>,
+        epoch: u64,
+    ) -> Result<Self, LearnerError> {
         let config = &parts.config;
         let problems = config.problems();
         if !problems.is_empty() {
@@ -153,10 +176,9 @@ impl Learner {
             return Err(LearnerError::Config("learner.kl_coef above 0 needs a reference model".into()));
         }
         let rules = GroupRules { min_valid: config.min_valid, group_size: parts.group_size };
-        let last_accepted = journal.lock().expect("no holder of the lock panics").position();
         Ok(Self {
             epoch,
-            last_accepted,
+            last_accepted: Position::default(),
             loss,
             schedule: Schedule::new(config.schedule.clone(), config.steps),
             batch_rules: BatchRules {
@@ -188,13 +210,18 @@ impl Learner {
         let state = &loaded.state;
         let unsound = |what: String| LearnerError::Checkpoint { path: loaded.path.clone(), what };
         if state.tokenizer != self.parts.tokenizer.to_string() {
-            return Err(unsound(format!("made with tokenizer {}, the model has {}", state.tokenizer, self.parts.tokenizer)));
+            return Err(unsound(format!(
+                "made with tokenizer {}, the model has {}",
+                state.tokenizer, self.parts.tokenizer
+            )));
         }
         let mut optimizer = self.policy().optimizer().clone();
         loaded.restore(&mut optimizer)?;
         self.policy_mut().restore(optimizer, state.step);
         if self.policy().digest().to_string() != state.weights {
-            return Err(unsound("its masters do not round to its weights; is model.dtype another one?".into()));
+            return Err(unsound(
+                "its masters do not round to its weights; is model.dtype another one?".into(),
+            ));
         }
         let rules = GroupRules { min_valid: self.parts.config.min_valid, group_size: self.parts.group_size };
         // What was held then is inserted again by the replay, which counts it again.
@@ -220,7 +247,11 @@ impl Learner {
                 Record::Consumed(scored) => self.accept_once(Arrival::Scored(scored), at),
                 Record::Bad(bad) => self.accept_once(Arrival::Bad(bad.rollout), at),
                 Record::Abandoned(gone) => self.accept_once(
-                    Arrival::Abandoned { rollout: gone.rollout, prompt: gone.prompt, group_size: gone.group_size },
+                    Arrival::Abandoned {
+                        rollout: gone.rollout,
+                        prompt: gone.prompt,
+                        group_size: gone.group_size,
+                    },
                     at,
                 ),
                 Record::StepFormed(formed) if at >= news && formed.from_step < until => {
@@ -241,7 +272,13 @@ impl Learner {
     }
 
     /// A learner that started later than `news` must have started from the weights that are here now.
-    fn check_opened(&self, folder: &Path, at: Position, news: Position, opened: &Opened) -> Result<(), LearnerError> {
+    fn check_opened(
+        &self,
+        folder: &Path,
+        at: Position,
+        news: Position,
+        opened: &Opened,
+    ) -> Result<(), LearnerError> {
         let here = self.policy().digest().to_string();
         if at >= news && opened.weights != here {
             let what = format!(
@@ -256,9 +293,14 @@ impl Learner {
     }
 
     fn repeat(&mut self, folder: &Path, at: Position, formed: &StepFormed) -> Result<(), LearnerError> {
-        let damaged = |what: String| LearnerError::Journal { path: folder.to_owned(), offset: at.offset, what };
+        let damaged =
+            |what: String| LearnerError::Journal { path: folder.to_owned(), offset: at.offset, what };
         if formed.from_step != self.policy().step() {
-            return Err(damaged(format!("a step from {}, but the weights are at {}", formed.from_step, self.policy().step())));
+            return Err(damaged(format!(
+                "a step from {}, but the weights are at {}",
+                formed.from_step,
+                self.policy().step()
+            )));
         }
         for (task, reason) in &formed.dropped {
             if self.assembly.ready().contains_key(task) {
@@ -269,7 +311,9 @@ impl Learner {
         let mut tasks: Vec<TaskId> = formed.rollouts.iter().map(|rollout| rollout.task()).collect();
         tasks.dedup();
         if let Some(missing) = tasks.iter().find(|task| !self.assembly.ready().contains_key(task)) {
-            return Err(damaged(format!("group {missing} was trained on, but its rollouts are not in the journal before")));
+            return Err(damaged(format!(
+                "group {missing} was trained on, but its rollouts are not in the journal before"
+            )));
         }
         let trained = self.train(&tasks)?;
         if trained.record.weights != formed.weights {
@@ -283,7 +327,7 @@ impl Learner {
     }
 
     fn open_journal(&mut self) -> Result<(), LearnerError> {
-        let mut journal = self.journal.lock().expect("no holder of the lock panics");
+        let mut journal = self.lock_journal();
         let opened = Opened {
             epoch: self.epoch,
             step: self.policy().step(),
@@ -292,6 +336,26 @@ impl Learner {
         };
         journal.append(&Record::Opened(opened))?;
         journal.sync()
+    }
+
+    /// Repeats the journal of a run and compares every update's weights; writes nothing. See [`replay`](crate::replay).
+    ///
+    /// # Errors
+    /// As [`recover`](Self::recover).
+    pub fn repeat_run(parts: LearnerParts, until: Option<u64>) -> Result<Replayed, LearnerError> {
+        let checkpoints = Checkpoints::read_only(parts.disk.clone(), &checkpoint_dir(&parts.run_dir));
+        let before = |step: u64| until.is_some_and(|until| step < until);
+        let start = checkpoints.committed()?.into_iter().rev().find(|(_, step, _)| before(*step));
+        let loaded = start.map(|(_, _, path)| checkpoints.load(&path)).transpose()?;
+        let mut learner = Self::new(parts, checkpoints, None, 0)?;
+        let (mut from, mut news) = Default::default();
+        if let Some(loaded) = &loaded {
+            learner.restore(loaded)?;
+            (from, news) = (loaded.state.replay_from, loaded.state.journal_end);
+        }
+        let from_step = learner.policy().step();
+        let steps = learner.replay(from, news, until.unwrap_or(u64::MAX))?;
+        Ok(Replayed { from_step, steps, step: learner.policy().step(), weights: learner.policy().digest().to_string() })
     }
 
     // --- the loop's steps ------------------------------------------------------------------------
@@ -323,10 +387,12 @@ impl Learner {
             let settled = self.assembly.drop_ready(task, DropReason::Stale);
             self.note_settled(&settled);
         }
-        let Some(tasks) = self.overtaking.form(&self.batch_rules, &self.assembly, step) else { return Ok(None) };
+        let Some(tasks) = self.overtaking.form(&self.batch_rules, &self.assembly, step) else {
+            return Ok(None);
+        };
         let trained = self.train(&tasks)?;
         self.checkpoints.check_epoch(self.epoch)?;
-        let mut journal = self.journal.lock().expect("no holder of the lock panics");
+        let mut journal = self.lock_journal();
         journal.append(&Record::StepFormed(trained.record))?;
         journal.sync()?;
         drop(journal);
@@ -368,7 +434,8 @@ impl Learner {
                 Ok(())
             }
             Err(LearnerError::Disk { source, path, .. })
-                if source.kind() == std::io::ErrorKind::StorageFull && self.full_disk_in_a_row + 1 < FULL_DISK_MAX =>
+                if source.kind() == std::io::ErrorKind::StorageFull
+                    && self.full_disk_in_a_row + 1 < FULL_DISK_MAX =>
             {
                 self.full_disk_in_a_row += 1;
                 tracing::error!(path = %path.display(), step, "disk is full, this checkpoint is skipped");
@@ -379,7 +446,7 @@ impl Learner {
     }
 
     fn commit(&mut self) -> Result<PathBuf, LearnerError> {
-        let end = self.journal.lock().expect("no holder of the lock panics").position();
+        let end = self.lock_journal().position();
         let held_from = self.begins.values().min().copied();
         let state = TrainerState {
             format: TrainerState::FORMAT,
@@ -422,7 +489,8 @@ impl Learner {
             learning_rate: config.learning_rate * self.schedule.factor(before.step),
         };
         let batch = Batch::new(&groups, &config.loss, before.step, self.parts.max_new_tokens);
-        let updated = update(&mut self.parts.policy, self.parts.reference.as_deref(), &self.loss, &batch, &rules);
+        let updated =
+            update(&mut self.parts.policy, self.parts.reference.as_deref(), &self.loss, &batch, &rules);
         if updated.moved {
             self.parts.policy.advance();
         }
@@ -484,6 +552,9 @@ impl Learner {
 
     /// Writes a batch whose loss or gradient was not finite to `bad-steps/`, one rollout a line.
     fn save_bad_step(&self, version: PolicyVersion, batch: &Batch<'_>) -> Result<(), LearnerError> {
+        if self.journal.is_none() {
+            return Ok(());
+        }
         let folder = self.parts.run_dir.join("bad-steps");
         let path = folder.join(format!("step-{}-{}.jsonl", version.step, self.refused_in_a_row));
         tracing::error!(step = version.step, path = %path.display(), "loss or gradient is not finite, update skipped");
@@ -520,8 +591,16 @@ impl Learner {
     }
 
     /// The journal.
+    ///
+    /// # Panics
+    /// If this learner only repeats a run.
     pub fn journal(&self) -> SharedJournal {
-        self.journal.clone()
+        self.journal.clone().expect("a learner that only repeats has no journal")
+    }
+
+    fn lock_journal(&self) -> MutexGuard<'_, Journal> {
+        let journal = self.journal.as_ref().expect("a learner that only repeats writes nothing");
+        journal.lock().expect("no holder of the lock panics")
     }
 
     /// Rollout ids that arrived.

@@ -88,7 +88,8 @@ impl Disk for SystemDisk {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             entries => entries?,
         };
-        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.map(|e| e.path())).collect::<io::Result<_>>()?;
+        let mut paths: Vec<PathBuf> =
+            entries.map(|entry| entry.map(|e| e.path())).collect::<io::Result<_>>()?;
         paths.sort();
         Ok(paths)
     }

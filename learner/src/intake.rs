@@ -85,7 +85,8 @@ impl Door {
             return Some("an expert trace for a model without experts".into());
         };
         let expected = rows * layers * top_k;
-        if (usize::from(trace.layers), usize::from(trace.top_k), trace.ids.len()) != (layers, top_k, expected) {
+        if (usize::from(trace.layers), usize::from(trace.top_k), trace.ids.len()) != (layers, top_k, expected)
+        {
             return Some(format!("an expert trace of {} ids, expected {expected}", trace.ids.len()));
         }
         let unknown = trace.ids.iter().find(|&&id| usize::from(id) >= experts);
@@ -174,7 +175,11 @@ impl Intake {
     }
 
     /// Sorts deliveries: new ones become arrivals, bad ones are put aside.
-    async fn take(&mut self, deliveries: Vec<Delivery>, duplicates: &mut u64) -> Vec<(Arrival, Option<String>)> {
+    async fn take(
+        &mut self,
+        deliveries: Vec<Delivery>,
+        duplicates: &mut u64,
+    ) -> Vec<(Arrival, Option<String>)> {
         let mut arrivals = Vec::new();
         for delivery in deliveries {
             let (arrival, reason) = match delivery.body {
@@ -185,7 +190,9 @@ impl Intake {
                 DeliveryBody::Abandoned { rollout, prompt, group_size } => {
                     (Arrival::Abandoned { rollout, prompt, group_size }, None)
                 }
-                DeliveryBody::Bad { rollout: Some(rollout), error } => (Arrival::Bad(rollout), Some(error.to_string())),
+                DeliveryBody::Bad { rollout: Some(rollout), error } => {
+                    (Arrival::Bad(rollout), Some(error.to_string()))
+                }
                 DeliveryBody::Bad { rollout: None, error } => {
                     self.put_aside(&delivery.id, None, &error.to_string()).await;
                     continue;
@@ -211,7 +218,10 @@ impl Intake {
     }
 
     /// Journals arrivals, durably.
-    async fn write(&self, arrivals: Vec<(Arrival, Option<String>)>) -> Result<Vec<(Position, Arrival)>, LearnerError> {
+    async fn write(
+        &self,
+        arrivals: Vec<(Arrival, Option<String>)>,
+    ) -> Result<Vec<(Position, Arrival)>, LearnerError> {
         let journal = self.journal.clone();
         let write = move || {
             let mut journal = journal.lock().expect("no holder of the lock panics");

@@ -119,7 +119,13 @@ impl Journal {
         let mut end = Position::default();
         let mut sealed = None;
         for &segment in &segments {
-            let len = check(&*disk, folder, segment, Some(&segment) == segments.last(), seals.get(&segment).copied())?;
+            let len = check(
+                &*disk,
+                folder,
+                segment,
+                Some(&segment) == segments.last(),
+                seals.get(&segment).copied(),
+            )?;
             end = Position { segment, offset: len };
             if len > 0 {
                 sealed = Some(end);
@@ -203,7 +209,9 @@ impl Journal {
     fn start_segment(&mut self, segment: u64) -> Result<(), LearnerError> {
         let path = self.segment_path(segment);
         self.broken = true;
-        self.disk.write(&path, &mut |_| Ok(())).map_err(LearnerError::disk(&path, "start a journal segment"))?;
+        self.disk
+            .write(&path, &mut |_| Ok(()))
+            .map_err(LearnerError::disk(&path, "start a journal segment"))?;
         self.disk.sync_file(&path).map_err(LearnerError::disk(&path, "sync"))?;
         self.disk.sync_dir(&self.folder).map_err(LearnerError::disk(&self.folder, "sync"))?;
         self.broken = false;
@@ -236,7 +244,9 @@ pub fn read(
             return Err(damaged(&path, start, "the file ends before this".into()));
         }
         let mut at = start as usize;
-        while let Some((kind, payload, next)) = next_record(&path, &bytes, at, Some(&segment) == segments.last())? {
+        while let Some((kind, payload, next)) =
+            next_record(&path, &bytes, at, Some(&segment) == segments.last())?
+        {
             let record = decode(kind, payload).map_err(|what| damaged(&path, at as u64, what))?;
             each(Position { segment, offset: at as u64 }, record)?;
             at = next;
@@ -248,7 +258,8 @@ pub fn read(
 /// Numbers of the segments, ascending and gapless.
 fn segments(disk: &dyn Disk, folder: &Path) -> Result<Vec<u64>, LearnerError> {
     let paths = disk.list(folder).map_err(LearnerError::disk(folder, "list"))?;
-    let number = |path: &PathBuf| -> Option<u64> { path.file_name()?.to_str()?.strip_suffix(".fwj")?.parse().ok() };
+    let number =
+        |path: &PathBuf| -> Option<u64> { path.file_name()?.to_str()?.strip_suffix(".fwj")?.parse().ok() };
     let numbers: Vec<u64> = paths.iter().filter_map(number).collect();
     match numbers.windows(2).find(|pair| pair[1] != pair[0] + 1) {
         Some(pair) => Err(damaged(&segment_path(folder, pair[0] + 1), 0, "the segment is missing".into())),
@@ -285,7 +296,13 @@ fn read_segment(disk: &dyn Disk, path: &Path, seal: Option<u64>) -> Result<Vec<u
 }
 
 /// Length of the sound part of a segment.
-fn check(disk: &dyn Disk, folder: &Path, segment: u64, last: bool, seal: Option<u64>) -> Result<u64, LearnerError> {
+fn check(
+    disk: &dyn Disk,
+    folder: &Path,
+    segment: u64,
+    last: bool,
+    seal: Option<u64>,
+) -> Result<u64, LearnerError> {
     let path = segment_path(folder, segment);
     let bytes = read_segment(disk, &path, seal)?;
     let mut at = 0;
@@ -308,13 +325,14 @@ fn next_record<'a>(
     }
     // A torn tail is one that a crash can leave: too short, or blocks never written, which read as zeros.
     let torn = |after: usize| last && bytes[after.min(bytes.len())..].iter().all(|&b| b == 0);
-    let end = |what: &str, torn: bool| if torn { Ok(None) } else { Err(damaged(path, at as u64, what.into())) };
+    let end =
+        |what: &str, torn: bool| if torn { Ok(None) } else { Err(damaged(path, at as u64, what.into())) };
     if rest.len() < HEADER {
         return end("half a header", last);
     }
     let word = |i: usize| u32::from_le_bytes(rest[4 * i..4 * i + 4].try_into().expect("four bytes"));
     if crc32c::crc32c(&rest[..8]) != word(2) {
-        return end("the header's checksum does not match", torn(at));
+        return end("the header's checksum does not match", torn(at + HEADER));
     }
     let next = at + HEADER + word(0) as usize;
     let Some(payload) = bytes.get(at + HEADER..next) else {
@@ -361,4 +379,115 @@ fn decode(kind: u32, payload: &[u8]) -> Result<Record, String> {
         5 => Record::StepFormed(serde_json::from_slice(payload).map_err(text)?),
         _ => return Err(format!("record kind {kind} is unknown to this build")),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::disk::SystemDisk;
+
+    fn bad(n: u64) -> Record {
+        Record::Bad(BadRollout { rollout: RolloutId(n), reason: format!("reason {n}") })
+    }
+
+    fn opened(sealed: Option<Position>) -> Record {
+        Record::Opened(Opened { epoch: 1, step: 0, weights: "0".into(), sealed })
+    }
+
+    /// A journal of `count` records in small segments.
+    fn filled(folder: &Path, count: u64) {
+        let mut journal = Journal::open(Arc::new(SystemDisk), folder).unwrap().with_segment_bytes(200);
+        journal.append(&opened(journal.sealed())).unwrap();
+        (0..count).for_each(|n| drop(journal.append(&bad(n)).unwrap()));
+        journal.sync().unwrap();
+    }
+
+    fn contents(folder: &Path, from: Position) -> Result<Vec<(Position, Record)>, LearnerError> {
+        let mut all = Vec::new();
+        read(&SystemDisk, folder, from, &mut |at, record| {
+            all.push((at, record));
+            Ok(())
+        })?;
+        Ok(all)
+    }
+
+    fn bad_ids(folder: &Path) -> Vec<u64> {
+        let ids = contents(folder, Position::default()).unwrap().into_iter().filter_map(|(_, record)| match record {
+            Record::Bad(bad) => Some(bad.rollout.0),
+            _ => None,
+        });
+        ids.collect()
+    }
+
+    #[test]
+    fn records_come_back_in_order_over_segments_and_from_any_position() {
+        let dir = tempfile::tempdir().unwrap();
+        filled(dir.path(), 12);
+        let all = contents(dir.path(), Position::default()).unwrap();
+        assert_eq!(bad_ids(dir.path()), (0..12).collect::<Vec<_>>());
+        assert!(all.last().unwrap().0.segment >= 2, "several segments");
+        for (i, (at, _)) in all.iter().enumerate() {
+            assert_eq!(contents(dir.path(), *at).unwrap(), all[i..], "from {at:?}");
+        }
+    }
+
+    #[test]
+    fn a_torn_tail_is_cut_and_what_was_synced_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        filled(dir.path(), 12);
+        let last = segment_path(dir.path(), *segments(&SystemDisk, dir.path()).unwrap().last().unwrap());
+        let whole = std::fs::read(&last).unwrap();
+        for cut in 1..whole.len() {
+            for zeros in [0, 40] {
+                let mut torn = whole[..cut].to_vec();
+                torn.extend(std::iter::repeat_n(0, zeros));
+                std::fs::write(&last, &torn).unwrap();
+                let dir = copy(dir.path());
+                let journal = Journal::open(Arc::new(SystemDisk), dir.path()).unwrap();
+                drop(journal);
+                let ids = bad_ids(dir.path());
+                assert_eq!(ids, (0..ids.len() as u64).collect::<Vec<_>>(), "cut at {cut}, {zeros} zeros");
+            }
+        }
+    }
+
+    fn copy(folder: &Path) -> tempfile::TempDir {
+        let to = tempfile::tempdir().unwrap();
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            std::fs::copy(&path, to.path().join(path.file_name().unwrap())).unwrap();
+        }
+        to
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn a_flipped_bit_before_the_last_record_is_refused_with_its_place(at in any::<usize>(), bit in 0u8..8) {
+            let dir = tempfile::tempdir().unwrap();
+            filled(dir.path(), 12);
+            let numbers = segments(&SystemDisk, dir.path()).unwrap();
+            let path = segment_path(dir.path(), numbers[0]);
+            let mut bytes = std::fs::read(&path).unwrap();
+            let at = at % bytes.len();
+            bytes[at] ^= 1 << bit;
+            std::fs::write(&path, bytes).unwrap();
+            let error = Journal::open(Arc::new(SystemDisk), dir.path()).map(drop).unwrap_err();
+            prop_assert!(error.to_string().contains("00000000.fwj"), "{}", error);
+            let LearnerError::Journal { offset, .. } = error else { panic!("{error}") };
+            prop_assert!(offset <= at as u64);
+            prop_assert!(contents(dir.path(), Position::default()).is_err());
+        }
+    }
+
+    #[test]
+    fn a_missing_segment_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        filled(dir.path(), 20);
+        std::fs::remove_file(segment_path(dir.path(), 1)).unwrap();
+        let error = Journal::open(Arc::new(SystemDisk), dir.path()).map(drop).unwrap_err().to_string();
+        assert!(error.contains("00000001.fwj") && error.contains("missing"), "{error}");
+    }
 }

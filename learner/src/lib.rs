@@ -36,7 +36,14 @@ pub mod trainer;
 pub mod transformer;
 mod update;
 
+#[cfg(test)]
+mod recovery_tests;
+#[cfg(test)]
+mod role_tests;
+#[cfg(test)]
+mod testing;
+
 pub use config::{LearnerConfig, TrainingConfig};
-pub use crate::core::CurriculumSource;
+pub use crate::core::{CurriculumSource, Recovery, Replayed};
 pub use error::LearnerError;
-pub use role::{LearnerDeps, LearnerEnd, LearnerSummary, run};
+pub use role::{LearnerDeps, LearnerEnd, LearnerSummary, RunShape, replay, run};

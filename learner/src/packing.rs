@@ -53,7 +53,10 @@ pub fn pack(sequences: &[TrainSequence<'_>], budget: usize) -> Vec<PackedBatch> 
 }
 
 fn push(batch: &mut PackedBatch, index: usize, sequence: &TrainSequence<'_>) {
-    assert!(!sequence.prompt_ids.is_empty() && !sequence.output_ids.is_empty(), "checked when it was received");
+    assert!(
+        !sequence.prompt_ids.is_empty() && !sequence.output_ids.is_empty(),
+        "checked when it was received"
+    );
     let first_row = batch.tokens.len();
     let first_target = batch.targets.len();
     let inputs = &sequence.output_ids[..sequence.output_ids.len() - 1];
@@ -63,7 +66,9 @@ fn push(batch: &mut PackedBatch, index: usize, sequence: &TrainSequence<'_>) {
         replay.extend(experts);
     }
     let first = first_row + sequence.prompt_ids.len() - 1;
-    batch.targets.extend(sequence.output_ids.iter().enumerate().map(|(t, &token)| PackedTarget { row: first + t, token }));
+    batch.targets.extend(
+        sequence.output_ids.iter().enumerate().map(|(t, &token)| PackedTarget { row: first + t, token }),
+    );
     batch.sequences.push(PackedSequence { index, targets: first_target..batch.targets.len() });
 }
 

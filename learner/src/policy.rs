@@ -19,7 +19,12 @@ pub struct Policy {
 
 impl Policy {
     /// A policy at `params` (whose element type is the working precision), update 0.
-    pub fn new(mut trainer: Box<dyn PolicyTrainer>, params: Params, config: AdamWConfig, threads: Threads) -> Self {
+    pub fn new(
+        mut trainer: Box<dyn PolicyTrainer>,
+        params: Params,
+        config: AdamWConfig,
+        threads: Threads,
+    ) -> Self {
         let version = PolicyVersion::default();
         trainer.load(&params, version);
         Self {
@@ -76,7 +81,11 @@ impl Policy {
     }
 
     /// Forward, loss, backward; the gradient adds up until [`update`](Self::update).
-    pub fn accumulate(&mut self, batch: &PackedBatch, loss: &mut dyn FnMut(&TokenLogProbs) -> TokenGradients) {
+    pub fn accumulate(
+        &mut self,
+        batch: &PackedBatch,
+        loss: &mut dyn FnMut(&TokenLogProbs) -> TokenGradients,
+    ) {
         self.trainer.accumulate(batch, loss, &mut self.grads);
     }
 

@@ -81,12 +81,18 @@ impl Publisher {
         Ok(())
     }
 
-    async fn publish(&self, base: Option<Arc<Snapshot>>, snapshot: Arc<Snapshot>) -> Result<(), LearnerError> {
+    async fn publish(
+        &self,
+        base: Option<Arc<Snapshot>>,
+        snapshot: Arc<Snapshot>,
+    ) -> Result<(), LearnerError> {
         let started = Instant::now();
         let tokenizer = self.tokenizer;
         let version = snapshot.version;
         let encode = move || match base {
-            Some(base) => delta::delta_frame(&base.params, base.version, &snapshot.params, snapshot.version, tokenizer),
+            Some(base) => {
+                delta::delta_frame(&base.params, base.version, &snapshot.params, snapshot.version, tokenizer)
+            }
             None => delta::key_frame(&snapshot.params, snapshot.version, tokenizer),
         };
         let payload = tokio::task::spawn_blocking(encode).await.expect("encoding does not panic");

@@ -115,7 +115,11 @@ pub fn line(
     line.insert("train/tokens_per_s".into(), rate(updated.tokens as f64, times.train_s));
     line.insert("bubble/learner".into(), rate(times.idle_s, step_s));
     write_update(&mut line, updated, loss, learning_rate);
-    write_staleness(&mut line, batch, if updated.moved { version.step.saturating_sub(1) } else { version.step });
+    write_staleness(
+        &mut line,
+        batch,
+        if updated.moved { version.step.saturating_sub(1) } else { version.step },
+    );
     line
 }
 
@@ -138,7 +142,10 @@ fn write_update(line: &mut Map<String, Value>, updated: &Updated, loss: &Loss, l
     }
     line.insert("mismatch/kl".into(), number(d.mismatch_kl()));
     line.insert("mismatch/logprob_abs_max".into(), number(d.logprob_abs_max));
-    line.insert("mismatch/same_version_abs_max".into(), number(updated.agreement.same_version_abs_max.into()));
+    line.insert(
+        "mismatch/same_version_abs_max".into(),
+        number(updated.agreement.same_version_abs_max.into()),
+    );
     line.insert("mismatch/same_version_tokens".into(), json!(updated.agreement.same_version_tokens));
 }
 

@@ -9,14 +9,14 @@
 //!
 //! The training thread is never waited for by the queue side and waits for nothing but rollouts. An error of any part ends all.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc as std_mpsc;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use freewheel_kernels::Threads;
-use freewheel_model::{LoadedModel, ModelSpec, Params};
+use freewheel_model::{LoadedModel, ModelSpec, Params, SaveOptions};
 use freewheel_queue::{PolicyStore, QueueError, RolloutQueue, RunControl};
 use freewheel_types::{Accounting, Digest, GroupOutcome, PolicyVersion};
 use serde_json::{Map, Value, json};
@@ -29,11 +29,11 @@ use crate::assembly::{Arrival, Ledger};
 use crate::checkpoint::{Checkpoints, ModelWriter};
 use crate::config::LearnerConfig;
 use crate::consumed::IdSet;
-use crate::core::{CurriculumSource, Learner, LearnerParts, Recovery, SharedJournal, checkpoint_dir};
+use crate::core::{CurriculumSource, Learner, LearnerParts, Recovery, Replayed, SharedJournal, checkpoint_dir};
 use crate::disk::{Disk, SystemDisk};
 use crate::intake::{Door, Intake, Reading};
 use crate::journal::Position;
-use crate::metrics::MetricsSink;
+use crate::metrics::{MetricsSink, NoMetrics};
 use crate::policy::Policy;
 use crate::publish::{Publisher, Slot, Snapshot};
 use crate::report::StepReport;
@@ -122,25 +122,7 @@ pub async fn run(
         run_dir: run_dir.clone(),
         disk: disk.clone(),
     };
-    let build = move || {
-        let threads = threads(config.threads);
-        let reference = (config.loss.kl_coef > 0.0).then(|| frozen(&model, threads.clone()));
-        let trainer = TransformerTrainer::new(&model.model, &model.params, threads.clone());
-        let policy = Policy::new(Box::new(trainer), model.params.clone(), config.optimizer(), threads);
-        LearnerParts {
-            config,
-            policy,
-            reference,
-            group_size,
-            max_new_tokens,
-            tokenizer: model.tokenizer.digest(),
-            run_dir,
-            disk,
-            writer: Box::new(HuggingFaceWriter { model }),
-            curriculum,
-            metrics,
-        }
-    };
+    let build = move || LearnerParts { group_size, max_new_tokens, curriculum, metrics, ..parts(config, model, run_dir, disk) };
     run_with(Box::new(build), outside, shutdown).await
 }
 
@@ -151,16 +133,63 @@ fn frozen(model: &LoadedModel, threads: Threads) -> Box<dyn PolicyTrainer> {
 /// Writes checkpoints that every tool of the field can load.
 struct HuggingFaceWriter {
     model: LoadedModel,
+    disk: Arc<dyn Disk>,
 }
 
 impl ModelWriter for HuggingFaceWriter {
-    fn write(&self, dir: &std::path::Path, weights: &Params) -> Result<(), LearnerError> {
-        // TEMPORARY until freewheel_model::save exists.
-        let path = dir.join("config.json");
-        std::fs::write(&path, serde_json::to_vec(&self.model.config_json).expect("json")).map_err(LearnerError::disk(&path, "write"))?;
-        let path = dir.join("weights.bin");
-        std::fs::write(&path, weights.as_bytes()).map_err(LearnerError::disk(&path, "write"))
+    fn write(&self, dir: &Path, weights: &Params) -> Result<(), LearnerError> {
+        let sink = &mut |name: &str, pieces: &[&[u8]]| {
+            self.disk.write(&dir.join(name), &mut |out| pieces.iter().try_for_each(|piece| out.write_all(piece)))
+        };
+        freewheel_model::save_into(&self.model, weights, &SaveOptions::default(), sink)
+            .map_err(LearnerError::disk(dir, "write the model"))
     }
+}
+
+/// The parts of a learner that trains the transformer of `model`.
+fn parts(config: LearnerConfig, model: LoadedModel, run_dir: PathBuf, disk: Arc<dyn Disk>) -> LearnerParts {
+    let threads = threads(config.threads);
+    let reference = (config.loss.kl_coef > 0.0).then(|| frozen(&model, threads.clone()));
+    let trainer = TransformerTrainer::new(&model.model, &model.params, threads.clone());
+    LearnerParts {
+        policy: Policy::new(Box::new(trainer), model.params.clone(), config.optimizer(), threads),
+        config,
+        reference,
+        group_size: 1,
+        max_new_tokens: model.model.spec().max_positions as u64,
+        tokenizer: model.tokenizer.digest(),
+        run_dir,
+        writer: Box::new(HuggingFaceWriter { model, disk: disk.clone() }),
+        disk,
+        curriculum: None,
+        metrics: Arc::new(NoMetrics),
+    }
+}
+
+/// Repeats the updates of the run in `run_dir` from its journal and compares the weights after each with those journalled; up to
+/// step `until`, from the newest checkpoint before it, or all of them from the initial weights. Writes nothing.
+///
+/// # Errors
+/// [`LearnerError::ReplayMismatch`] at the first step that differs.
+pub fn replay(
+    config: LearnerConfig,
+    model: LoadedModel,
+    run_dir: &Path,
+    shape: RunShape,
+    until: Option<u64>,
+) -> Result<Replayed, LearnerError> {
+    let mut parts = parts(config, model, run_dir.to_owned(), Arc::new(SystemDisk));
+    (parts.group_size, parts.max_new_tokens) = (shape.group_size, shape.max_new_tokens);
+    Learner::repeat_run(parts, until)
+}
+
+/// What of a run's config the learner needs besides its own section.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RunShape {
+    /// Rollouts in a group.
+    pub group_size: u32,
+    /// Longest completion the run allows, tokens.
+    pub max_new_tokens: u64,
 }
 
 /// What surrounds the training thread, whatever trains in it.
@@ -219,7 +248,8 @@ pub(crate) async fn run_with(
     outside: Outside,
     shutdown: CancellationToken,
 ) -> Result<LearnerSummary, LearnerError> {
-    let checkpoints = Checkpoints::open(outside.disk.clone(), &checkpoint_dir(&outside.run_dir), outside.keep_last)?;
+    let checkpoints =
+        Checkpoints::open(outside.disk.clone(), &checkpoint_dir(&outside.run_dir), outside.keep_last)?;
     let Some(epoch) = acquire(&outside, &checkpoints, &shutdown).await? else {
         return Err(LearnerError::Config("stopped while waiting for the learner's lease".into()));
     };
@@ -247,7 +277,17 @@ pub(crate) async fn run_with(
     };
     tasks.spawn(publisher.run(snapshots));
     tasks.spawn(renew(outside.queue.clone(), outside.holder.clone(), epoch, outside.lease, abort.clone()));
-    let mut control = Control { outside, epoch, step, stats, stop, shutdown, inbox: Some(inbox_in), readings: None, last: None };
+    let mut control = Control {
+        outside,
+        epoch,
+        step,
+        stats,
+        stop,
+        shutdown,
+        inbox: Some(inbox_in),
+        readings: None,
+        last: None,
+    };
     let result = control.run(events, &mut tasks).await;
     control.stop.cancel();
     // Ended means the slot's sender is gone: the publisher ends by itself once the last weights are out.
@@ -301,7 +341,10 @@ async fn acquire(
         match outside.queue.acquire_learner(&outside.holder, checkpoints.epoch_floor()?).await {
             Ok(Some(epoch)) => return Ok(Some(epoch)),
             Ok(None) if !told => {
-                tracing::info!(holder = outside.holder, "another learner holds the lease, waiting for it to end");
+                tracing::info!(
+                    holder = outside.holder,
+                    "another learner holds the lease, waiting for it to end"
+                );
                 told = true;
             }
             Ok(None) => {}
@@ -506,7 +549,11 @@ fn write_accounting(line: &mut Map<String, Value>, reading: &Reading, accounting
     line.insert("accounting/in_flight".into(), json!(accounting.in_flight));
     line.insert("accounting/imbalance".into(), json!(accounting.imbalance()));
     if accounting.imbalance() != 0 {
-        tracing::error!(?accounting, imbalance = accounting.imbalance(), "rollouts are missing or counted twice");
+        tracing::error!(
+            ?accounting,
+            imbalance = accounting.imbalance(),
+            "rollouts are missing or counted twice"
+        );
     }
 }
 
@@ -516,7 +563,12 @@ fn train(build: Build, checkpoints: Checkpoints, epoch: u64, wires: Wires) {
     wires.events.send(Event::Ended(result.map(Box::new))).ok();
 }
 
-fn train_to_end(build: Build, checkpoints: Checkpoints, epoch: u64, wires: &Wires) -> Result<Ended, LearnerError> {
+fn train_to_end(
+    build: Build,
+    checkpoints: Checkpoints,
+    epoch: u64,
+    wires: &Wires,
+) -> Result<Ended, LearnerError> {
     let (mut learner, recovery) = Learner::recover(build(), checkpoints, epoch)?;
     let publish_every = learner.config().publish_every;
     wires.step.store(learner.policy().step(), Ordering::Release);
@@ -578,6 +630,7 @@ fn send_outcomes(learner: &mut Learner, wires: &Wires) {
 }
 
 fn publish(learner: &Learner, wires: &Wires) {
-    let snapshot = Snapshot { version: learner.policy().version(), params: learner.policy().weights().clone() };
+    let snapshot =
+        Snapshot { version: learner.policy().version(), params: learner.policy().weights().clone() };
     wires.slot.send_replace(Some(Arc::new(snapshot)));
 }

@@ -99,8 +99,12 @@ impl SftConfig {
 
     /// Everything wrong with the section, one line each. Empty: all is well.
     pub fn problems(&self) -> Vec<String> {
-        let mut problems: Vec<String> =
-            self.schedule().problems(self.steps).iter().map(|line| line.replace("learner.", "sft.")).collect();
+        let mut problems: Vec<String> = self
+            .schedule()
+            .problems(self.steps)
+            .iter()
+            .map(|line| line.replace("learner.", "sft."))
+            .collect();
         let mut check = |good: bool, key: &str, value: String, limit: &str| {
             if !good {
                 problems.push(format!("sft.{key} is {value}, outside {limit}"));
@@ -108,9 +112,19 @@ impl SftConfig {
         };
         check(self.steps >= 1, "steps", self.steps.to_string(), "values of 1 or more");
         check(self.batch_size >= 1, "batch_size", self.batch_size.to_string(), "values of 1 or more");
-        check(self.micro_batch_tokens >= 1, "micro_batch_tokens", self.micro_batch_tokens.to_string(), "values of 1 or more");
+        check(
+            self.micro_batch_tokens >= 1,
+            "micro_batch_tokens",
+            self.micro_batch_tokens.to_string(),
+            "values of 1 or more",
+        );
         let rate = self.learning_rate;
-        check(rate.is_finite() && rate >= 0.0, "learning_rate", rate.to_string(), "finite values of 0 or more");
+        check(
+            rate.is_finite() && rate >= 0.0,
+            "learning_rate",
+            rate.to_string(),
+            "finite values of 0 or more",
+        );
         for (key, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
             check((0.0..1.0).contains(&beta), key, beta.to_string(), "0 to below 1");
         }
@@ -189,7 +203,8 @@ fn tokenise(
     let bad = |index: usize, what: String| LearnerError::Example { index, what };
     let mut tokenised = Vec::new();
     for (index, example) in examples.into_iter().enumerate() {
-        let prompt_ids = tokenizer.encode_prompt(&example.prompt.body).map_err(|e| bad(index, e.to_string()))?;
+        let prompt_ids =
+            tokenizer.encode_prompt(&example.prompt.body).map_err(|e| bad(index, e.to_string()))?;
         let mut output_ids = tokenizer.encode(&example.completion).map_err(|e| bad(index, e.to_string()))?;
         output_ids.extend(eos);
         let tokens = prompt_ids.len() + output_ids.len();
@@ -222,12 +237,15 @@ pub fn train(
     let mut summary = SftSummary { steps: 0, loss: f64::NAN, tokens: 0 };
     for step in 0..config.steps {
         let step_started = std::time::Instant::now();
-        let batch: Vec<TrainSequence> =
-            (0..config.batch_size as u64).map(|k| sequence(&examples[pick(config, examples.len(), step, k)])).collect();
+        let batch: Vec<TrainSequence> = (0..config.batch_size as u64)
+            .map(|k| sequence(&examples[pick(config, examples.len(), step, k)]))
+            .collect();
         let learning_rate = config.learning_rate * schedule.factor(step);
         let (loss, outcome, tokens) = update(policy, &batch, config.micro_batch_tokens, learning_rate);
         let StepOutcome::Applied { grad_norm, .. } = outcome else {
-            return Err(LearnerError::Config(format!("step {step}: the gradient is not finite; lower sft.learning_rate")));
+            return Err(LearnerError::Config(format!(
+                "step {step}: the gradient is not finite; lower sft.learning_rate"
+            )));
         };
         policy.advance();
         summary = SftSummary { steps: step + 1, loss, tokens: summary.tokens + tokens };
@@ -279,7 +297,12 @@ fn sequence(example: &TokenisedExample) -> TrainSequence<'_> {
     }
 }
 
-fn update(policy: &mut Policy, batch: &[TrainSequence<'_>], budget: usize, learning_rate: f64) -> (f64, StepOutcome, u64) {
+fn update(
+    policy: &mut Policy,
+    batch: &[TrainSequence<'_>],
+    budget: usize,
+    learning_rate: f64,
+) -> (f64, StepOutcome, u64) {
     let tokens: u64 = batch.iter().map(|s| s.output_ids.len() as u64).sum();
     let mut loss = 0.0;
     for packed in pack(batch, budget) {
@@ -290,4 +313,73 @@ fn update(policy: &mut Policy, batch: &[TrainSequence<'_>], budget: usize, learn
         });
     }
     (loss / tokens as f64, policy.update(learning_rate), tokens)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use freewheel_types::WeightsDtype;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::metrics::MemoryMetrics;
+    use crate::testing::{Bigram, params};
+
+    fn run(config: &SftConfig) -> (SftSummary, String, Vec<f64>) {
+        let examples: Vec<TokenisedExample> =
+            (0..4).map(|i| TokenisedExample { prompt_ids: vec![i], output_ids: vec![i + 1, i + 2, 7] }).collect();
+        let params = params(WeightsDtype::Bf16);
+        let trainer = Box::new(Bigram::new(&params));
+        let mut policy = Policy::new(trainer, params, config.optimizer(), Threads::single());
+        let metrics = MemoryMetrics::default();
+        let summary = train(config, &mut policy, &examples, &metrics).unwrap();
+        let losses = metrics.lines().iter().map(|line| line["train/loss"].as_f64().unwrap()).collect();
+        (summary, policy.digest().to_string(), losses)
+    }
+
+    fn config() -> SftConfig {
+        SftConfig { steps: 60, batch_size: 3, learning_rate: 0.1, weight_decay: 0.0, ..Default::default() }
+    }
+
+    #[test]
+    fn the_loss_is_the_mean_cross_entropy_and_falls() {
+        let (summary, _, losses) = run(&config());
+        assert!(losses[59] <= 0.7 * losses[0], "from {} to {}", losses[0], losses[59]);
+        assert_eq!((summary.steps, summary.tokens), (60, 60 * 3 * 3));
+        // By hand: the first batch holds examples pick(0..3).
+        let table = Bigram::new(&params(WeightsDtype::Bf16));
+        let batch = (0..3).map(|k| pick(&config(), 4, 0, k) as u32);
+        let terms = batch.flat_map(|i| [(i, i + 1), (i + 1, i + 2), (i + 2, 7)]);
+        let nll: Vec<f64> = terms.map(|(from, to)| -table.row(from)[to as usize]).collect();
+        let mean = nll.iter().sum::<f64>() / 9.0;
+        assert!((losses[0] - mean).abs() <= 1e-6, "{} is not {mean}", losses[0]);
+    }
+
+    #[test]
+    fn the_same_seed_gives_the_same_bytes_and_micro_batches_do_not_matter_to_the_loss() {
+        let (_, digest, losses) = run(&config());
+        assert_eq!(run(&config()).1, digest);
+        assert_ne!(run(&SftConfig { seed: 1, ..config() }).1, digest);
+        let (_, _, split) = run(&SftConfig { micro_batch_tokens: 1, ..config() });
+        losses.iter().zip(&split).for_each(|(a, b)| assert!((a - b).abs() <= 1e-2, "{a} and {b}"));
+        assert!((losses[0] - split[0]).abs() <= 1e-9);
+    }
+
+    #[test]
+    fn problems_name_their_section() {
+        let bad = SftConfig { steps: 5, warmup_steps: 9, beta2: 1.0, ..Default::default() };
+        let problems = bad.problems().join("\n");
+        assert!(problems.contains("sft.warmup_steps (9)") && problems.contains("sft.beta2 is 1"), "{problems}");
+    }
+
+    proptest! {
+        #[test]
+        fn every_pass_sees_every_example_once(seed in any::<u64>(), n in 1usize..70, pass in 0u64..4) {
+            let config = SftConfig { seed, batch_size: 1, ..Default::default() };
+            let order: Vec<usize> = (0..n as u64).map(|k| pick(&config, n, pass * n as u64 + k, 0)).collect();
+            prop_assert_eq!(order.iter().collect::<BTreeSet<_>>().len(), n);
+            prop_assert!(order.iter().all(|&i| i < n));
+        }
+    }
 }

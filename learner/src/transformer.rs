@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use freewheel_kernels::Threads;
-use freewheel_model::{LogProbs, ParamLayout, Params, PolicyWeights, Purpose, Tape, Target, TrainBatch, Transformer};
+use freewheel_model::{
+    LogProbs, ParamLayout, Params, PolicyWeights, Purpose, Tape, Target, TrainBatch, Transformer,
+};
 use freewheel_types::PolicyVersion;
 
 use crate::trainer::{PackedBatch, PolicyTrainer, TokenGradients, TokenLogProbs};
@@ -22,9 +24,11 @@ impl TransformerTrainer {
     }
 
     fn forward(&self, batch: &PackedBatch) -> (Tape, Vec<Target>, TokenLogProbs) {
-        let train = TrainBatch { tokens: &batch.tokens, lengths: &batch.lengths, replay: batch.replay.as_deref() };
+        let train =
+            TrainBatch { tokens: &batch.tokens, lengths: &batch.lengths, replay: batch.replay.as_deref() };
         let tape = self.weights.forward_train(&self.threads, &train);
-        let targets: Vec<Target> = batch.targets.iter().map(|t| Target { row: t.row, token: t.token }).collect();
+        let targets: Vec<Target> =
+            batch.targets.iter().map(|t| Target { row: t.row, token: t.token }).collect();
         let LogProbs { logprobs, entropies } =
             tape.log_probs(&self.threads, &self.weights, &targets, &batch.sampling);
         (tape, targets, TokenLogProbs { logprobs, entropies })
@@ -53,6 +57,14 @@ impl PolicyTrainer for TransformerTrainer {
         let (tape, targets, found) = self.forward(batch);
         let TokenGradients { d_logprobs, d_entropies } = loss(&found);
         let sampling = &batch.sampling;
-        tape.backward(&self.threads, &self.weights, &targets, sampling, &d_logprobs, d_entropies.as_deref(), grads);
+        tape.backward(
+            &self.threads,
+            &self.weights,
+            &targets,
+            sampling,
+            &d_logprobs,
+            d_entropies.as_deref(),
+            grads,
+        );
     }
 }

@@ -170,7 +170,11 @@ impl Pass<'_> {
     }
 }
 
-fn sequences<'a>(batch: &Batch<'a>, range: std::ops::Range<usize>, rules: &UpdateRules) -> Vec<TrainSequence<'a>> {
+fn sequences<'a>(
+    batch: &Batch<'a>,
+    range: std::ops::Range<usize>,
+    rules: &UpdateRules,
+) -> Vec<TrainSequence<'a>> {
     // Replayed and free routing do not share a batch: replay needs a record of every sample.
     let recorded = batch.samples.iter().all(|sample| !sample.scored.rollout.experts.ids.is_empty());
     batch.samples[range].iter().map(|sample| sample.sequence(rules.router_replay && recorded)).collect()
@@ -191,5 +195,8 @@ fn gather(
 }
 
 fn part_of(found: &TokenLogProbs, targets: std::ops::Range<usize>) -> TokenLogProbs {
-    TokenLogProbs { logprobs: found.logprobs[targets.clone()].to_vec(), entropies: found.entropies[targets].to_vec() }
+    TokenLogProbs {
+        logprobs: found.logprobs[targets.clone()].to_vec(),
+        entropies: found.entropies[targets].to_vec(),
+    }
 }

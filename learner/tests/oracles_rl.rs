@@ -6,8 +6,8 @@ use freewheel_learner::advantage::{
     Advantage, AdvantageConfig, Gae, Sample, advantages, combine_normalised, discounted_returns, gae, whiten,
 };
 use freewheel_learner::objective::{
-    BatchStats, BatchTotals, Correction, KlEstimator, Loss, LossAggregation, Objective, ObjectiveConfig, RatioAnchor,
-    SequenceInput, reward_penalty,
+    BatchStats, BatchTotals, Correction, KlEstimator, Loss, LossAggregation, Objective, ObjectiveConfig,
+    RatioAnchor, SequenceInput, reward_penalty,
 };
 use oracle::{Oracle, max_diff};
 use serde_json::Value;
@@ -80,7 +80,12 @@ impl Draw {
         BatchTotals { tokens, sequences, prompts: sequences / self.group as u64, length_max: 20 }
     }
 
-    fn evaluate(&self, config: &ObjectiveConfig, sequences: &[SequenceInput], totals: &BatchTotals) -> Outcome {
+    fn evaluate(
+        &self,
+        config: &ObjectiveConfig,
+        sequences: &[SequenceInput],
+        totals: &BatchTotals,
+    ) -> Outcome {
         let loss = Loss::new(config).unwrap();
         let stats = if loss.needs_batch_pass() { loss.batch_stats(sequences) } else { BatchStats::default() };
         let mut outcome = Outcome { loss: 0.0, gradient: Vec::new() };
@@ -91,7 +96,11 @@ impl Draw {
             if let Some(d_entropies) = part.d_entropies {
                 let expected = -config.entropy_coef / totals.tokens as f64;
                 let wanted = sequence.loss_mask.iter().map(|&m| if m { expected } else { 0.0 });
-                let off = d_entropies.iter().zip(wanted).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+                let off = d_entropies
+                    .iter()
+                    .zip(wanted)
+                    .map(|(a, b)| (f64::from(*a) - b).abs())
+                    .fold(0.0, f64::max);
                 assert!(off <= 1e-9, "entropy gradient off by {off}");
             }
         }
@@ -221,7 +230,11 @@ fn rloo_loss(draw: &Draw, config: &Value) -> Outcome {
         ..Default::default()
     };
     let advantages = draw.broadcast(text(config, "advantages").unwrap());
-    draw.evaluate(&settings, &draw.sequences(text(config, "old"), &advantages, false), &draw.totals(draw.tokens(false)))
+    draw.evaluate(
+        &settings,
+        &draw.sequences(text(config, "old"), &advantages, false),
+        &draw.totals(draw.tokens(false)),
+    )
 }
 
 /// Token rewards: −coef·estimate of the divergence, the score on the last token.
@@ -245,13 +258,15 @@ fn expect(draw: &Draw, name: &str, got: &[Vec<f64>]) {
 /// The policy part; the value function has no place in this learner yet.
 fn ppo_gae(draw: &Draw, case: &Value) -> Outcome {
     let (config, prefix) = (&case["config"], text(case, "outputs_prefix").unwrap());
-    let estimator = if text(config, "kl_estimator") == Some("k3") { KlEstimator::K3 } else { KlEstimator::K1 };
+    let estimator =
+        if text(config, "kl_estimator") == Some("k3") { KlEstimator::K3 } else { KlEstimator::K1 };
     let scores: Vec<f64> = draw.scores("rewards").into_iter().map(Option::unwrap).collect();
     let rewards = token_rewards(draw, number(config, "kl_coef").unwrap(), estimator, &scores);
     expect(draw, &format!("{prefix}token_rewards"), &rewards);
     let settings = Gae { gamma: number(config, "gamma").unwrap(), lambda: number(config, "lam").unwrap() };
     let (values, masks) = (draw.rows("old_values"), draw.masks(false));
-    let outputs: Vec<_> = (0..masks.len()).map(|b| gae(settings, &rewards[b], &values[b], &masks[b])).collect();
+    let outputs: Vec<_> =
+        (0..masks.len()).map(|b| gae(settings, &rewards[b], &values[b], &masks[b])).collect();
     let mut advantages: Vec<Vec<f64>> = outputs.iter().map(|out| out.advantages.clone()).collect();
     let returns: Vec<Vec<f64>> = outputs.into_iter().map(|out| out.returns).collect();
     expect(draw, &format!("{prefix}advantages"), &advantages);
@@ -274,13 +289,15 @@ fn reinforce_pp(draw: &Draw, case: &Value) -> Outcome {
     let rewards = token_rewards(draw, kl_coef, KlEstimator::K1, &scores);
     expect(draw, &format!("{prefix}token_rewards"), &rewards);
     let (gamma, masks) = (number(config, "gamma").unwrap(), draw.masks(false));
-    let mut credit: Vec<Vec<f64>> = rewards.iter().zip(&masks).map(|(r, m)| discounted_returns(gamma, r, m)).collect();
+    let mut credit: Vec<Vec<f64>> =
+        rewards.iter().zip(&masks).map(|(r, m)| discounted_returns(gamma, r, m)).collect();
     whiten(&mut credit, &masks, false);
     expect(draw, &format!("{prefix}advantages"), &credit);
     if kl_coef == 0.0 {
         // Without KL in the reward the per-sample form of the config must say the same.
         let tokens = |mask: &Vec<bool>| mask.iter().filter(|m| **m).count() as u64;
-        let sample = |(reward, mask): (&f64, &Vec<bool>)| Sample { reward: Some(*reward), tokens: tokens(mask) };
+        let sample =
+            |(reward, mask): (&f64, &Vec<bool>)| Sample { reward: Some(*reward), tokens: tokens(mask) };
         let all: Vec<Sample> = scores.iter().zip(&masks).map(sample).collect();
         let settings = AdvantageConfig { kind: Advantage::ReinforcePp, ..Default::default() };
         let scalar = flat(&advantages(&settings, &[all]));
@@ -413,10 +430,17 @@ fn the_token_mean_is_over_the_batch_and_not_over_the_micro_batch() {
     let draw = Draw::open();
     let sequences = draw.sequences(Some("logp_old"), &draw.broadcast("advantages_group"), false);
     let totals = draw.totals(draw.tokens(false));
-    for aggregation in [LossAggregation::TokenMean, LossAggregation::SeqMeanTokenMean, LossAggregation::FixedLength] {
-        let config = ObjectiveConfig { objective: Objective::Dapo, loss_aggregation: Some(aggregation), ..Default::default() };
+    for aggregation in
+        [LossAggregation::TokenMean, LossAggregation::SeqMeanTokenMean, LossAggregation::FixedLength]
+    {
+        let config = ObjectiveConfig {
+            objective: Objective::Dapo,
+            loss_aggregation: Some(aggregation),
+            ..Default::default()
+        };
         let whole = draw.evaluate(&config, &sequences, &totals);
-        let parts: Vec<Outcome> = sequences.chunks(5).map(|part| draw.evaluate(&config, part, &totals)).collect();
+        let parts: Vec<Outcome> =
+            sequences.chunks(5).map(|part| draw.evaluate(&config, part, &totals)).collect();
         let gradient: Vec<f64> = parts.iter().flat_map(|part| part.gradient.clone()).collect();
         assert_eq!(gradient, whole.gradient, "{aggregation:?}");
         assert!((parts.iter().map(|part| part.loss).sum::<f64>() - whole.loss).abs() <= 1e-14);

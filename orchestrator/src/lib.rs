@@ -11,10 +11,13 @@
 
 pub mod cli;
 pub mod config;
+pub mod cost;
 pub mod evaluation;
 pub mod folder;
 pub mod lines;
 pub mod logging;
 pub mod policy;
+pub mod report;
+pub mod prompts;
 pub mod run;
 pub mod signals;

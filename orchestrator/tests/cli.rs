@@ -46,3 +46,143 @@ fn a_config_shows_all_its_problems_at_once_and_exits_78() {
         assert!(text.contains(part), "{part:?} missing in\n{text}");
     }
 }
+
+/// A tiny model made on the spot.
+fn tiny_model(dir: &Path) -> String {
+    let out = dir.join("model");
+    let out = out.to_str().unwrap();
+    let made = freewheel(&[
+        "init-model", "llama4_text", "--out", out, "--set", "hidden_size=32", "--set", "num_hidden_layers=2", "--set",
+        "num_attention_heads=2", "--set", "num_key_value_heads=1", "--set", "head_dim=16", "--set", "intermediate_size=16",
+        "--set", "intermediate_size_mlp=32", "--set", "num_local_experts=4", "--set", "max_position_embeddings=64",
+    ]);
+    assert!(made.status.success(), "{}", stderr(&made));
+    out.to_owned()
+}
+
+fn run_config(dir: &Path, model: &str, more: &str) -> String {
+    let runs = dir.join("runs");
+    write(
+        dir,
+        "run.toml",
+        &format!(
+            "[run]\ndir = {runs:?}\n[model]\npath = {model:?}\n[prompts]\ngenerator = \"arithmetic\"\nlevels = [1]\n\
+             count = 50\ngroup_size = 4\n[actor]\nmax_new_tokens = 12\n[learner]\nsteps = 3\ngroups_per_step = 2\n\
+             learning_rate = 1e-3\ncheckpoint_every = 2\n[eval]\nevery = 2\ncount = 8\n{more}"
+        ),
+    )
+}
+
+/// Exit code 78 before any work, and a message that holds every part.
+fn refused(args: &[&str], parts: &[&str]) {
+    let output = freewheel(args);
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(78), "{args:?}: {text}");
+    for part in parts {
+        assert!(text.contains(part), "{args:?}: {part:?} missing in\n{text}");
+    }
+}
+
+#[test]
+fn wrong_inputs_are_refused_with_their_place_and_a_cure() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_model(dir.path());
+    let run = |config: &str, more: &[&str], parts: &[&str]| {
+        let mut args = vec!["run", config];
+        args.extend(more);
+        refused(&args, parts);
+    };
+    let good = run_config(dir.path(), &model, "");
+    let missing = dir.path().join("nothing");
+    let set = format!("model.path={:?}", missing.to_str().unwrap());
+    run(&good, &["--set", &set], &["nothing", "no such model", "hint: "]);
+    run(&good, &["--set", "actor.max_new_tokens=900"], &["actor.max_new_tokens is 900", "context is 64", "hint: at most"]);
+    let prompts = write(dir.path(), "bad.jsonl", "{\"prompt\": \"1+1=?\", \"answer\": 2}\n{\"prompt\": 7}\nnot json\n");
+    let set = format!("prompts.file={prompts:?}");
+    let config = write(
+        dir.path(),
+        "file.toml",
+        &format!("[model]\npath = {model:?}\n[prompts]\ngroup_size = 4\n[run]\ndir = {:?}\n", dir.path().join("runs")),
+    );
+    run(&config, &["--set", &set], &["bad.jsonl:2: ", "bad.jsonl:3: "]);
+    run(
+        &good,
+        &["--set", "queue.backend=redis", "--set", "queue.url=\"redis://127.0.0.1:1/0\""],
+        &["127.0.0.1:1", "not reachable", "hint: "],
+    );
+    assert!(!dir.path().join("runs/run/metrics.jsonl").exists(), "work had begun");
+}
+
+#[test]
+fn damaged_models_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_model(dir.path());
+    let config = run_config(dir.path(), &model, "");
+    let weights = Path::new(&model).join("model.safetensors");
+    let bytes = std::fs::read(&weights).unwrap();
+    std::fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
+    refused(&["run", &config], &["model.safetensors"]);
+    std::fs::write(&weights, &bytes).unwrap();
+    let config_path = Path::new(&model).join("config.json");
+    let text = std::fs::read_to_string(&config_path).unwrap();
+    let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let vocab = json["vocab_size"].as_u64().unwrap();
+    let other = text.replace(&format!("\"vocab_size\": {vocab}"), "\"vocab_size\": 100");
+    assert_ne!(text, other);
+    std::fs::write(&config_path, other).unwrap();
+    let output = freewheel(&["run", &config]);
+    assert_eq!(output.status.code(), Some(78), "{}", stderr(&output));
+}
+
+#[test]
+fn a_run_trains_reports_and_refuses_to_be_overwritten() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_model(dir.path());
+    let config = run_config(
+        dir.path(),
+        &model,
+        "[[reward.component]]\nname = \"digit\"\nkind = \"verifier\"\nverifier = \"regex\"\npattern = \"[0-9]\"\n",
+    );
+    // A model of random weights is never right; a digit somewhere is within its reach.
+    let output = freewheel(&["run", &config, "--set", "learner.steps=2", "--set", "prompts.curriculum.selection=uniform"]);
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), stderr(&output));
+    assert!(output.status.success(), "{text}");
+    let run = dir.path().join("runs/run");
+    let lines: Vec<serde_json::Value> = std::fs::read_to_string(run.join("metrics.jsonl"))
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(lines.iter().map(|line| line["step"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2]);
+    for line in &lines {
+        assert_eq!(line["accounting/imbalance"], 0, "{line}");
+        assert_eq!(line["mismatch/same_version_abs_max"], 0.0, "{line}");
+        assert!(line["staleness/max"].as_u64().unwrap() <= 4, "{line}");
+    }
+    for file in ["config.toml", "eval.jsonl", "report.html", "freewheel.log", "run.json"] {
+        assert!(run.join(file).exists(), "{file} is missing\n{text}");
+    }
+    assert!(std::fs::read_dir(run.join("rollouts")).unwrap().count() >= 1);
+    refused(&["run", &config], &["already holds a run", "--resume"]);
+    let status = freewheel(&["status", run.to_str().unwrap(), "--json"]);
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
+    assert_eq!((&status["state"], &status["metrics"]["step"]), (&"finished".into(), &2.into()));
+}
+
+#[test]
+fn generation_is_the_same_whatever_else_is_in_the_batch() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_model(dir.path());
+    let rows = |args: &[&str]| -> Vec<serde_json::Value> {
+        let mut all = vec!["generate", "--model", &model, "--max-new-tokens", "8", "--seed", "3"];
+        all.extend(args);
+        let output = freewheel(&all);
+        assert!(output.status.success(), "{}", stderr(&output));
+        String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let alone = rows(&["--prompt", "17+25=?"]);
+    let many = rows(&["--prompt", "17+25=?", "--prompt", "a much longer prompt 1+1", "--samples", "3"]);
+    assert_eq!((alone.len(), many.len()), (1, 6));
+    assert_eq!((&alone[0]["output_ids"], &alone[0]["logprobs"]), (&many[0]["output_ids"], &many[0]["logprobs"]));
+    assert_ne!(many[0]["output_ids"], many[1]["output_ids"], "two samples of one prompt");
+}

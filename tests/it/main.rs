@@ -1,1 +1,5 @@
 //! Whole-system tests.
+
+mod oracles;
+
+mod crate_graph;

@@ -272,9 +272,8 @@ impl Sample {
     /// drawn: those are what the drawn token's log-prob depends on.
     pub(crate) fn advance(&mut self, rows: usize, prompt_len: usize, experts: &[u16]) {
         let per_row = experts.len() / rows;
-        if per_row > 0 {
-            let recorded = prompt_len + self.experts.len() / per_row;
-            let skip = recorded.saturating_sub(self.computed).min(rows);
+        if let Some(recorded) = self.experts.len().checked_div(per_row) {
+            let skip = (prompt_len + recorded).saturating_sub(self.computed).min(rows);
             self.experts.extend_from_slice(&experts[skip * per_row..]);
         }
         self.computed += rows;

@@ -17,6 +17,9 @@ pub const TOP_K: usize = 2;
 /// Id whose text is empty; ends a sample where a test says so.
 pub const EOS: u32 = 0;
 
+/// Weights of this step make a forward panic.
+pub const BROKEN: u64 = 99;
+
 pub struct FakeWeights(pub PolicyVersion);
 
 pub struct FakeBackend {
@@ -93,6 +96,7 @@ impl Backend for FakeBackend {
 
     fn forward(&mut self, batch: &StepBatch<'_>) -> StepOutput {
         let version = self.weights.0;
+        assert_ne!(version.step, BROKEN, "planted: these weights break the backend");
         let slot = |pages: &[u32], position: usize| pages[position / PAGE] as usize * PAGE + position % PAGE;
         let mut row = 0;
         let mut writer = vec![None; self.keys.len()];

@@ -82,6 +82,7 @@ mod tests {
         let low = [0u32, 1, 0x7fff, 0x8000, 0x8001, 0xffff];
         let x: Vec<f32> = (0..=0xffffu32)
             .step_by(13)
+            .chain([0x7f7f, 0x7f80, 0x7fff, 0xff7f, 0xff80, 0xffff, 0x0000, 0x007f, 0x8000])
             .flat_map(|high| low.map(|low| f32::from_bits(high << 16 | low)))
             .collect();
         for (isa, got) in under_each(|| {

@@ -1,12 +1,13 @@
 //! Which instruction sets this processor has: found once, remembered, never asked in an inner loop.
 //!
 //! `FREEWHEEL_KERNELS=portable|avx2|avx512|amx` lowers the choice (never raises it), to check on one machine that the
-//! others would give the same bits.
+//! others would give the same bits. Any other value is ignored; `measure::cpu_features` tells what is in use.
 
 use std::sync::OnceLock;
 
 /// An instruction set that the kernels are compiled for, in rising order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) enum Isa {
     /// Plain Rust: any processor.
     Portable,

@@ -54,3 +54,31 @@ fn best_rate(amount: f64, total: Duration, mut call: impl FnMut()) -> f64 {
     }
     amount / best
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::isa::{Isa, forced};
+
+    #[test]
+    fn features_tell_what_is_forced() {
+        for isa in Isa::ALL {
+            if let Some(features) = forced::with(isa, cpu_features) {
+                assert_eq!(features.used, isa.name());
+                assert_eq!(features.detected, isa::detected().name());
+            }
+        }
+    }
+
+    #[test]
+    fn a_rate_is_work_over_the_best_time() {
+        let mut calls = 0;
+        let rate = best_rate(10.0, Duration::ZERO, || {
+            calls += 1;
+            std::thread::sleep(Duration::from_millis(if calls == 2 { 5 } else { 40 }));
+        });
+        assert_eq!(calls, 3);
+        assert!((1.0..=10.0 / 0.005).contains(&rate), "{rate}");
+        assert!(rate > 10.0 / 0.040, "the best of three, not their mean: {rate}");
+    }
+}

@@ -159,6 +159,21 @@ simd! {
 }
 
 simd! {
+    /// `Σ a·b`: sixteen lanes of fused multiply-adds, then the fixed tree.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn dot<S>(a: &[f32], b: &[f32]) -> f32 {
+        assert_eq!(a.len(), b.len(), "dot: lengths");
+        let mut sum = S::splat(0.0);
+        for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
+            sum = S::read(a, 0.0).fma(S::read(b, 0.0), sum);
+        }
+        sum.sum()
+    }
+}
+
+simd! {
     /// `y += x`
     ///
     /// # Panics

@@ -80,7 +80,8 @@ macro_rules! word {
             }
 
             fn zigzag_to(self, other: Self) -> u32 {
-                let order = |x: $unsigned| if x.is_negative() { !x } else { x | 1 << (<$unsigned>::BITS - 1) };
+                let order =
+                    |x: $unsigned| if x.is_negative() { !x } else { x | 1 << (<$unsigned>::BITS - 1) };
                 let steps = order(other).wrapping_sub(order(self)) as $signed;
                 u32::from((steps << 1 ^ steps >> (<$signed>::BITS - 1)) as $unsigned)
             }
@@ -177,7 +178,9 @@ fn apply<W: Word>(base: &mut [W], bytes: &[u8]) -> Result<Vec<Range<usize>>, Del
     let mut models = sparse::Models::new();
     for (index, block) in base.chunks_mut(BLOCK).enumerate() {
         let damaged = |what: &str| DeltaError::Damaged(format!("block {index}: {what}"));
-        let Some((header, after)) = rest.split_first_chunk::<BLOCK_HEADER>() else { return Err(damaged("header is cut off")) };
+        let Some((header, after)) = rest.split_first_chunk::<BLOCK_HEADER>() else {
+            return Err(damaged("header is cut off"));
+        };
         let len = u32::from_le_bytes([header[1], header[2], header[3], header[4]]) as usize;
         if len > after.len() {
             return Err(damaged("body is cut off"));
@@ -187,7 +190,9 @@ fn apply<W: Word>(base: &mut [W], bytes: &[u8]) -> Result<Vec<Range<usize>>, Del
         let first = index * BLOCK;
         match header[0] {
             0 if body.is_empty() => {}
-            1 => models.apply(block, body, &mut |at| changed.add(first + at)).ok_or_else(|| damaged("sparse body"))?,
+            1 => models
+                .apply(block, body, &mut |at| changed.add(first + at))
+                .ok_or_else(|| damaged("sparse body"))?,
             2 => {
                 apply_dense(block, body).ok_or_else(|| damaged("dense body"))?;
                 changed.add_range(first..first + block.len());
@@ -215,7 +220,11 @@ fn open<W: Word>(elements: usize, bytes: &[u8]) -> Result<&[u8], DeltaError> {
     if header[..8] != MAGIC {
         return Err(damaged("wrong magic number"));
     }
-    let mismatch = |what: &str, got: String, expected: String| DeltaError::Mismatch { what: what.to_owned(), got, expected };
+    let mismatch = |what: &str, got: String, expected: String| DeltaError::Mismatch {
+        what: what.to_owned(),
+        got,
+        expected,
+    };
     if usize::from(header[8]) != W::BYTES {
         return Err(mismatch("bytes per element", header[8].to_string(), W::BYTES.to_string()));
     }
@@ -241,7 +250,8 @@ fn encode_dense<W: Word>(base: &[W], new: &[W]) -> Vec<u8> {
 fn apply_dense<W: Word>(block: &mut [W], body: &[u8]) -> Option<()> {
     let n = block.len();
     // The capacity is the hard stop: a body that wants more is an error of zstd.
-    let planes = zstd::bulk::decompress(body, n * W::BYTES).ok().filter(|planes| planes.len() == n * W::BYTES)?;
+    let planes =
+        zstd::bulk::decompress(body, n * W::BYTES).ok().filter(|planes| planes.len() == n * W::BYTES)?;
     for (i, word) in block.iter_mut().enumerate() {
         let mut steps = [0u8; 4];
         for (plane, byte) in steps[..W::BYTES].iter_mut().enumerate() {

@@ -34,12 +34,26 @@ impl GenerationConfig {
     ///
     /// # Errors
     /// A file that is no JSON object, or ids that are not ids.
-    pub fn from_folder(dir: &Path, config: &Map<String, Value>, tokenizer: &Tokenizer) -> Result<Self, ModelError> {
+    pub fn from_folder(
+        dir: &Path,
+        config: &Map<String, Value>,
+        tokenizer: &Tokenizer,
+    ) -> Result<Self, ModelError> {
         let path = dir.join("generation_config.json");
         let raw = if path.is_file() { read_json(&path)? } else { Map::new() };
+        Self::new(&path, raw, config, tokenizer)
+    }
+
+    /// The defaults that `raw` gives; `path` is for messages.
+    pub(crate) fn new(
+        path: &Path,
+        raw: Map<String, Value>,
+        config: &Map<String, Value>,
+        tokenizer: &Tokenizer,
+    ) -> Result<Self, ModelError> {
         let ids = |map: &Map<String, Value>, key: &str| {
             ids(map, key).ok_or_else(|| ModelError::Invalid {
-                path: path.clone(),
+                path: path.to_owned(),
                 what: format!("{key} = {}: expected an id or a list of ids", map[key]),
             })
         };

@@ -17,17 +17,20 @@ mod config;
 pub mod delta;
 mod error;
 mod generation;
+mod init;
 mod params;
 pub mod sampling;
 mod spec;
 mod template;
 mod tokenizer;
 mod transformer;
+mod upcycle;
 
-pub use checkpoint::{LoadedModel, load};
+pub use checkpoint::{FileSink, LoadedModel, SaveOptions, convert, load, save, save_into};
 pub use config::{ARCHITECTURES, Architecture, spec_from_config, supported_architectures};
 pub use error::ModelError;
 pub use generation::GenerationConfig;
+pub use init::{ChatStyle, InitRequest, InitScale, TokenizerChoice, build_tokenizer, init_model};
 pub use params::{ParamData, ParamLayout, Params, TensorKind, TensorSpec};
 pub use spec::{
     Activation, AttentionSpec, Family, FfnSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling, RopeSpec, RopeStyle, RouterKind,
@@ -38,3 +41,4 @@ pub use tokenizer::{ChatIds, DecodeStream, Tokenizer};
 pub use transformer::{
     BatchSeq, ForwardBatch, ForwardOutput, KvCache, LogProbs, PolicyWeights, Purpose, Tape, Target, TrainBatch, Transformer,
 };
+pub use upcycle::{UpcycleOptions, upcycle};

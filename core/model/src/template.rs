@@ -150,7 +150,8 @@ impl ChatTemplate {
         let now = options.now;
         let template = self.environment.get_template("chat").map_err(|e| error(&e))?;
         let strftime = minijinja::Value::from_function(move |format: String| python::strftime(now, &format));
-        let context = minijinja::context! { strftime_now => strftime, ..minijinja::Value::from(Serde(&context)) };
+        let context =
+            minijinja::context! { strftime_now => strftime, ..minijinja::Value::from(Serde(&context)) };
         let text = template.render(context).map_err(|e| error(&e))?;
         let text = if options.continue_final_message { cut_at_mark(text)? } else { text };
         Ok(split_generated(&text))
@@ -171,9 +172,12 @@ fn error(error: &Error) -> ModelError {
 /// Keys of a message whose value is null count as absent.
 fn without_nulls(message: &Value) -> Value {
     match message {
-        Value::Object(map) => {
-            map.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.clone(), v.clone())).collect::<Map<_, _>>().into()
-        }
+        Value::Object(map) => map
+            .iter()
+            .filter(|(_, v)| !v.is_null())
+            .map(|(k, v)| (k.clone(), v.clone()))
+            .collect::<Map<_, _>>()
+            .into(),
         other => other.clone(),
     }
 }
@@ -181,9 +185,10 @@ fn without_nulls(message: &Value) -> Value {
 /// Some templates build special tokens out of role names, so a role is a plain word.
 fn check_messages(messages: &[Value]) -> Result<(), ModelError> {
     for (index, message) in messages.iter().enumerate() {
-        let role = message.get("role").and_then(Value::as_str).ok_or_else(|| {
-            ModelError::Template(format!("message {index} has no role"))
-        })?;
+        let role = message
+            .get("role")
+            .and_then(Value::as_str)
+            .ok_or_else(|| ModelError::Template(format!("message {index} has no role")))?;
         let word = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
         if role.is_empty() || role.len() > 64 || !role.chars().all(word) {
             return Err(ModelError::Template(format!("message {index}: role {role:?} is not a word")));
@@ -209,7 +214,8 @@ fn mark_generation(source: &str) -> String {
                 continue;
             }
         };
-        let sign = |c: Option<char>| c.filter(|c| matches!(c, '-' | '+')).map(String::from).unwrap_or_default();
+        let sign =
+            |c: Option<char>| c.filter(|c| matches!(c, '-' | '+')).map(String::from).unwrap_or_default();
         let (before, after) = (sign(inner.chars().next()), sign(inner.chars().next_back()));
         out.push_str(&rest[..at]);
         out.push_str(&format!("{{%{before} include \"{include}\" {after}%}}"));
@@ -234,7 +240,8 @@ fn split_generated(marked: &str) -> Rendered {
 
 /// Puts a mark at the end of the last message. The space after it tells whether the template trims.
 fn mark_final(messages: &mut [Value]) -> Result<(), ModelError> {
-    let fail = || ModelError::Template("continue_final_message: the last message has no text to continue".into());
+    let fail =
+        || ModelError::Template("continue_final_message: the last message has no text to continue".into());
     let content = messages.last_mut().and_then(|m| m.get_mut("content")).ok_or_else(fail)?;
     let text = match content {
         Value::String(_) => content,
@@ -247,7 +254,9 @@ fn mark_final(messages: &mut [Value]) -> Result<(), ModelError> {
 
 fn cut_at_mark(text: String) -> Result<String, ModelError> {
     let at = text.rfind(CONTINUE).ok_or_else(|| {
-        ModelError::Template("continue_final_message: the template does not write the last message as it is".into())
+        ModelError::Template(
+            "continue_final_message: the template does not write the last message as it is".into(),
+        )
     })?;
     let kept = &text[..at];
     let trimmed = !text[at + CONTINUE.len_utf8()..].starts_with(' ');

@@ -30,6 +30,9 @@ const FILES: [&str; 8] = [
 const SPECIAL_NAMES: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
+/// First byte and end of what a token covers.
+type Offsets = (usize, usize);
+
 /// A tokenizer with its chat template.
 pub struct Tokenizer {
     /// Sees special tokens in text.
@@ -50,7 +53,10 @@ pub struct Tokenizer {
 
 impl std::fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Tokenizer").field("vocab_size", &self.vocab_size()).field("digest", &self.digest).finish()
+        f.debug_struct("Tokenizer")
+            .field("vocab_size", &self.vocab_size())
+            .field("digest", &self.digest)
+            .finish()
     }
 }
 
@@ -75,7 +81,8 @@ impl Tokenizer {
     /// # Errors
     /// As [`Self::from_folder`].
     pub fn from_files(dir: &Path, files: Vec<(String, Vec<u8>)>) -> Result<Self, ModelError> {
-        let find = |name: &str| files.iter().find(|(file, _)| file == name).map(|(_, bytes)| bytes.as_slice());
+        let find =
+            |name: &str| files.iter().find(|(file, _)| file == name).map(|(_, bytes)| bytes.as_slice());
         let invalid = |name: &str, what: String| ModelError::Invalid { path: dir.join(name), what };
         let json = find("tokenizer.json").ok_or_else(|| ModelError::File {
             path: dir.join("tokenizer.json"),
@@ -101,8 +108,11 @@ impl Tokenizer {
             .map(|source| ChatTemplate::new(&source))
             .transpose()?;
         let added = interpreting.get_added_tokens_decoder();
-        let specials: BTreeMap<u32, String> =
-            added.iter().filter(|(_, token)| token.special).map(|(id, token)| (*id, token.content.clone())).collect();
+        let specials: BTreeMap<u32, String> = added
+            .iter()
+            .filter(|(_, token)| token.special)
+            .map(|(id, token)| (*id, token.content.clone()))
+            .collect();
         let template_text = template.as_ref().map_or("", ChatTemplate::source);
         let digest = Digest::of(&[json, b"\0", template_text.as_bytes()].concat());
         let prefix = prefix_ids(&interpreting)?;
@@ -124,19 +134,27 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer fails, or has no way to spell the text without a special token.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, ModelError> {
-        let ids = encode(&self.plain, text)?.get_ids().to_vec();
-        if !self.has_special(&ids) {
-            return Ok(ids);
+        Ok(self.encode_plain(text)?.0)
+    }
+
+    /// As [`Self::encode`], with the bytes of `text` that every id covers.
+    fn encode_plain(&self, text: &str) -> Result<(Vec<u32>, Vec<Offsets>), ModelError> {
+        let encoding = encode(&self.plain, text)?;
+        if !self.has_special(encoding.get_ids()) {
+            return Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()));
         }
         // Models without a pre-tokenizer may find a special token's own spelling in their vocabulary: break it up.
-        let mut ids = Vec::new();
+        let (mut ids, mut offsets, mut base) = (Vec::new(), Vec::new(), 0);
         for piece in self.break_specials(text) {
-            ids.extend_from_slice(encode(&self.plain, piece)?.get_ids());
+            let encoding = encode(&self.plain, piece)?;
+            ids.extend_from_slice(encoding.get_ids());
+            offsets.extend(encoding.get_offsets().iter().map(|(start, stop)| (start + base, stop + base)));
+            base += piece.len();
         }
         if self.has_special(&ids) {
             return Err(ModelError::Tokenizer("this text cannot be encoded without special tokens".into()));
         }
-        Ok(ids)
+        Ok((ids, offsets))
     }
 
     /// Ids of `text` in which special tokens *are* interpreted. For text this program wrote, never for input.
@@ -215,11 +233,11 @@ impl Tokenizer {
         shield: &Shield<'_>,
         range: std::ops::Range<usize>,
     ) -> Result<(), ModelError> {
-        if range.is_empty() {
-            return Ok(());
-        }
-        let ids = self.encode(&shield.restore(&rendered.text[range.clone()]))?;
-        let offsets = vec![(range.start, range.end); ids.len()];
+        let (text, origin) = shield.restore(&rendered.text[range.clone()]);
+        let (ids, offsets) = self.encode_plain(&text)?;
+        let place = |at: usize| range.start + origin[at.min(text.len())];
+        let offsets: Vec<Offsets> =
+            offsets.iter().map(|&(start, stop)| (place(start), place(stop))).collect();
         out.extend(rendered, &ids, &offsets);
         Ok(())
     }
@@ -241,7 +259,8 @@ impl Tokenizer {
 
     /// Number of ids, added tokens included: one more than the highest.
     pub fn vocab_size(&self) -> usize {
-        let added = self.interpreting.get_added_tokens_decoder().keys().max().map_or(0, |id| *id as usize + 1);
+        let added =
+            self.interpreting.get_added_tokens_decoder().keys().max().map_or(0, |id| *id as usize + 1);
         added.max(self.interpreting.get_vocab_size(false))
     }
 
@@ -294,7 +313,8 @@ impl Tokenizer {
     fn chat_template(&self) -> Result<&ChatTemplate, ModelError> {
         self.template.as_ref().ok_or_else(|| {
             ModelError::Template(
-                "the model has none; give prompts as text, or put a chat_template.jinja into its folder".into(),
+                "the model has none; give prompts as text, or put a chat_template.jinja into its folder"
+                    .into(),
             )
         })
     }
@@ -325,7 +345,7 @@ pub struct ChatIds {
 }
 
 impl ChatIds {
-    fn extend(&mut self, rendered: &Rendered, ids: &[u32], offsets: &[(usize, usize)]) {
+    fn extend(&mut self, rendered: &Rendered, ids: &[u32], offsets: &[Offsets]) {
         self.ids.extend_from_slice(ids);
         if rendered.generated.is_empty() {
             return;
@@ -390,7 +410,9 @@ fn prefix_ids(tokenizer: &tokenizers::Tokenizer) -> Result<Vec<u32>, ModelError>
 }
 
 fn object(bytes: Option<&[u8]>) -> Result<Option<Map<String, Value>>, String> {
-    bytes.map(|bytes| serde_json::from_slice(bytes).map_err(|e| format!("not a JSON object: {e}"))).transpose()
+    bytes
+        .map(|bytes| serde_json::from_slice(bytes).map_err(|e| format!("not a JSON object: {e}")))
+        .transpose()
 }
 
 /// Special tokens come as text, or as an object with their text in `content`.
@@ -424,6 +446,8 @@ fn template_source<'f>(
             let entry = named("default").or(list.first());
             Ok(entry.and_then(|entry| entry.get("template")?.as_str()).map(str::to_owned))
         }
-        Some(_) => Err(("tokenizer_config.json", "chat_template: expected text or a list of named templates".into())),
+        Some(_) => {
+            Err(("tokenizer_config.json", "chat_template: expected text or a list of named templates".into()))
+        }
     }
 }

@@ -3,6 +3,10 @@
 mod io {
     pub mod chat;
     pub mod corrupt;
+    pub mod gguf;
+    pub mod gguf_file;
     pub mod load;
+    pub mod make;
+    pub mod save;
     pub mod support;
 }

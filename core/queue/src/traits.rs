@@ -115,9 +115,9 @@ pub trait RolloutQueue: Send + Sync {
     /// The learner's current version (0-e0 before the first report).
     async fn progress(&self) -> Result<PolicyVersion, QueueError>;
 
-    /// After [`QueueError::DataLost`]: sets the streams up again (or joins what another process set up) with all
-    /// counters at zero. Then the pool issues its outstanding tasks again under their ids, and the learner acquires
-    /// a new epoch with its own as the floor and publishes a key frame. Nothing to do in memory.
+    /// For the prompt pool, after [`QueueError::DataLost`]: sets the streams up again with all counters at zero; then
+    /// it issues its outstanding tasks again under their ids. The other roles only try again: their calls succeed
+    /// once the pool has done so, and the learner's next renewal restores its epoch. Nothing to do in memory.
     async fn reinit(&self) -> Result<(), QueueError> {
         Ok(())
     }

@@ -85,7 +85,9 @@ fn gradients_are_those_of_finite_differences() {
     for config in configs().filter(|c| !stop_gradient(c.objective)).chain(variants) {
         let batch = batch(0.25);
         let loss = Loss::new(&config).unwrap();
-        let (totals, stats) = (totals(&batch), loss.batch_stats(&batch));
+        let (totals, mut stats) = (totals(&batch), loss.batch_stats(&batch));
+        // The token at the limit itself must not cross it while it is moved.
+        stats.m2po_limit = stats.m2po_limit.map(|limit| limit * 1.001);
         for sequence in &batch {
             let analytic = loss.sequence(sequence, &totals, &stats).d_logprobs_f64;
             for (t, &expected) in analytic.iter().enumerate() {
@@ -224,12 +226,25 @@ fn a_token_without_a_finite_behaviour_logprob_does_not_count() {
 
 #[test]
 fn a_nan_in_a_live_token_shows_in_the_loss() {
-    for config in configs().filter(|c| c.objective != Objective::M2po) {
+    for config in configs() {
         let mut batch = batch(0.1);
         batch[3].policy_logprobs[0] = f64::NAN;
+        assert!(run(&config, &batch).0.is_nan(), "{:?} hides a broken forward pass", config.objective);
+    }
+}
+
+#[test]
+fn a_token_that_the_policy_cannot_draw_any_more_has_no_gradient() {
+    for config in configs() {
+        let mut batch = batch(0.1);
+        batch[0].policy_logprobs[0] = f64::NEG_INFINITY;
         let (loss, gradients) = run(&config, &batch);
-        let seen = !loss.is_finite() || gradients.iter().flatten().any(|g| !g.is_finite());
-        assert!(seen, "{:?} hides a broken forward pass", config.objective);
+        assert!(
+            loss.is_finite() && gradients.iter().flatten().all(|g| g.is_finite()),
+            "{:?}",
+            config.objective
+        );
+        assert_eq!(gradients[0][0], 0.0);
     }
 }
 

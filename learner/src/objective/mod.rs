@@ -9,7 +9,7 @@
 //! [`PolicyLoss`] and one row in [`recipes`]. All arithmetic is f64 and per sequence, with batch-wide constants
 //! ([`BatchTotals`], [`BatchStats`]) known before the first micro-batch: any split of a batch gives the same bits per sequence.
 //! Knows no model, no optimiser and no reward; refuses nothing (a NaN log-prob of a live token gives a NaN loss, which the
-//! step loop refuses).
+//! step loop must refuse).
 
 mod aggregate;
 mod clip;
@@ -165,6 +165,11 @@ impl Loss {
             diagnostics: Diagnostics::default(),
         };
         if sequence.tokens.is_empty() {
+            return out;
+        }
+        if sequence.tokens.iter().any(|token| token.policy.is_nan()) {
+            // Caps and clips would hide it: min(NaN, c) is c.
+            out.loss = f64::NAN;
             return out;
         }
         let terms = self.policy.terms(&sequence, stats);

@@ -1,7 +1,8 @@
 //! What the objectives read: one sequence's tokens, reduced to those that count.
 //!
 //! A token counts ("is live") if the loss mask keeps it and its behaviour log-prob is finite. Everything downstream sees live
-//! tokens only, so a masked token cannot change anything, whatever its numbers are.
+//! tokens only, so a masked token cannot change anything, whatever its numbers are. A token that the policy can no longer
+//! draw (log-prob −∞: top-p moved on) has no gradient and is left out too, but stays in the batch's totals.
 
 use super::config::RatioAnchor;
 
@@ -95,7 +96,8 @@ impl Sequence {
                 && optional.iter().all(|field| field.as_ref().is_none_or(|values| values.len() == len)),
             "per-token fields of one sequence have one length"
         );
-        let live = |&t: &usize| input.loss_mask[t] && input.behaviour_logprobs[t].is_finite();
+        let drawable = |t: usize| input.policy_logprobs[t] != f64::NEG_INFINITY;
+        let live = |&t: &usize| input.loss_mask[t] && input.behaviour_logprobs[t].is_finite() && drawable(t);
         Self { tokens: (0..len).filter(live).map(|t| token(input, anchor, t)).collect() }
     }
 

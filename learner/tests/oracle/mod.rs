@@ -17,8 +17,14 @@ impl Oracle {
     pub fn open(name: &str) -> Self {
         let fixtures = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
         let folder = std::env::var_os("FREEWHEEL_ORACLES").map_or_else(fixtures, PathBuf::from).join(name);
-        let read = |file: &str| std::fs::read(folder.join(file)).unwrap_or_else(|error| panic!("{}/{file}: {error}", folder.display()));
-        Self { bytes: read("tensors.safetensors"), cases: serde_json::from_slice(&read("cases.json")).unwrap() }
+        let read = |file: &str| {
+            std::fs::read(folder.join(file))
+                .unwrap_or_else(|error| panic!("{}/{file}: {error}", folder.display()))
+        };
+        Self {
+            bytes: read("tensors.safetensors"),
+            cases: serde_json::from_slice(&read("cases.json")).unwrap(),
+        }
     }
 
     /// A tensor as f64 with its shape.
@@ -28,7 +34,9 @@ impl Oracle {
         let data = view.data();
         let values = match view.dtype() {
             safetensors::Dtype::F64 => data.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect(),
-            safetensors::Dtype::F32 => data.as_chunks().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect(),
+            safetensors::Dtype::F32 => {
+                data.as_chunks().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect()
+            }
             safetensors::Dtype::BF16 => {
                 let wide = |b: &[u8; 2]| f64::from(f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16));
                 data.as_chunks().0.iter().map(wide).collect()
@@ -49,6 +57,8 @@ pub fn max_diff(a: &[f64], b: &[f64]) -> f64 {
     if a.len() != b.len() {
         return f64::INFINITY;
     }
-    let worst = |worst: f64, (a, b): (&f64, &f64)| if (a - b).is_nan() { f64::INFINITY } else { worst.max((a - b).abs()) };
+    let worst = |worst: f64, (a, b): (&f64, &f64)| {
+        if (a - b).is_nan() { f64::INFINITY } else { worst.max((a - b).abs()) }
+    };
     a.iter().zip(b).fold(0.0, worst)
 }

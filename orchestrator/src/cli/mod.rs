@@ -1,11 +1,18 @@
 //! The command line: one file a command, each with an example in its `--help`.
 
+mod bench;
 mod config;
+mod doctor;
+mod eval;
 pub mod fail;
 mod generate;
 mod logprobs;
 mod model;
+mod models;
+mod run;
 mod score;
+pub mod sft;
+mod status;
 mod table;
 mod tokenize;
 
@@ -33,11 +40,26 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Run(run::RunArgs),
+    Actor(run::ActorArgs),
+    Reward(run::RewardArgs),
+    Learner(run::LearnerArgs),
+    Prompts(run::PromptsArgs),
+    Status(status::StatusArgs),
+    Stop(status::StopArgs),
+    Report(status::ReportArgs),
+    Sft(sft::SftArgs),
+    Eval(eval::EvalArgs),
     Generate(generate::GenerateArgs),
     Logprobs(logprobs::LogprobsArgs),
     Tokenize(tokenize::TokenizeArgs),
     Score(score::ScoreArgs),
+    InitModel(models::InitModelArgs),
+    Upcycle(models::UpcycleArgs),
+    Convert(models::ConvertArgs),
     Config(config::ConfigCommand),
+    Doctor(doctor::DoctorArgs),
+    Bench(bench::BenchCommand),
 }
 
 /// A config file and changes to it.
@@ -61,11 +83,26 @@ impl ConfigArgs {
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match cli.command {
+        Command::Run(args) => args.run(),
+        Command::Actor(args) => args.run(),
+        Command::Reward(args) => args.run(),
+        Command::Learner(args) => args.run(),
+        Command::Prompts(args) => args.run(),
+        Command::Status(args) => args.run(),
+        Command::Stop(args) => args.run(),
+        Command::Report(args) => args.run(),
+        Command::Sft(args) => args.run(),
+        Command::Eval(args) => args.run(),
+        Command::InitModel(args) => args.run(),
+        Command::Upcycle(args) => args.run(),
+        Command::Convert(args) => args.run(),
         Command::Generate(args) => args.run(),
         Command::Logprobs(args) => args.run(),
         Command::Tokenize(args) => args.run(),
         Command::Score(args) => args.run(),
         Command::Config(command) => command.run(),
+        Command::Doctor(args) => args.run(),
+        Command::Bench(command) => command.run(),
     };
     fail::finish(result)
 }

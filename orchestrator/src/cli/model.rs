@@ -84,7 +84,7 @@ impl SamplingArgs {
     /// If a value is out of range.
     pub fn params(&self, loaded: &LoadedModel) -> anyhow::Result<SamplingParams> {
         if self.greedy {
-            return Ok(SamplingParams::greedy());
+            return Ok(SamplingParams::GREEDY);
         }
         let advice = &loaded.generation;
         let plain = SamplingParams::default();

@@ -9,7 +9,6 @@ use freewheel_types::{Message, MessageContent, Prompt, PromptBody, PromptId, Rew
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::fail::Explain as _;
 use super::table::table;
 use super::ConfigArgs;
 use crate::lines;

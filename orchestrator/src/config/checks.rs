@@ -7,6 +7,8 @@ use freewheel_types::RunId;
 
 use super::document::Node;
 use super::problem::{Origin, Problem};
+use crate::prompts::PoolParams;
+
 use super::{EvalSection, GeneratorKind, PromptsSection, RunConfig};
 
 /// Collects problems with the place of the key they are about.
@@ -90,6 +92,14 @@ fn sections(config: &RunConfig, checks: &mut Checks<'_>) {
     if let Err(problems) = freewheel_reward::RewardStack::new(&config.reward) {
         problems.into_iter().for_each(|problem| checks.note(&problem.key, problem.message, None));
     }
+    for (key, message) in pool_params(config).problems() {
+        let key = match key {
+            "group_size" => "prompts.group_size".to_owned(),
+            "groups_per_step" => "learner.groups_per_step".to_owned(),
+            key => format!("prompts.curriculum.{key}"),
+        };
+        checks.note(&key, message, None);
+    }
     let group_size = config.prompts.group_size;
     for (key, min_valid) in
         [("learner.min_valid", config.learner.min_valid), ("reward.min_valid", config.reward.min_valid)]
@@ -100,6 +110,19 @@ fn sections(config: &RunConfig, checks: &mut Checks<'_>) {
             format!("is {min_valid}, must be at most prompts.group_size ({group_size})"),
             None,
         );
+    }
+}
+
+/// What the prompt pool is built for.
+pub fn pool_params(config: &RunConfig) -> PoolParams {
+    // Beyond these numbers other checks have spoken already.
+    let narrow = |x: u64| u32::try_from(x).unwrap_or(u32::MAX);
+    PoolParams {
+        group_size: config.prompts.group_size,
+        groups_per_step: narrow(config.learner.groups_per_step as u64),
+        max_staleness: narrow(config.learner.max_staleness),
+        seed: config.run.seed,
+        curriculum: config.prompts.curriculum.clone(),
     }
 }
 

@@ -27,7 +27,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
-pub use checks::Checks;
+pub use checks::{Checks, pool_params};
 pub use document::{Node, Value};
 pub use problem::{ConfigError, Origin, Problem};
 pub use sections::{Dtype, EvalSection, GeneratorKind, LogSection, ModelSection, PromptsSection, RunSection};
@@ -69,6 +69,8 @@ pub struct Loaded<C = RunConfig> {
     pub path: PathBuf,
     /// All values with their origins, for `config show`.
     pub document: Node,
+    /// The `--set` flags, to be handed on to role processes.
+    pub overrides: Vec<String>,
 }
 
 /// Reads and checks a run's config: file, environment, `--set` flags. Needs no model and touches no network.
@@ -96,7 +98,30 @@ where
     let fail = |problems| ConfigError { what: name.clone(), problems };
     let text = std::fs::read(path).map_err(|error| fail(vec![unreadable(path, &error)]))?;
     let text = String::from_utf8(text).map_err(|error| fail(vec![not_utf8(&name, &error)]))?;
-    let written = layers(&name, &text, overrides, environment).map_err(&fail)?;
+    parse(path, &text, overrides, environment, checks)
+}
+
+/// A run's config from text and `--set` flags, where there is no file; `name` stands for it in messages.
+///
+/// # Errors
+/// All problems together.
+pub fn load_text(name: &str, text: &str, overrides: &[String]) -> Result<Loaded, ConfigError> {
+    parse(Path::new(name), text, overrides, &environment(), checks::run_config)
+}
+
+fn parse<C>(
+    path: &Path,
+    text: &str,
+    overrides: &[String],
+    environment: &[(&'static str, &'static str, String)],
+    checks: impl Fn(&C, &Node, &Path) -> Vec<Problem>,
+) -> Result<Loaded<C>, ConfigError>
+where
+    C: Default + Serialize + DeserializeOwned + JsonSchema,
+{
+    let name = path.display().to_string();
+    let fail = |problems| ConfigError { what: name.clone(), problems };
+    let written = layers(&name, text, overrides, environment).map_err(&fail)?;
     let schema = schema_of::<C>();
     let mut found = Vec::new();
     schema::check(&schema, &schema, &written, "", &mut found);
@@ -114,7 +139,7 @@ where
     if !found.is_empty() {
         return Err(fail(found));
     }
-    Ok(Loaded { config, path: path.to_owned(), document })
+    Ok(Loaded { config, path: path.to_owned(), document, overrides: overrides.to_vec() })
 }
 
 /// The typed config, and the document with defaults filled in.
@@ -123,6 +148,12 @@ fn typed<C: Serialize + DeserializeOwned>(written: &Node) -> Result<(C, Node), s
     let mut document = Node::from_json(&serde_json::to_value(&config)?).unwrap_or_else(Node::table);
     document.overlay(written.clone());
     Ok((config, document))
+}
+
+/// Aliases whose target is no key of a run's config; a test wants none.
+pub fn unknown_alias_targets() -> Vec<&'static str> {
+    let keys = schema::all_keys(&schema_of::<RunConfig>());
+    aliases::ALIASES.iter().map(|(ours, _)| *ours).filter(|ours| !keys.iter().any(|key| key == ours)).collect()
 }
 
 /// The schema of a config type, as JSON.

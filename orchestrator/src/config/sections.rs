@@ -4,6 +4,8 @@ use freewheel_types::WeightsDtype;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::prompts::CurriculumConfig;
+
 /// The `[run]` section.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -94,11 +96,21 @@ pub struct PromptsSection {
     /// Rollouts per prompt: a prompt group. 2 to 64. Default 8.
     #[schemars(range(min = 2, max = 64))]
     pub group_size: u32,
+    /// How the next prompt is chosen.
+    pub curriculum: CurriculumConfig,
 }
 
 impl Default for PromptsSection {
     fn default() -> Self {
-        Self { file: None, generator: None, levels: vec![1, 2, 3], count: 4000, seed: None, group_size: 8 }
+        Self {
+            file: None,
+            generator: None,
+            levels: vec![1, 2, 3],
+            count: 4000,
+            seed: None,
+            group_size: 8,
+            curriculum: CurriculumConfig::default(),
+        }
     }
 }
 

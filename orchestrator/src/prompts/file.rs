@@ -199,9 +199,13 @@ fn prompt_of(bytes: &[u8], first: bool) -> Result<Prompt, String> {
     if let Some(at) = bytes.iter().position(|b| *b == 0) {
         return Err(format!("NUL byte at column {}", at + 1));
     }
-    let text = std::str::from_utf8(bytes).map_err(|e| format!("invalid UTF-8 at column {}", e.valid_up_to() + 1))?;
+    let text =
+        std::str::from_utf8(bytes).map_err(|e| format!("invalid UTF-8 at column {}", e.valid_up_to() + 1))?;
     if !text.trim_start().starts_with('{') {
-        return Err(format!("expected a JSON object, found {:?}", text.trim().chars().take(20).collect::<String>()));
+        return Err(format!(
+            "expected a JSON object, found {:?}",
+            text.trim().chars().take(20).collect::<String>()
+        ));
     }
     let raw: RawPrompt = serde_json::from_str(text).map_err(|error| describe(&error))?;
     checked(raw)
@@ -247,8 +251,7 @@ fn checked(raw: RawPrompt) -> Result<Prompt, String> {
     }
     let answer = raw.answer.filter(|answer| !answer.is_null()).map(|answer| sorted(answer).to_string());
     let meta = raw.meta.filter(|meta| !meta.is_null()).map(|meta| meta.to_string());
-    let mut prompt =
-        Prompt { id: PromptId([0; 16]), name, body, answer, tags, verifier: raw.verifier, meta };
+    let mut prompt = Prompt { id: PromptId([0; 16]), name, body, answer, tags, verifier: raw.verifier, meta };
     prompt.id = identity(&prompt);
     Ok(prompt)
 }
@@ -276,11 +279,17 @@ fn sorted(value: Value) -> Value {
 }
 
 fn messages_of(value: Value) -> Result<Vec<Message>, String> {
-    let Value::Array(turns) = value else { return Err(format!("`messages` must be a list, is {}", kind(&value))) };
+    let Value::Array(turns) = value else {
+        return Err(format!("`messages` must be a list, is {}", kind(&value)));
+    };
     if turns.is_empty() {
         return Err("`messages` is empty".into());
     }
-    turns.into_iter().enumerate().map(|(i, turn)| message_of(turn).map_err(|e| format!("`messages[{i}]`: {e}"))).collect()
+    turns
+        .into_iter()
+        .enumerate()
+        .map(|(i, turn)| message_of(turn).map_err(|e| format!("`messages[{i}]`: {e}")))
+        .collect()
 }
 
 fn message_of(value: Value) -> Result<Message, String> {
@@ -296,7 +305,9 @@ fn message_of(value: Value) -> Result<Message, String> {
     }
     let content = match raw.content {
         Value::String(text) => MessageContent::Text(text),
-        Value::Array(parts) => MessageContent::Parts(parts.into_iter().map(part_of).collect::<Result<_, _>>()?),
+        Value::Array(parts) => {
+            MessageContent::Parts(parts.into_iter().map(part_of).collect::<Result<_, _>>()?)
+        }
         other => return Err(format!("`content` must be text or a list of parts, is {}", kind(&other))),
     };
     Ok(Message { role: raw.role, content })
@@ -312,7 +323,9 @@ fn part_of(value: Value) -> Result<ContentPart, String> {
     match serde_json::from_value(value) {
         Ok(Raw::Text { text }) => Ok(ContentPart::Text(text)),
         Ok(Raw::Image { path }) => Ok(ContentPart::Image(path)),
-        Err(error) => Err(format!("a content part is {{\"type\":\"text\",\"text\"}} or {{\"type\":\"image\",\"path\"}}: {error}")),
+        Err(error) => Err(format!(
+            "a content part is {{\"type\":\"text\",\"text\"}} or {{\"type\":\"image\",\"path\"}}: {error}"
+        )),
     }
 }
 
@@ -382,14 +395,20 @@ mod tests {
             (b"{\"answer\":1}", "neither `prompt` nor `messages`"),
             (b"{\"prompt\":\"a\",\"messages\":[]}", "both `prompt` and `messages`"),
             (b"{\"messages\":[]}", "`messages` is empty"),
-            (b"{\"messages\":[{\"role\":\"robot\",\"content\":\"a\"}]}", "`messages[0]`: unknown role \"robot\""),
+            (
+                b"{\"messages\":[{\"role\":\"robot\",\"content\":\"a\"}]}",
+                "`messages[0]`: unknown role \"robot\"",
+            ),
             (b"{\"messages\":[{\"role\":\"user\"}]}", "missing field `content`"),
             (b"{\"prompt\":\"a\",\"tags\":\"math\"}", "expected a sequence"),
             (b"{\"id\":\"\",\"prompt\":\"a\"}", "`id` must be text that is not empty"),
         ];
         for (line, expected) in cases {
             let error = read(line).unwrap_err().to_string();
-            assert!(error.starts_with("p.jsonl:1: ") && error.contains(expected), "{error:?} lacks {expected:?}");
+            assert!(
+                error.starts_with("p.jsonl:1: ") && error.contains(expected),
+                "{error:?} lacks {expected:?}"
+            );
         }
     }
 
@@ -399,7 +418,10 @@ mod tests {
         text.extend(b"x\n".repeat(LISTED_MAX + 5));
         let error = read(&text).unwrap_err().to_string();
         assert!(error.contains("p.jsonl:2: the same prompt was on line 1 already"), "{error}");
-        assert!(error.contains("p.jsonl:52: expected") && error.ends_with("… and 6 more bad lines"), "{error}");
+        assert!(
+            error.contains("p.jsonl:52: expected") && error.ends_with("… and 6 more bad lines"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -101,7 +101,8 @@ impl ArithmeticGenerator {
     pub fn prompts(&self, n: usize) -> Vec<Prompt> {
         let count = self.levels.len() as u64;
         let fresh = |index: &u64| index / count < self.distinct(self.levels[(index % count) as usize]);
-        let prompts: Vec<Prompt> = (0..n as u64).filter(fresh).map(|i| prompt_of(&self.question(i))).collect();
+        let prompts: Vec<Prompt> =
+            (0..n as u64).filter(fresh).map(|i| prompt_of(&self.question(i))).collect();
         // A level listed twice draws the same questions twice.
         let mut seen = std::collections::BTreeSet::new();
         let prompts: Vec<Prompt> = prompts.into_iter().filter(|prompt| seen.insert(prompt.id)).collect();
@@ -208,7 +209,8 @@ mod tests {
 
     #[test]
     fn the_two_sides_are_disjoint_and_whole_whatever_the_seeds() {
-        let text = |items: Vec<ArithmeticItem>| items.into_iter().map(|item| item.question).collect::<BTreeSet<_>>();
+        let text =
+            |items: Vec<ArithmeticItem>| items.into_iter().map(|item| item.question).collect::<BTreeSet<_>>();
         let (train, held_out) = (text(all(1, Split::Train)), text(all(2, Split::HeldOut)));
         assert_eq!(train.len() as u64 + held_out.len() as u64, 99 * 99);
         assert!(train.is_disjoint(&held_out));

@@ -12,6 +12,7 @@
 mod file;
 mod generator;
 mod log;
+mod params;
 mod pool;
 mod posterior;
 mod role;
@@ -19,6 +20,7 @@ mod role;
 pub use file::{LINE_BYTES_MAX, LineProblem, Loaded, PromptFileError, load, parse};
 pub use generator::{ArithmeticGenerator, ArithmeticItem, LEVEL_MAX, Split, Step, demonstration, is_worked};
 pub use log::{LogError, PoolLog, PoolRecord};
-pub use pool::{Applied, CurriculumConfig, PoolError, PoolMetrics, PoolParams, PoolState, PromptPool, Selection};
+pub use params::{CurriculumConfig, PoolError, PoolParams, Selection};
+pub use pool::{Applied, PoolMetrics, PoolState, PromptPool};
 pub use posterior::{Posterior, informative_probability};
 pub use role::{PoolDeps, PoolRoleError, PoolSummary, run};

@@ -2,9 +2,10 @@
 //!
 //! **Admission.** A group is admitted only while fewer than `(max_staleness + 1) * groups_per_step` groups are
 //! outstanding. The learner takes groups in issue order, `groups_per_step` an update; so the group that is
-//! admitted as number `r` (from 0) of the outstanding ones, with the learner at step `s`, is consumed at step
+//! admitted behind `r` outstanding ones, with the learner at step `s`, is consumed at step
 //! `s + r / groups_per_step` at the latest, and `min_version = s + r / groups_per_step - max_staleness` bounds its
-//! staleness. A dropped group frees its place, which is how it is replaced.
+//! staleness. `s` and `r` come from the outcomes alone, so they belong together even while the outcomes of one
+//! update are still arriving. A dropped group frees its place, which is how it is replaced.
 //!
 //! **Choice.** Mostly by the probability that the group will hold both right and wrong answers, under a
 //! Beta belief per prompt that starts from what its tags have shown; some prompts least seen; some retired ones, to
@@ -12,140 +13,19 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use freewheel_types::{CounterRng, DropReason, GroupFate, GroupOutcome, PolicyVersion, Prompt, PromptId, Task, TaskId};
-use schemars::JsonSchema;
+use freewheel_types::{
+    CounterRng, DropReason, GroupFate, GroupOutcome, PolicyVersion, Prompt, PromptId, Task, TaskId,
+};
 use serde::{Deserialize, Serialize};
 
+use super::log::PoolRecord;
+use super::params::{PoolError, PoolParams, Selection};
 use super::posterior::{Posterior, informative_probability};
 
 /// Outcomes over which shares are reported.
 const WINDOW: usize = 256;
 /// Groups in a row without a verdict after which a prompt is set aside.
 const UNSCORED_MAX: u32 = 3;
-
-/// How prompts are chosen.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct CurriculumConfig {
-    /// "informative" (default): by the probability that a group has both right and wrong answers. "uniform": each
-    /// prompt equally often, nothing retired.
-    pub selection: Selection,
-    /// Exponent of that probability; higher is pickier. 0 to 16, default 4.
-    pub sharpness: f64,
-    /// Share of tasks that go to the prompts least seen. 0 to 1, default 0.1.
-    pub explore: f64,
-    /// Share of tasks that check retired prompts. 0 to 1, default 0.05.
-    pub canary: f64,
-    /// How much of a belief is left after one policy version. Above 0, up to 1, default 0.98.
-    pub decay: f64,
-    /// How many samples what a prompt's tags have shown is worth. 0 or more, default 4.
-    pub tag_prior: f64,
-    /// A prompt solved more often than this is retired. Default 0.95.
-    pub retire_above: f64,
-    /// A prompt solved less often than this is retired. Default 0.02.
-    pub retire_below: f64,
-    /// Samples before a prompt may be retired. Default 32.
-    pub retire_samples: u64,
-    /// Replacements per consumed group above which a warning is given. Default 4.
-    pub refill_warn: u32,
-}
-
-impl Default for CurriculumConfig {
-    fn default() -> Self {
-        Self {
-            selection: Selection::Informative,
-            sharpness: 4.0,
-            explore: 0.1,
-            canary: 0.05,
-            decay: 0.98,
-            tag_prior: 4.0,
-            retire_above: 0.95,
-            retire_below: 0.02,
-            retire_samples: 32,
-            refill_warn: 4,
-        }
-    }
-}
-
-/// The ways to choose.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Selection {
-    /// By the probability of a mixed group.
-    #[default]
-    Informative,
-    /// Least seen first, in random order.
-    Uniform,
-}
-
-/// What the pool is built for.
-#[derive(Clone, Debug, PartialEq)]
-pub struct PoolParams {
-    /// Rollouts per task, 2 to 64.
-    pub group_size: u32,
-    /// Groups per update, at least 1.
-    pub groups_per_step: u32,
-    /// Largest staleness a sample may have when it is consumed, in updates.
-    pub max_staleness: u32,
-    /// Run seed.
-    pub seed: u64,
-    /// How prompts are chosen.
-    pub curriculum: CurriculumConfig,
-}
-
-impl PoolParams {
-    /// Most groups that may be outstanding.
-    pub fn budget(&self) -> usize {
-        (self.max_staleness as usize + 1) * self.groups_per_step as usize
-    }
-
-    /// Everything out of range, as (key, message).
-    pub fn problems(&self) -> Vec<(&'static str, String)> {
-        let c = &self.curriculum;
-        let share = |x: f64| (0.0..=1.0).contains(&x);
-        let checks = [
-            ("group_size", (2..=64).contains(&self.group_size), "must be 2 to 64"),
-            ("groups_per_step", self.groups_per_step >= 1, "must be at least 1"),
-            ("sharpness", (0.0..=16.0).contains(&c.sharpness), "must be 0 to 16"),
-            ("explore", share(c.explore), "must be 0 to 1"),
-            ("canary", share(c.canary) && c.explore + c.canary <= 1.0, "must be 0 to 1, with explore at most 1"),
-            ("decay", c.decay > 0.0 && c.decay <= 1.0, "must be above 0, up to 1"),
-            ("tag_prior", (0.0..=1e6).contains(&c.tag_prior), "must be 0 to 1000000"),
-            ("retire_above", share(c.retire_above) && c.retire_above > c.retire_below, "must be up to 1, above retire_below"),
-            ("retire_below", share(c.retire_below), "must be 0 to 1"),
-        ];
-        checks.iter().filter(|(_, fine, _)| !fine).map(|(key, _, message)| (*key, (*message).to_owned())).collect()
-    }
-}
-
-/// Why the pool cannot go on.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum PoolError {
-    /// No prompts.
-    #[error("there are no prompts to issue")]
-    NoPrompts,
-    /// Every prompt was set aside.
-    #[error("all {prompts} prompts are quarantined: their groups failed or could not be scored; the last reason was {reason:?}")]
-    Exhausted {
-        /// How many there are.
-        prompts: usize,
-        /// Why the last one was set aside.
-        reason: String,
-    },
-    /// Two prompts share an id.
-    #[error("two prompts have the id {0}")]
-    Duplicate(PromptId),
-    /// A saved state or log names a prompt that is not there.
-    #[error("the saved pool names prompt {0}, which is not among the prompts of this run; the prompt file or generator settings were changed")]
-    UnknownPrompt(PromptId),
-    /// A saved state or log contradicts itself.
-    #[error("the saved pool is not consistent: {0}")]
-    Inconsistent(String),
-    /// A parameter is out of range.
-    #[error("{0}")]
-    Params(String),
-}
 
 /// What an outcome did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -190,6 +70,9 @@ pub struct PoolState {
     recent_zero_signal: Vec<bool>,
     /// Groups dropped since one was last trained on.
     dropped_in_a_row: u32,
+    /// The newest version that an outcome was trained into, and how many groups of that update were reported.
+    learner: PolicyVersion,
+    reported: u32,
 }
 
 /// What the pool tells about itself; names as in the metrics, `prompts/…`.
@@ -215,6 +98,14 @@ pub struct PoolMetrics {
     pub dropped: u64,
 }
 
+/// Pseudo-counts that a tag set lends to its prompts.
+struct Prior {
+    right: f64,
+    wrong: f64,
+    /// Selection weight of a prompt never seen.
+    fresh: f64,
+}
+
 /// The pool. Owns the prompts; decides without I/O or clock.
 #[derive(Clone, Debug)]
 pub struct PromptPool {
@@ -222,6 +113,9 @@ pub struct PromptPool {
     prompts: Vec<Prompt>,
     index: BTreeMap<PromptId, usize>,
     states: Vec<PromptState>,
+    /// The different sets of tags, and which one each prompt has.
+    tag_sets: Vec<Vec<String>>,
+    tag_set: Vec<usize>,
     tags: BTreeMap<String, Posterior>,
     outstanding: BTreeMap<TaskId, Outstanding>,
     /// Prompts with an outstanding task.
@@ -231,6 +125,8 @@ pub struct PromptPool {
     dropped: u64,
     recent_zero_signal: std::collections::VecDeque<bool>,
     dropped_in_a_row: u32,
+    learner: PolicyVersion,
+    reported: u32,
 }
 
 impl PromptPool {
@@ -251,7 +147,13 @@ impl PromptPool {
                 return Err(PoolError::Duplicate(prompt.id));
             }
         }
+        let tag_sets: Vec<Vec<String>> =
+            prompts.iter().map(|p| p.tags.clone()).collect::<BTreeSet<_>>().into_iter().collect();
+        let tag_set =
+            prompts.iter().map(|p| tag_sets.binary_search(&p.tags).expect("collected above")).collect();
         Ok(Self {
+            tag_sets,
+            tag_set,
             states: vec![PromptState::default(); prompts.len()],
             params,
             prompts,
@@ -264,6 +166,8 @@ impl PromptPool {
             dropped: 0,
             recent_zero_signal: std::collections::VecDeque::new(),
             dropped_in_a_row: 0,
+            learner: PolicyVersion::default(),
+            reported: 0,
         })
     }
 
@@ -278,9 +182,13 @@ impl PromptPool {
             pool.states[i] = prompt;
         }
         for (task, outstanding) in state.outstanding {
-            let i = *pool.index.get(&outstanding.prompt).ok_or(PoolError::UnknownPrompt(outstanding.prompt))?;
+            let i =
+                *pool.index.get(&outstanding.prompt).ok_or(PoolError::UnknownPrompt(outstanding.prompt))?;
             if task.0 >= state.next_task {
-                return Err(PoolError::Inconsistent(format!("task {task} is outstanding, next is {}", state.next_task)));
+                return Err(PoolError::Inconsistent(format!(
+                    "task {task} is outstanding, next is {}",
+                    state.next_task
+                )));
             }
             pool.busy.insert(i);
             pool.outstanding.insert(task, outstanding);
@@ -288,7 +196,8 @@ impl PromptPool {
         pool.tags = state.tags.into_iter().collect();
         (pool.next_task, pool.trained, pool.dropped) = (state.next_task, state.trained, state.dropped);
         pool.recent_zero_signal = state.recent_zero_signal.into();
-        pool.dropped_in_a_row = state.dropped_in_a_row;
+        (pool.dropped_in_a_row, pool.learner, pool.reported) =
+            (state.dropped_in_a_row, state.learner, state.reported);
         Ok(pool)
     }
 
@@ -304,27 +213,36 @@ impl PromptPool {
             dropped: self.dropped,
             recent_zero_signal: self.recent_zero_signal.iter().copied().collect(),
             dropped_in_a_row: self.dropped_in_a_row,
+            learner: self.learner,
+            reported: self.reported,
         }
     }
 
-    /// Chooses and issues the next task, if the staleness budget has room; `progress` is the learner's version.
+    /// Chooses and issues the next task, if the staleness budget has room.
     ///
     /// # Errors
     /// If every prompt has been set aside.
-    pub fn next_task(&mut self, progress: PolicyVersion) -> Result<Option<Task>, PoolError> {
+    pub fn next_task(&mut self) -> Result<Option<Task>, PoolError> {
         let rank = self.outstanding.len();
         if rank >= self.params.budget() {
             return Ok(None);
         }
         let (i, group_size) = self.choose()?;
-        let ahead = (rank / self.params.groups_per_step as usize) as u64;
-        let step = (progress.step + ahead).saturating_sub(u64::from(self.params.max_staleness));
-        // Weights of an older lineage are fine as long as they are not too old; the step says that.
-        let epoch = if step == 0 { 0 } else { progress.epoch };
-        let min_version = PolicyVersion::new(epoch, step);
+        let min_version = self.min_version(rank);
         let id = TaskId(self.next_task);
         self.issued(id, Outstanding { prompt: self.prompts[i].id, group_size, min_version })?;
         Ok(Some(self.task(id).expect("just issued")))
+    }
+
+    /// Oldest weights for a group that is admitted behind `rank` others.
+    fn min_version(&self, rank: usize) -> PolicyVersion {
+        let per_step = self.params.groups_per_step as usize;
+        // Groups of the newest update whose outcome is still under way count as outstanding but are consumed.
+        let consumed =
+            if self.learner.step == 0 { 0 } else { per_step.saturating_sub(self.reported as usize) };
+        let ahead = (rank.saturating_sub(consumed) / per_step) as u64;
+        let step = (self.learner.step + ahead).saturating_sub(u64::from(self.params.max_staleness));
+        if step == 0 { PolicyVersion::default() } else { PolicyVersion::new(self.learner.epoch, step) }
     }
 
     /// An outstanding task, for issuing it again.
@@ -344,25 +262,31 @@ impl PromptPool {
         self.outstanding.keys().copied().collect()
     }
 
-    /// Takes in an issue from the log: the pool then is as it was after [`next_task`](Self::next_task).
+    /// Takes in a record of the log: the pool then is as it was when the record was written. Records older than
+    /// a restored state change nothing.
     ///
     /// # Errors
-    /// If the prompt is unknown or the id is not the next one.
-    pub fn replay_issue(&mut self, task: &Task) -> Result<(), PoolError> {
-        if task.id.0 < self.next_task {
-            return Ok(()); // the saved state is newer than this record
+    /// If the prompt is unknown or a task id was left out.
+    pub fn replay(&mut self, record: &PoolRecord) -> Result<(), PoolError> {
+        match record {
+            PoolRecord::Issued { task, .. } if task.0 < self.next_task => Ok(()),
+            PoolRecord::Issued { task, prompt, group_size, min_version } => {
+                let (prompt, group_size, min_version) = (*prompt, *group_size, *min_version);
+                self.issued(*task, Outstanding { prompt, group_size, min_version })
+            }
+            PoolRecord::Ended(outcome) => {
+                self.apply(outcome);
+                Ok(())
+            }
         }
-        let (prompt, group_size, min_version) = (task.prompt.id, task.group_size, task.min_version);
-        self.issued(task.id, Outstanding { prompt, group_size, min_version })
-    }
-
-    pub(super) fn prompt(&self, id: PromptId) -> Option<&Prompt> {
-        self.index.get(&id).map(|i| &self.prompts[*i])
     }
 
     fn issued(&mut self, id: TaskId, outstanding: Outstanding) -> Result<(), PoolError> {
         if id.0 != self.next_task {
-            return Err(PoolError::Inconsistent(format!("task {id} was issued where {} was next", self.next_task)));
+            return Err(PoolError::Inconsistent(format!(
+                "task {id} was issued where {} was next",
+                self.next_task
+            )));
         }
         let i = *self.index.get(&outstanding.prompt).ok_or(PoolError::UnknownPrompt(outstanding.prompt))?;
         self.states[i].issued += 1;
@@ -381,7 +305,12 @@ impl PromptPool {
         }
         self.learn(i, outcome);
         match outcome.fate {
-            GroupFate::Trained { .. } => {
+            GroupFate::Trained { step } => {
+                let made = PolicyVersion::new(outcome.version.epoch, step);
+                if made > self.learner {
+                    (self.learner, self.reported) = (made, 0);
+                }
+                self.reported += u32::from(made == self.learner);
                 self.trained += 1;
                 self.dropped_in_a_row = 0;
             }
@@ -420,7 +349,8 @@ impl PromptPool {
 
     fn set_aside(&mut self, i: usize, reason: DropReason) {
         let state = &mut self.states[i];
-        state.unscored_in_a_row = if reason == DropReason::Unscored { state.unscored_in_a_row + 1 } else { 0 };
+        state.unscored_in_a_row =
+            if reason == DropReason::Unscored { state.unscored_in_a_row + 1 } else { 0 };
         if reason == DropReason::Invalid {
             // Its task was given up after several deliveries, or its payloads were bad.
             state.quarantined = Some("its group was invalid or given up by the actors".into());
@@ -429,22 +359,28 @@ impl PromptPool {
         }
     }
 
+    /// What the tags of each tag set have shown: pseudo-counts of right and wrong answers, at most `tag_prior` together.
+    fn priors(&self) -> Vec<Prior> {
+        let prior = |tags: &Vec<String>| {
+            let known: Vec<&Posterior> = tags.iter().filter_map(|tag| self.tags.get(tag)).collect();
+            let mean = known.iter().map(|p| p.mean()).sum::<f64>() / known.len().max(1) as f64;
+            let evidence = known.iter().map(|p| p.alpha + p.beta - 2.0).fold(0.0, f64::max);
+            let strength = evidence.min(self.params.curriculum.tag_prior);
+            let (right, wrong) = (strength * mean, strength * (1.0 - mean));
+            Prior { right, wrong, fresh: self.weight(1.0 + right, 1.0 + wrong) }
+        };
+        self.tag_sets.iter().map(prior).collect()
+    }
+
+    /// Selection weight under a belief.
+    fn weight(&self, alpha: f64, beta: f64) -> f64 {
+        informative_probability(alpha, beta, self.params.group_size).powf(self.params.curriculum.sharpness)
+    }
+
     /// What is believed about prompt `i`: its own samples, and its tags as a prior.
-    fn belief(&self, i: usize) -> (f64, f64) {
-        let own = &self.states[i].posterior;
-        let (mut mean, mut known, mut strength) = (0.0, 0, 0.0_f64);
-        for tag in &self.prompts[i].tags {
-            if let Some(posterior) = self.tags.get(tag) {
-                mean += posterior.mean();
-                known += 1;
-                strength = strength.max(posterior.alpha + posterior.beta - 2.0);
-            }
-        }
-        if known == 0 {
-            return (own.alpha, own.beta);
-        }
-        let (mean, strength) = (mean / f64::from(known), strength.min(self.params.curriculum.tag_prior));
-        (own.alpha + strength * mean, own.beta + strength * (1.0 - mean))
+    fn belief(&self, i: usize, priors: &[Prior]) -> (f64, f64) {
+        let (own, prior) = (&self.states[i].posterior, &priors[self.tag_set[i]]);
+        (own.alpha + prior.right, own.beta + prior.wrong)
     }
 
     fn retired(&self, i: usize) -> bool {
@@ -457,9 +393,11 @@ impl PromptPool {
 
     /// The prompt of the next task and its group size.
     fn choose(&self) -> Result<(usize, u32), PoolError> {
-        let usable: Vec<usize> = (0..self.prompts.len()).filter(|i| self.states[*i].quarantined.is_none()).collect();
+        let usable: Vec<usize> =
+            (0..self.prompts.len()).filter(|i| self.states[*i].quarantined.is_none()).collect();
         if usable.is_empty() {
-            let reason = self.states.iter().rev().find_map(|state| state.quarantined.clone()).unwrap_or_default();
+            let reason =
+                self.states.iter().rev().find_map(|state| state.quarantined.clone()).unwrap_or_default();
             return Err(PoolError::Exhausted { prompts: self.prompts.len(), reason });
         }
         // A prompt that is out already is asked again only when all are.
@@ -493,17 +431,21 @@ impl PromptPool {
 
     /// One prompt with probability proportional to its informative probability to the power of `sharpness`.
     fn weighted(&self, among: &[usize], rng: &CounterRng) -> usize {
+        let priors = self.priors();
+        let weight = |i: usize| {
+            if self.states[i].posterior.samples == 0 {
+                return priors[self.tag_set[i]].fresh;
+            }
+            let (alpha, beta) = self.belief(i, &priors);
+            self.weight(alpha, beta)
+        };
         let mut total = 0.0;
-        let cumulative: Vec<f64> = among
-            .iter()
-            .map(|i| {
-                let (alpha, beta) = self.belief(*i);
-                let q = informative_probability(alpha, beta, self.params.group_size);
-                total += q.powf(self.params.curriculum.sharpness);
-                total
-            })
-            .collect();
-        if !(total > 0.0) {
+        let mut add = |i: &usize| {
+            total += weight(*i);
+            total
+        };
+        let cumulative: Vec<f64> = among.iter().map(&mut add).collect();
+        if total <= 0.0 || !total.is_finite() {
             return self.least_seen(among, rng);
         }
         let target = rng.uniform(1) * total;
@@ -513,6 +455,7 @@ impl PromptPool {
     /// What the pool tells about itself.
     pub fn metrics(&self) -> PoolMetrics {
         let (mut active, mut retired, mut quarantined, mut difficulty) = (0, 0, 0, 0.0);
+        let priors = self.priors();
         for i in 0..self.prompts.len() {
             if self.states[i].quarantined.is_some() {
                 quarantined += 1;
@@ -520,7 +463,7 @@ impl PromptPool {
                 retired += 1;
             } else {
                 active += 1;
-                let (alpha, beta) = self.belief(i);
+                let (alpha, beta) = self.belief(i, &priors);
                 difficulty += beta / (alpha + beta);
             }
         }

@@ -43,7 +43,8 @@ impl Verifier for Number {
 impl Number {
     /// 25, 25% and 0.25 all answer "25%"; 0.25 does not answer 25.
     fn same(self, gold: Written, found: Written) -> bool {
-        let close = |a: Ratio, b: Ratio| a == b || (a.to_f64() - b.to_f64()).abs() <= self.tolerance;
+        let within = |a: Ratio, b: Ratio| self.tolerance > 0.0 && (a.to_f64() - b.to_f64()).abs() <= self.tolerance;
+        let close = |a: Ratio, b: Ratio| a == b || within(a, b);
         let hundredth = |r: Ratio| r.div(Ratio::integer(100)).unwrap_or(r);
         close(gold.value, found.value)
             || (gold.percent && !found.percent && close(hundredth(gold.value), found.value))
@@ -84,7 +85,9 @@ fn sign_start(text: &str, digit: usize) -> usize {
     }
     if let Some(sign @ ('-' | '+' | '−')) = before(start) {
         let at = start - sign.len_utf8();
-        if !operand(text[..at].trim_end().chars().next_back()) {
+        // "42 -9" subtracts, "so -9" does not.
+        let spaced = text[..at].trim_end().chars().next_back().filter(|c| !c.is_alphabetic());
+        if !operand(before(at)) && !operand(spaced) {
             start = at;
         }
     }

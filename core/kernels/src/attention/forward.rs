@@ -108,8 +108,17 @@ fn queries<S: Lanes, const N: usize>(
         unsafe { output.out.slice(index[i] * head_dim, head_dim) }.fill(0.0);
     }
     let (mut max, mut sum) = ([f32::NEG_INFINITY; N], [0.0f32; N]);
-    for block in mask.first_visible(positions[0]) / KV_BLOCK..=positions[N - 1] / KV_BLOCK {
+    let last = positions[N - 1] / KV_BLOCK;
+    for block in mask.first_visible(positions[0]) / KV_BLOCK..=last {
         let page = seq.pages[block];
+        if block < last {
+            // Each page starts a stream that the processor's own prefetcher does not foresee.
+            let next = seq.pages[block + 1];
+            for at in (0..head_dim * KV_BLOCK).step_by(LANES) {
+                S::prefetch(input.shape.head_page(input.k_pages, next, kv_head), at);
+                S::prefetch(input.shape.head_page(input.v_pages, next, kv_head), at);
+            }
+        }
         let scores = scores::<S, N>(&q_rows, input.shape.head_page(input.k_pages, page, kv_head), scale);
         let mut lanes = [(0, 0); N];
         let mut p = [[0.0f32; LANES]; N];
@@ -197,6 +206,7 @@ pub(super) fn hide<S: Lanes>(value: S, visible: (usize, usize), fill: f32) -> S 
 
 /// For `N` queries, rows `index` of `out`: `out = out·rescale`, then adds weight·row for the sixteen `rows`, ascending.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // `key` names a row and a weight of each query alike.
 pub(super) fn accumulate_full<S: Lanes, const N: usize>(
     out: &SharedMut<f32>,
     index: &[usize; N],
@@ -245,8 +255,8 @@ pub(super) fn accumulate_part<S: Lanes>(
         // SAFETY: each (row, head) belongs to one task.
         let out = unsafe { out.slice(index * head_dim + at, width) };
         let mut sum = S::read(out, 0.0).mul(S::splat(rescale));
-        for key in visible.0..visible.1 {
-            sum = S::splat(weights[key]).fma(S::read(&rows[key * head_dim + at..][..width], 0.0), sum);
+        for (key, &weight) in weights.iter().enumerate().take(visible.1).skip(visible.0) {
+            sum = S::splat(weight).fma(S::read(&rows[key * head_dim + at..][..width], 0.0), sum);
         }
         sum.write(out);
     }

@@ -150,13 +150,18 @@ fn tile<S: Lanes, const ROWS: usize, const FLUSH: bool>(
 
 /// Fused multiply-add that may flush a subnormal result.
 ///
-/// The hardware calls a result tiny before it is rounded to a subnormal's fewer bits, so one that rounds up to 2^−126
-/// itself is flushed too.
+/// The hardware calls a result tiny when it is below 2^−126 rounded to 24 bits, before it is rounded to the fewer bits
+/// of a subnormal; so the size is looked at 2^60 times larger. Where that overflows, the product is so large that a sum
+/// in the subnormals is exactly zero.
 #[inline(always)]
 fn fma<S: Lanes, const FLUSH: bool>(a: S, b: S, c: S) -> S {
     let sum = a.fma(b, c);
     if !FLUSH {
         return sum;
     }
-    sum.flush()
+    let up = S::splat(f32::from_bits((127 + 60) << 23));
+    let scaled = a.mul(up).fma(b, c.mul(up));
+    let size = scaled.max(S::splat(0.0).sub(scaled));
+    let limit = S::splat(f32::from_bits((127 + 60 - 126) << 23));
+    size.select_lt(limit, sum.mul(S::splat(0.0)), sum)
 }

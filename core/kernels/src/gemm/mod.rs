@@ -28,7 +28,7 @@ mod tile;
 pub use pack::{PackedMatrix, Precision};
 
 use crate::Threads;
-use crate::isa::{self, Isa};
+use crate::isa;
 use crate::simd::LANES;
 use crate::threads::SharedMut;
 use std::cell::RefCell;
@@ -77,7 +77,7 @@ pub fn weight_grad(
     packed.fill_transposed(threads, x);
     match (precision, isa::current()) {
         #[cfg(target_arch = "x86_64")]
-        (Precision::Bf16, Isa::Amx) => {
+        (Precision::Bf16, isa::Isa::Amx) => {
             let out = Output { base: SharedMut::new(dw), n: k, store: Store::Add };
             amx::product_transposed(threads, dy, n, packed, &out);
         }
@@ -117,7 +117,7 @@ fn product(threads: &Threads, x: &[f32], m: usize, w: &PackedMatrix, out: &mut [
             split(threads, m, n, k, &|rows, panels| f32::block(x, rows, w, panels, &out));
         }
         #[cfg(target_arch = "x86_64")]
-        (Precision::Bf16, Isa::Amx) => amx::product(threads, x, m, w, &out),
+        (Precision::Bf16, isa::Isa::Amx) => amx::product(threads, x, m, w, &out),
         (Precision::Bf16, _) => bf16::with_rounded(threads, x, m, k, |x| {
             split(threads, m, n, k, &|rows, panels| bf16::block(x, rows, w, panels, &out));
         }),

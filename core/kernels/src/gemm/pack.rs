@@ -170,13 +170,22 @@ impl PackedMatrix {
     pub(super) fn fill_transposed<E: Element>(&mut self, threads: &Threads, w_kn: &[E]) {
         let (n, k, precision, lines) = (self.n, self.k, self.precision, self.lines_per_panel());
         assert_eq!(w_kn.len(), n * k, "packing: the transpose of w is [k,n] = [{k},{n}]");
+        let per_line = if precision == Precision::Bf16 { 2 } else { 1 };
         threads.for_each_row_chunk(&mut self.lines, lines.max(1), min_panels(lines), |first, block| {
-            for (i, panel) in block.chunks_exact_mut(lines).enumerate() {
-                E::pack_panel_transposed(precision, w_kn, n, (first + i) * LANES, panel);
+            // A few rows of the source at a time, across all panels, so that it is read in long runs.
+            for start in (0..lines).step_by(LINES_AT_ONCE) {
+                let end = lines.min(start + LINES_AT_ONCE);
+                let rows = &w_kn[k.min(start * per_line) * n..k.min(end * per_line) * n];
+                for (i, panel) in block.chunks_exact_mut(lines).enumerate() {
+                    E::pack_panel_transposed(precision, rows, n, (first + i) * LANES, &mut panel[start..end]);
+                }
             }
         });
     }
 }
+
+/// Lines that a transposed source is packed for before it moves on to the next panel.
+const LINES_AT_ONCE: usize = 32;
 
 /// Panels worth a thread of their own.
 fn min_panels(lines: usize) -> usize {

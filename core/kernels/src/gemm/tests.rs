@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::convert::bf16_bits;
+use crate::isa::Isa;
 use crate::isa::forced::{under_each, with};
 use crate::testing::{Random, assert_same_bits};
 use half::bf16;
@@ -112,6 +113,26 @@ fn subnormals_zeros_and_cancellation_follow_the_definition() {
                     &format!("{precision:?} exponents {low}..{high} {}", isa.name()),
                 );
             }
+        }
+    }
+}
+
+#[test]
+fn tiny_is_judged_before_rounding_to_a_subnormal() {
+    let power = |n: i32| f32::from_bits(((127 + n) as u32) << 23);
+    // 2^−126 less a little: three quarters of 2^−150 would round back up, yet is flushed; a quarter is not seen.
+    for (factor, want) in [(0.75, 0.0), (0.25, f32::MIN_POSITIVE)] {
+        let (mut x, mut w) = ([0.0; 32], [0.0; 32]);
+        (x[0], w[0]) = (power(-63), power(-63));
+        (x[2], w[2]) = (power(-75), -factor * power(-75));
+        assert_same_bits(&scalar_bf16(&x, &w, 1, 1, 32), &[want], "the definition");
+        let packed = PackedMatrix::from_f32(Precision::Bf16, &w, 1, 32);
+        for (isa, got) in under_each(|| {
+            let mut out = [f32::NAN];
+            matmul(&Threads::single(), &x, 1, &packed, &mut out);
+            out
+        }) {
+            assert_same_bits(&got, &[want], &format!("{factor} {}", isa.name()));
         }
     }
 }

@@ -104,6 +104,12 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    fn prefetch(x: &[f32], at: usize) {
+        // A hint, which no address makes fault.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(x.as_ptr().wrapping_add(at).cast()) }
+    }
+
+    #[inline(always)]
     fn read(x: &[f32], fill: f32) -> Self {
         if let Some(full) = x.first_chunk::<LANES>() {
             return Self::load(full);

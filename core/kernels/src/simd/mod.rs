@@ -57,6 +57,10 @@ pub(crate) trait Lanes: Copy {
     /// The odd (high) halves of sixteen bf16 pairs, widened.
     fn bf16_odd(pairs: &[u32; LANES]) -> Self;
 
+    /// Asks for the cache line that holds `x[at]`, if there is one; changes no result.
+    #[inline(always)]
+    fn prefetch(_x: &[f32], _at: usize) {}
+
     /// `out[i][j] = a[j][i]`
     #[inline(always)]
     fn transpose(a: &[[u32; LANES]; LANES], out: &mut [[u32; LANES]; LANES]) {

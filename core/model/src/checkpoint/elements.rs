@@ -54,12 +54,23 @@ impl Elements<'_> {
         }
     }
 
+    /// All elements, decoded.
+    pub(super) fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.len()];
+        self.copy_to(&mut out);
+        out
+    }
+
     /// Writes all elements to `out`; the index of the first that is not finite, if any.
     fn copy_to<T: Store>(&self, out: &mut [T]) -> Option<usize> {
         match self {
             Elements::F32(bytes) => store(out, bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
-            Elements::F16(bytes) => store(out, bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
-            Elements::Bf16(bytes) => store(out, bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32())),
+            Elements::F16(bytes) => {
+                store(out, bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()))
+            }
+            Elements::Bf16(bytes) => {
+                store(out, bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()))
+            }
             Elements::Decoded(values) => store(out, values.iter().copied()),
         }
     }
@@ -103,7 +114,8 @@ fn fill_arena<'a, T: Store>(
         let elements = read(tensor)?;
         let invalid = |what| ModelError::Invalid { path: path.to_owned(), what };
         if elements.len() != tensor.len() {
-            let what = format!("{}: {} elements where {} are expected", tensor.name, elements.len(), tensor.len());
+            let what =
+                format!("{}: {} elements where {} are expected", tensor.name, elements.len(), tensor.len());
             return Err(invalid(what));
         }
         if let Some(index) = elements.copy_to(&mut arena[tensor.range()]) {

@@ -16,7 +16,11 @@ use crate::error::ModelError;
 /// # Errors
 /// [`ModelError::File`] if it cannot be opened or mapped.
 pub(super) fn map(path: &Path) -> Result<Mmap, ModelError> {
-    let error = |what: &str, source| ModelError::File { path: path.to_owned(), what: what.into(), source: Some(source) };
+    let error = |what: &str, source| ModelError::File {
+        path: path.to_owned(),
+        what: what.into(),
+        source: Some(source),
+    };
     let file = File::open(path).map_err(|e| error("cannot open the weights", e))?;
     // SAFETY: the map is read-only and private to this process. Bytes that another process changes under us would at
     // worst be read as other numbers: they are only ever viewed as `u8` and decoded by value.

@@ -9,9 +9,13 @@
 //! Everything is checked before it is believed: headers against the configuration, tokenizer against the embedding,
 //! values against NaN. Nothing here resumes, publishes or versions weights; that is the learner's.
 
+mod candle;
+mod convert;
 mod elements;
+mod gguf;
 mod mmap;
 mod safetensors;
+mod save;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -25,6 +29,9 @@ use crate::error::ModelError;
 use crate::generation::GenerationConfig;
 use crate::params::Params;
 use crate::tokenizer::Tokenizer;
+
+pub use convert::convert;
+pub use save::{FileSink, SaveOptions, save, save_into};
 
 /// `config.json` and its kin are small; a bigger file is not what it says it is.
 const MAX_JSON_BYTES: u64 = 256 << 20;
@@ -59,6 +66,25 @@ pub fn load(path: &Path, dtype: Option<WeightsDtype>) -> Result<LoadedModel, Mod
             what: "no such model; expected a folder with config.json, or a .gguf file".into(),
             source: None,
         });
+    }
+    let is_gguf = |path: &Path| path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gguf"));
+    if path.is_file() {
+        return if is_gguf(path) {
+            gguf::load(path, dtype)
+        } else {
+            let what = "expected a folder with config.json, or a .gguf file".into();
+            Err(ModelError::Invalid { path: path.to_owned(), what })
+        };
+    }
+    if !path.join("config.json").exists() {
+        let error =
+            |e| ModelError::File { path: path.to_owned(), what: "cannot be listed".into(), source: Some(e) };
+        let entries = std::fs::read_dir(path).map_err(error)?;
+        let files: Vec<PathBuf> =
+            entries.flatten().map(|entry| entry.path()).filter(|file| is_gguf(file)).collect();
+        if let [file] = files.as_slice() {
+            return gguf::load(file, dtype);
+        }
     }
     load_folder(path, dtype)
 }

@@ -47,11 +47,12 @@ impl Checkpoint {
         if index.is_file() {
             return Self::from_index(dir, index);
         }
-        let hint = if dir.join("pytorch_model.bin").exists() || dir.join("pytorch_model.bin.index.json").exists() {
-            "; pytorch_model.bin is a pickle and is not read: save the model with safetensors"
-        } else {
-            ""
-        };
+        let hint =
+            if dir.join("pytorch_model.bin").exists() || dir.join("pytorch_model.bin.index.json").exists() {
+                "; pytorch_model.bin is a pickle and is not read: save the model with safetensors"
+            } else {
+                ""
+            };
         Err(ModelError::File {
             path: dir.to_owned(),
             what: format!("neither model.safetensors nor model.safetensors.index.json is there{hint}"),
@@ -69,8 +70,14 @@ impl Checkpoint {
         for (name, file) in map {
             // A file name from outside must not lead out of the folder.
             match file.as_str() {
-                Some(file) if !file.contains(['/', '\\']) && file.ends_with(".safetensors") => files.push(file),
-                _ => return Err(invalid(format!("weight_map.{name} = {file}: expected a .safetensors file name"))),
+                Some(file) if !file.contains(['/', '\\']) && file.ends_with(".safetensors") => {
+                    files.push(file)
+                }
+                _ => {
+                    return Err(invalid(format!(
+                        "weight_map.{name} = {file}: expected a .safetensors file name"
+                    )));
+                }
             }
         }
         files.sort_unstable();
@@ -108,7 +115,8 @@ impl Checkpoint {
             )));
         }
         // Checks in the crate: UTF-8, JSON, gapless and ordered offsets, sizes that match shape and type, no overflow.
-        let (_, metadata) = SafeTensors::read_metadata(map).map_err(|e| invalid(format!("safetensors header: {e}")))?;
+        let (_, metadata) =
+            SafeTensors::read_metadata(map).map_err(|e| invalid(format!("safetensors header: {e}")))?;
         let start = 8 + length as usize;
         for (name, info) in metadata.tensors() {
             let bytes = start + info.data_offsets.0..start + info.data_offsets.1;
@@ -135,8 +143,12 @@ impl Checkpoint {
     /// Compares names, shapes and types with `layout`.
     pub(super) fn check(&self, layout: &ParamLayout, tied: bool) -> Result<(), ModelError> {
         let invalid = |what: String| ModelError::Invalid { path: self.path.clone(), what };
-        let missing: Vec<&str> =
-            layout.tensors.iter().map(|t| t.name.as_str()).filter(|name| !self.tensors.contains_key(*name)).collect();
+        let missing: Vec<&str> = layout
+            .tensors
+            .iter()
+            .map(|t| t.name.as_str())
+            .filter(|name| !self.tensors.contains_key(*name))
+            .collect();
         if !missing.is_empty() {
             return Err(invalid(format!("{} tensors are missing: {}", missing.len(), list(&missing))));
         }
@@ -157,7 +169,8 @@ impl Checkpoint {
             }
         }
         if self.tensors.len() > layout.tensors.len() {
-            let wanted: std::collections::BTreeSet<&str> = layout.tensors.iter().map(|t| t.name.as_str()).collect();
+            let wanted: std::collections::BTreeSet<&str> =
+                layout.tensors.iter().map(|t| t.name.as_str()).collect();
             let extra: Vec<&str> = self
                 .tensors
                 .keys()
@@ -176,7 +189,11 @@ impl Checkpoint {
     }
 
     /// The weights, as `dtype` or as stored. [`Self::check`] comes first.
-    pub(super) fn read(&self, layout: &Arc<ParamLayout>, dtype: Option<WeightsDtype>) -> Result<Params, ModelError> {
+    pub(super) fn read(
+        &self,
+        layout: &Arc<ParamLayout>,
+        dtype: Option<WeightsDtype>,
+    ) -> Result<Params, ModelError> {
         fill(&self.path, layout, dtype.unwrap_or_else(|| self.natural_dtype()), |tensor| {
             let stored = &self.tensors[&tensor.name];
             let bytes = &self.shards[stored.shard][stored.bytes.clone()];

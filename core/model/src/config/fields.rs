@@ -59,7 +59,9 @@ impl<'a> Fields<'a> {
         let Some(value) = self.get(key) else { return Ok(None) };
         match value.as_u64().filter(|n| (1..=MAX_SIZE).contains(n)) {
             Some(n) => Ok(Some(n as usize)),
-            None => Err(self.invalid(format!("{key} = {value}: expected a whole number from 1 to {MAX_SIZE}"))),
+            None => {
+                Err(self.invalid(format!("{key} = {value}: expected a whole number from 1 to {MAX_SIZE}")))
+            }
         }
     }
 
@@ -85,7 +87,9 @@ impl<'a> Fields<'a> {
     pub(super) fn layers(&self) -> Result<usize, ModelError> {
         match self.size("num_hidden_layers")? {
             layers if layers <= MAX_LAYERS => Ok(layers),
-            layers => Err(self.invalid(format!("num_hidden_layers = {layers}: expected at most {MAX_LAYERS}"))),
+            layers => {
+                Err(self.invalid(format!("num_hidden_layers = {layers}: expected at most {MAX_LAYERS}")))
+            }
         }
     }
 
@@ -116,7 +120,10 @@ impl<'a> Fields<'a> {
     pub(super) fn list(&self, key: &str) -> Result<Option<Vec<usize>>, ModelError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         let items = value.as_array().and_then(|items| {
-            items.iter().map(|item| item.as_u64().or(item.as_bool().map(u64::from)).map(|n| n as usize)).collect()
+            items
+                .iter()
+                .map(|item| item.as_u64().or(item.as_bool().map(u64::from)).map(|n| n as usize))
+                .collect()
         });
         match items {
             Some(items) => Ok(Some(items)),
@@ -139,7 +146,10 @@ impl<'a> Fields<'a> {
         match self.text("hidden_act")?.unwrap_or("silu") {
             "silu" | "swish" => Ok(Activation::Silu),
             "gelu_pytorch_tanh" | "gelu_new" => Ok(Activation::GeluTanh),
-            other => Err(self.unsupported(format!("hidden_act `{other}`"), "supported are silu and gelu_pytorch_tanh")),
+            other => {
+                Err(self
+                    .unsupported(format!("hidden_act `{other}`"), "supported are silu and gelu_pytorch_tanh"))
+            }
         }
     }
 

@@ -101,7 +101,8 @@ pub(super) fn assemble(
         (Some(width), _) | (None, Some(width)) => width,
         (None, None) if hidden % heads == 0 => hidden / heads,
         (None, None) => {
-            return Err(fields.invalid(format!("hidden_size = {hidden} is not a multiple of {heads} attention heads")));
+            return Err(fields
+                .invalid(format!("hidden_size = {hidden} is not a multiple of {heads} attention heads")));
         }
     };
     let attention = AttentionSpec {

@@ -44,7 +44,9 @@ pub(super) fn llama4_text(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> 
 fn rotary_layers(fields: &Fields<'_>, layers: usize) -> Result<Vec<bool>, ModelError> {
     match fields.list("no_rope_layers")?.filter(|list| !list.is_empty()) {
         Some(list) if list.len() == layers => Ok(list.into_iter().map(|flag| flag != 0).collect()),
-        Some(list) => Err(fields.invalid(format!("no_rope_layers has {} entries for {layers} layers", list.len()))),
+        Some(list) => {
+            Err(fields.invalid(format!("no_rope_layers has {} entries for {layers} layers", list.len())))
+        }
         None => {
             let interval = fields.size_or("no_rope_layer_interval", 4)?;
             Ok((0..layers).map(|layer| (layer + 1) % interval != 0).collect())

@@ -19,6 +19,7 @@ use serde_json::{Map, Value};
 use crate::error::ModelError;
 use crate::spec::{FfnSpec, ModelSpec};
 use fields::Fields;
+pub(crate) use rope::inverse_frequencies;
 
 /// One supported architecture.
 pub struct Architecture {
@@ -80,7 +81,10 @@ fn find(fields: &Fields<'_>) -> Result<&'static Architecture, ModelError> {
     };
     row.ok_or_else(|| {
         let asked = declared.or(model_type).unwrap_or_default();
-        fields.unsupported(format!("architecture `{asked}`"), &format!("supported are {}", supported_architectures()))
+        fields.unsupported(
+            format!("architecture `{asked}`"),
+            &format!("supported are {}", supported_architectures()),
+        )
     })
 }
 
@@ -101,7 +105,8 @@ fn check(fields: &Fields<'_>, spec: &ModelSpec) -> Result<(), ModelError> {
             )));
         }
         if attention.rope.is_some() && attention.head_dim % 2 != 0 {
-            return Err(fields.invalid(format!("head_dim = {} is odd, rotary pairs need it even", attention.head_dim)));
+            return Err(fields
+                .invalid(format!("head_dim = {} is odd, rotary pairs need it even", attention.head_dim)));
         }
         let FfnSpec::Moe(moe) = ffn else { continue };
         experts += moe.experts;

@@ -30,7 +30,8 @@ pub(super) fn qwen3_moe(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
         max_positions: 32768,
     };
     // Unlike in the dense Qwen3, the window applies to every layer.
-    let window = if fields.flag_or("use_sliding_window", false)? { fields.size_opt("sliding_window")? } else { None };
+    let window =
+        if fields.flag_or("use_sliding_window", false)? { fields.size_opt("sliding_window")? } else { None };
     assemble(
         fields,
         &variant,

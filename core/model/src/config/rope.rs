@@ -44,7 +44,9 @@ fn read_scaling(fields: &Fields<'_>, parameters: &Fields<'_>) -> Result<RopeScal
         "llama3" => {
             let (low, high) = (required("low_freq_factor")?, required("high_freq_factor")?);
             if high <= low {
-                return Err(fields.invalid(format!("rope scaling: high_freq_factor = {high} is not above {low}")));
+                return Err(
+                    fields.invalid(format!("rope scaling: high_freq_factor = {high} is not above {low}"))
+                );
             }
             Ok(RopeScaling::Llama3 {
                 factor: required("factor")? as f32,
@@ -54,7 +56,8 @@ fn read_scaling(fields: &Fields<'_>, parameters: &Fields<'_>) -> Result<RopeScal
             })
         }
         other => {
-            Err(fields.unsupported(format!("rope scaling `{other}`"), "supported are default, linear and llama3"))
+            Err(fields
+                .unsupported(format!("rope scaling `{other}`"), "supported are default, linear and llama3"))
         }
     }
 }

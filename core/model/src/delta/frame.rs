@@ -32,8 +32,12 @@ pub fn delta_frame(
 ) -> WeightsPayload {
     assert_eq!(base.dtype(), params.dtype(), "a delta keeps the element type");
     let (bytes, density) = match params.dtype() {
-        WeightsDtype::Bf16 => (encode(words::<u16>(base), words(params)), density(words::<u16>(base), words(params))),
-        WeightsDtype::F32 => (encode(words::<u32>(base), words(params)), density(words::<u32>(base), words(params))),
+        WeightsDtype::Bf16 => {
+            (encode(words::<u16>(base), words(params)), density(words::<u16>(base), words(params)))
+        }
+        WeightsDtype::F32 => {
+            (encode(words::<u32>(base), words(params)), density(words::<u32>(base), words(params)))
+        }
     };
     frame(params, version, Some(base_version), tokenizer_digest, density, &bytes)
 }
@@ -54,12 +58,17 @@ pub fn apply_frame(
     let bytes = joined(payload)?;
     let whole = 0..params.layout.total;
     let changed = match (&mut params.data, manifest.base) {
-        (ParamData::Bf16(values), base) => apply_words::<u16>(bytemuck::cast_slice_mut(values), base, &bytes)?,
+        (ParamData::Bf16(values), base) => {
+            apply_words::<u16>(bytemuck::cast_slice_mut(values), base, &bytes)?
+        }
         (ParamData::F32(values), base) => apply_words::<u32>(bytemuck::cast_slice_mut(values), base, &bytes)?,
     };
     let digest = params.digest();
     if digest != manifest.arena_digest {
-        return Err(DeltaError::Damaged(format!("the result is {digest}, the manifest says {}", manifest.arena_digest)));
+        return Err(DeltaError::Damaged(format!(
+            "the result is {digest}, the manifest says {}",
+            manifest.arena_digest
+        )));
     }
     Ok(if manifest.base.is_none() { vec![whole] } else { changed })
 }
@@ -93,7 +102,10 @@ fn frame(
         base,
         dtype: params.dtype(),
         tensors: params.layout.entries(),
-        chunks: chunks.iter().map(|chunk| ChunkDigest { len: chunk.len() as u64, digest: Digest::of(chunk) }).collect(),
+        chunks: chunks
+            .iter()
+            .map(|chunk| ChunkDigest { len: chunk.len() as u64, digest: Digest::of(chunk) })
+            .collect(),
         arena_digest: params.digest(),
         tokenizer_digest,
         density,
@@ -101,8 +113,14 @@ fn frame(
     WeightsPayload { manifest, chunks }
 }
 
-fn check_target(params: &Params, current: Option<PolicyVersion>, manifest: &Manifest) -> Result<(), DeltaError> {
-    let mismatch = |what: &str, got: String, expected: String| Err(DeltaError::Mismatch { what: what.to_owned(), got, expected });
+fn check_target(
+    params: &Params,
+    current: Option<PolicyVersion>,
+    manifest: &Manifest,
+) -> Result<(), DeltaError> {
+    let mismatch = |what: &str, got: String, expected: String| {
+        Err(DeltaError::Mismatch { what: what.to_owned(), got, expected })
+    };
     if manifest.dtype != params.dtype() {
         return mismatch("element type", format!("{:?}", manifest.dtype), format!("{:?}", params.dtype()));
     }
@@ -114,9 +132,12 @@ fn check_target(params: &Params, current: Option<PolicyVersion>, manifest: &Mani
         let name = |entry: Option<&freewheel_types::TensorEntry>| {
             entry.map_or_else(|| "no tensor".to_owned(), |entry| format!("{} {:?}", entry.name, entry.shape))
         };
-        let pairs = (0..ours.len().max(manifest.tensors.len())).map(|i| (manifest.tensors.get(i), ours.get(i)));
+        let pairs =
+            (0..ours.len().max(manifest.tensors.len())).map(|i| (manifest.tensors.get(i), ours.get(i)));
         let differing: Vec<_> = pairs.filter(|(theirs, ours)| theirs != ours).take(3).collect();
-        let list = |side: fn(&(Option<_>, Option<_>)) -> _| differing.iter().map(|pair| name(side(pair))).collect::<Vec<_>>().join(", ");
+        let list = |side: fn(&(Option<_>, Option<_>)) -> _| {
+            differing.iter().map(|pair| name(side(pair))).collect::<Vec<_>>().join(", ")
+        };
         return mismatch("tensor table (first differences)", list(|pair| pair.0), list(|pair| pair.1));
     }
     Ok(())
@@ -126,7 +147,11 @@ fn check_target(params: &Params, current: Option<PolicyVersion>, manifest: &Mani
 fn joined(payload: &WeightsPayload) -> Result<Vec<u8>, DeltaError> {
     let (chunks, expected) = (&payload.chunks, &payload.manifest.chunks);
     if chunks.len() != expected.len() {
-        return Err(DeltaError::Damaged(format!("{} chunks, the manifest names {}", chunks.len(), expected.len())));
+        return Err(DeltaError::Damaged(format!(
+            "{} chunks, the manifest names {}",
+            chunks.len(),
+            expected.len()
+        )));
     }
     for (index, (chunk, expected)) in chunks.iter().zip(expected).enumerate() {
         if chunk.len() as u64 != expected.len || Digest::of(chunk) != expected.digest {

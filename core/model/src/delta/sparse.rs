@@ -62,7 +62,12 @@ impl Models {
     }
 
     /// Applies a body; `changed` hears of every position, ascending. `None` if no encoder wrote it for this base.
-    pub(super) fn apply<W: Word>(&mut self, block: &mut [W], body: &[u8], changed: &mut dyn FnMut(usize)) -> Option<()> {
+    pub(super) fn apply<W: Word>(
+        &mut self,
+        block: &mut [W],
+        body: &[u8],
+        changed: &mut dyn FnMut(usize),
+    ) -> Option<()> {
         let mut counts = [0u32; CLASSES];
         block.iter().for_each(|word| counts[word.class()] += 1);
         let mut coder = Decoder::new(body);

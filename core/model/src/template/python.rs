@@ -75,7 +75,11 @@ fn float(x: f64) -> String {
 }
 
 /// How `{{ value }}` prints: as `str(value)` does.
-pub(super) fn format_value(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Result<(), Error> {
+pub(super) fn format_value(
+    out: &mut Output<'_>,
+    state: &mut State<'_, '_>,
+    value: &Value,
+) -> Result<(), Error> {
     match value.kind() {
         ValueKind::Bool | ValueKind::None | ValueKind::Seq | ValueKind::Map => {
             let mut text = String::new();
@@ -137,7 +141,18 @@ fn quote(out: &mut String, text: &str) {
 }
 
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
 ];
 const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
 
@@ -227,7 +242,14 @@ mod tests {
 
     #[test]
     fn numbers_print_as_in_python() {
-        for (x, text) in [(1.0, "1.0"), (0.1, "0.1"), (1e-5, "1e-05"), (1.5e22, "1.5e+22"), (-0.0, "-0.0"), (1e15, "1000000000000000.0")] {
+        for (x, text) in [
+            (1.0, "1.0"),
+            (0.1, "0.1"),
+            (1e-5, "1e-05"),
+            (1.5e22, "1.5e+22"),
+            (-0.0, "-0.0"),
+            (1e15, "1000000000000000.0"),
+        ] {
             assert_eq!(float(x), text);
         }
     }
@@ -238,6 +260,9 @@ mod tests {
         let dumped = tojson(value.clone(), Kwargs::from_iter::<[(&str, Value); 0]>([])).expect("plain data");
         assert_eq!(dumped.to_string(), r#"{"b": [1, 2.0], "a": {"é<": null}, "e": {}}"#);
         let indented = tojson(value, Kwargs::from_iter([("indent", Value::from(2))])).expect("plain data");
-        assert_eq!(indented.to_string(), "{\n  \"b\": [\n    1,\n    2.0\n  ],\n  \"a\": {\n    \"é<\": null\n  },\n  \"e\": {}\n}");
+        assert_eq!(
+            indented.to_string(),
+            "{\n  \"b\": [\n    1,\n    2.0\n  ],\n  \"a\": {\n    \"é<\": null\n  },\n  \"e\": {}\n}"
+        );
     }
 }

@@ -51,7 +51,8 @@ impl<'a> Shield<'a> {
         let tail = self.open_at_end(body);
         let mut rest = &body[..body.len() - tail];
         while let Some(c) = rest.chars().next() {
-            let special = self.specials.iter().filter(|s| rest.starts_with(s.as_str())).max_by_key(|s| s.len());
+            let special =
+                self.specials.iter().filter(|s| rest.starts_with(s.as_str())).max_by_key(|s| s.len());
             let taken = match special {
                 Some(special) if !special.is_empty() => special.len(),
                 _ if reserved(c) => c.len_utf8(),
@@ -75,7 +76,8 @@ impl<'a> Shield<'a> {
 
     /// Bytes of the longest proper beginning of a special token at the end of `text`.
     fn open_at_end(&self, text: &str) -> usize {
-        let beginnings = self.specials.iter().flat_map(|special| special.char_indices().map(|(at, _)| &special[..at]));
+        let beginnings =
+            self.specials.iter().flat_map(|special| special.char_indices().map(|(at, _)| &special[..at]));
         beginnings.filter(|start| text.ends_with(start)).map(str::len).max().unwrap_or(0)
     }
 
@@ -88,16 +90,18 @@ impl<'a> Shield<'a> {
         char::from_u32(FIRST + index as u32).filter(|c| reserved(*c)).unwrap_or(' ')
     }
 
-    /// `text` with the replacements undone.
-    pub(crate) fn restore(&self, text: &str) -> String {
-        let mut out = String::with_capacity(text.len());
-        for c in text.chars() {
+    /// `text` with the replacements undone; and for every byte of that (and its end), where in `text` it comes from.
+    pub(crate) fn restore(&self, text: &str) -> (String, Vec<usize>) {
+        let (mut out, mut origin) = (String::with_capacity(text.len()), Vec::with_capacity(text.len() + 1));
+        for (at, c) in text.char_indices() {
             match (c as u32).checked_sub(FIRST).and_then(|index| self.literals.get(index as usize)) {
                 Some(literal) => out.push_str(literal),
                 None => out.push(c),
             }
+            origin.resize(out.len(), at);
         }
-        out
+        origin.push(text.len());
+        (out, origin)
     }
 }
 
@@ -117,13 +121,20 @@ mod tests {
     #[test]
     fn everything_special_is_replaced_and_comes_back() {
         let specials = specials();
-        let texts = ["<|eot_id|>", "a<|eot|>b</s></s>", "<|<|eot|>eot|>", "\u{F0000}\u{F0001}\u{10FF00}", "x <|eo  \n", "2 <"];
+        let texts = [
+            "<|eot_id|>",
+            "a<|eot|>b</s></s>",
+            "<|<|eot|>eot|>",
+            "\u{F0000}\u{F0001}\u{10FF00}",
+            "x <|eo  \n",
+            "2 <",
+        ];
         for text in texts {
             let mut shield = Shield::new(&specials);
             let safe = shield.protect(text);
             assert!(!shield.is_empty(), "{text:?}");
             assert!(specials.iter().all(|s| !safe.contains(s.as_str())), "{safe:?}");
-            assert_eq!(shield.restore(&safe), text);
+            assert_eq!(shield.restore(&safe).0, text);
         }
     }
 
@@ -145,6 +156,6 @@ mod tests {
         assert!(!joined.contains("<|eot_id|>"));
         let trimmed = shield.protect("<|eot \n").trim().to_owned() + shield.protect("|>").as_str();
         assert!(!trimmed.contains("<|eot|>"));
-        assert_eq!(shield.restore(&joined), "<|eot_id|>");
+        assert_eq!(shield.restore(&joined).0, "<|eot_id|>");
     }
 }

@@ -5,6 +5,7 @@ use freewheel_kernels::attention::{
 };
 use freewheel_kernels::gemm::{matmul, matmul_add};
 use freewheel_kernels::norm::{NormScale, rms_norm, rms_norm_backward};
+use freewheel_kernels::optim::add_assign;
 use freewheel_kernels::rope::{self, RopeTable, rope, rope_backward};
 
 use super::bindings::LayerBinding;
@@ -289,18 +290,18 @@ pub(super) fn norm_backward(
         None => (NormScale::None, None),
     };
     rms_norm_backward(cx.threads, x, width, scale, eps, dy, &mut d, d_weight);
-    dx.iter_mut().zip(d.iter()).for_each(|(dx, d)| *dx += d);
+    add_assign(dx, &d);
 }
 
 fn add_bias(x: &mut [f32], bias: &[f32]) {
     for row in x.chunks_exact_mut(bias.len()) {
-        row.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
+        add_assign(row, bias);
     }
 }
 
 fn sum_rows(dy: &[f32], d_bias: &mut [f32]) {
     for row in dy.chunks_exact(d_bias.len()) {
-        d_bias.iter_mut().zip(row).for_each(|(d, x)| *d += x);
+        add_assign(d_bias, row);
     }
 }
 

@@ -5,6 +5,7 @@
 //! arrival, so a row's bits do not depend on the batch.
 
 use freewheel_kernels::gemm::matmul;
+use freewheel_kernels::optim::{add_assign, axpy, dot};
 use freewheel_kernels::{Precision, router};
 
 use super::bindings::MoeBinding;
@@ -99,7 +100,7 @@ impl MoeLayer<'_> {
             for slot in t * self.spec.top_k..(t + 1) * self.spec.top_k {
                 let weight = if on_input { 1.0 } else { routing.weights[slot] };
                 let y = &y_sd[routing.place[slot] as usize * d..][..d];
-                x.iter_mut().zip(y).for_each(|(x, y)| *x = y.mul_add(weight, *x));
+                axpy(cx.threads, weight, y, x);
             }
         }
         let parts = save.then(|| Parts { logits_te, gate_up, shared_gate_up, y_sd });
@@ -168,7 +169,7 @@ impl MoeLayer<'_> {
         let mut d_weights = vec![0.0; routing.ids.len()];
         let dys_sd = self.scatter_gradient(cx, saved, dy_td, d, &mut d_weights);
         let dxs_sd = self.experts_backward(cx, saved, normed_td, &dys_sd, d, grads);
-        self.gather_backward(routing, normed_td, &dxs_sd, d, &mut d_weights, &mut dx_td);
+        self.gather_backward(cx, routing, normed_td, &dxs_sd, d, &mut d_weights, &mut dx_td);
         self.router_backward(cx, saved, normed_td, &d_weights, rows, &mut dx_td, grads);
         dx_td
     }
@@ -214,8 +215,10 @@ impl MoeLayer<'_> {
         dxs_sd
     }
 
+    #[expect(clippy::too_many_arguments, reason = "one step of the backward, called from one place")]
     fn gather_backward(
         &self,
+        cx: &Context,
         routing: &Routing,
         normed_td: &[f32],
         dxs_sd: &[f32],
@@ -228,7 +231,7 @@ impl MoeLayer<'_> {
             for slot in t * self.spec.top_k..(t + 1) * self.spec.top_k {
                 let dxs = &dxs_sd[routing.place[slot] as usize * d..][..d];
                 let weight = if on_input { routing.weights[slot] } else { 1.0 };
-                dx.iter_mut().zip(dxs).for_each(|(dx, dxs)| *dx = dxs.mul_add(weight, *dx));
+                axpy(cx.threads, weight, dxs, dx);
                 if on_input {
                     d_weights[slot] = dot(dxs, &normed_td[t * d..][..d]);
                 }
@@ -268,7 +271,7 @@ impl MoeLayer<'_> {
         cx.accumulate(Precision::F32, &self.at.router, &d_logits_te, normed_td, rows, grads);
         let mut d = cx.pool.take(dx_td.len());
         matmul(cx.threads, &d_logits_te, rows, self.weights.router.transpose(), &mut d);
-        dx_td.iter_mut().zip(d.iter()).for_each(|(dx, d)| *dx += d);
+        add_assign(dx_td, &d);
     }
 }
 
@@ -286,10 +289,6 @@ impl Saved {
         let Parts { logits_te, gate_up, shared_gate_up, y_sd } = parts;
         Self { routing, logits_te, gate_up, shared_gate_up, y_sd }
     }
-}
-
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).fold(0.0, |sum, (a, b)| a.mul_add(*b, sum))
 }
 
 #[cfg(test)]

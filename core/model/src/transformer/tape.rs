@@ -6,6 +6,7 @@
 use freewheel_kernels::Threads;
 use freewheel_kernels::attention::{AttentionSeq, KV_BLOCK};
 use freewheel_kernels::norm::{NormScale, rms_norm};
+use freewheel_kernels::optim::add_assign;
 use freewheel_types::SamplingParams;
 
 use super::attention::{Rows, Saved as SavedAttention, norm_backward};
@@ -226,7 +227,7 @@ impl Tape {
         let embedding = &mut grads[weights.model.bindings.embedding.clone()];
         for (dx, &token) in dx_td.chunks_exact(d).zip(&tokens) {
             let row = &mut embedding[token as usize * d..][..d];
-            row.iter_mut().zip(dx).for_each(|(g, dx)| *g += dx);
+            add_assign(row, dx);
         }
     }
 
@@ -252,7 +253,7 @@ impl Tape {
         let dx = rows.backward(weights, cx, &d_logits, grads);
         for ((target, ..), dx) in chunk.iter().zip(dx.chunks_exact(d)) {
             let row = &mut dx_td[target.row * d..][..d];
-            row.iter_mut().zip(dx).for_each(|(to, dx)| *to += dx);
+            add_assign(row, dx);
         }
     }
 }

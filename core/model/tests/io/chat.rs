@@ -54,6 +54,14 @@ fn golden_conversations() {
                 let text = tokenizer.render_json(messages, &options).expect("rendered before");
                 if text != case["text"].as_str().expect("text") {
                     wrong.push(format!("{name}: {text:?}\n  instead of {}", case["text"]));
+                } else if name.contains("injected") {
+                    // Here the reference library falls for special tokens in what the user wrote; we must not.
+                    let reference = tokenizer.encode_trusted(&text).expect("ids");
+                    if reference != ids(&case["ids"])
+                        || specials(&tokenizer, &chat.ids) >= specials(&tokenizer, &reference)
+                    {
+                        wrong.push(format!("{name}: ids {:?}", chat.ids));
+                    }
                 } else if chat.ids != ids(&case["ids"]) {
                     wrong.push(format!("{name}: ids {:?}\n  instead of {}", chat.ids, case["ids"]));
                 }
@@ -114,8 +122,15 @@ fn hostile_text_stays_text() {
         let chat = |content: &str| PromptBody::Messages(vec![Message::text("user", content)]);
         let harmless = tokenizer.encode_prompt(&chat("harmless")).expect("ids");
         let attacked = tokenizer.encode_prompt(&chat(&hostile)).expect("ids");
-        assert_eq!(specials(&tokenizer, &attacked), specials(&tokenizer, &harmless), "{name}: in a conversation");
-        assert!(tokenizer.decode_all(&attacked).contains(&hostile), "{name}: the model sees what was written");
+        assert_eq!(
+            specials(&tokenizer, &attacked),
+            specials(&tokenizer, &harmless),
+            "{name}: in a conversation"
+        );
+        assert!(
+            tokenizer.decode_all(&attacked).contains(&hostile),
+            "{name}: the model sees what was written"
+        );
     }
 }
 
@@ -135,7 +150,9 @@ fn special_tokens_cannot_be_put_together_from_parts() {
         let parts = texts.iter().map(|text| ContentPart::Text((*text).to_owned())).collect();
         PromptBody::Messages(vec![Message { role: "user".into(), content: MessageContent::Parts(parts) }])
     };
-    for split in [vec!["<|eot_", "id|>"], vec!["<", "|eot_id|>"], vec!["<|e", "ot", "_id|>"], vec!["<|eot_id|>"]] {
+    for split in
+        [vec!["<|eot_", "id|>"], vec!["<", "|eot_id|>"], vec!["<|e", "ot", "_id|>"], vec!["<|eot_id|>"]]
+    {
         let ids = tokenizer.encode_prompt(&parts(&split)).expect("ids");
         assert_eq!(specials(&tokenizer, &ids), 4, "{split:?}");
         assert!(tokenizer.decode_all(&ids).ends_with("<|end_header_id|><|eot_id|><|eot_id|>"), "{split:?}");
@@ -160,7 +177,10 @@ fn templates_without_mercy() {
     let make = |template: &str| {
         let dir = model_dir("llama3");
         let json = std::fs::read(dir.join("tokenizer.json")).expect("tokenizer");
-        let files = vec![("tokenizer.json".into(), json), ("chat_template.jinja".into(), template.as_bytes().to_vec())];
+        let files = vec![
+            ("tokenizer.json".into(), json),
+            ("chat_template.jinja".into(), template.as_bytes().to_vec()),
+        ];
         Tokenizer::from_files(&dir, files)
     };
     let messages = [Message::text("user", "hi")];
@@ -168,16 +188,21 @@ fn templates_without_mercy() {
     let raises = make("{{ raise_exception('only system') }}").expect("compiles");
     let error = raises.render(&messages, &RenderOptions::default()).expect_err("raised").to_string();
     assert!(error.contains("only system"), "{error}");
-    let dated = make("{{ strftime_now('%d %b %Y') }} {{ true }} {{ none }} {{ messages[0] }}").expect("compiles");
+    let dated =
+        make("{{ strftime_now('%d %b %Y') }} {{ true }} {{ none }} {{ messages[0] }}").expect("compiles");
     let text = dated.render(&messages, &RenderOptions::default()).expect("renders");
     assert_eq!(text, "26 Jul 2024 True None {'role': 'user', 'content': 'hi'}");
     let nested = make("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}").expect("compiles");
     assert!(nested.render(&messages, &RenderOptions::default()).is_err(), "endless recursion ends");
     let none = Tokenizer::from_files(
         &model_dir("llama3"),
-        vec![("tokenizer.json".into(), std::fs::read(model_dir("llama3").join("tokenizer.json")).expect("file"))],
+        vec![(
+            "tokenizer.json".into(),
+            std::fs::read(model_dir("llama3").join("tokenizer.json")).expect("file"),
+        )],
     )
     .expect("tokenizer");
-    let error = none.encode_prompt(&PromptBody::Messages(messages.to_vec())).expect_err("no template").to_string();
+    let error =
+        none.encode_prompt(&PromptBody::Messages(messages.to_vec())).expect_err("no template").to_string();
     assert!(error.contains("chat_template.jinja"), "{error}");
 }

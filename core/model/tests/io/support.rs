@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use freewheel_types::WeightsDtype;
+use freewheel_kernels::Threads;
+use freewheel_model::{BatchSeq, ForwardBatch, KvCache, LoadedModel, PolicyWeights, Purpose};
+use freewheel_types::{PolicyVersion, WeightsDtype};
 use serde_json::Value;
 
 /// The folder of golden data: the fixtures of the repository, or a full set named by `FREEWHEEL_ORACLES`.
@@ -21,7 +23,15 @@ pub fn model_dir(name: &str) -> PathBuf {
 /// The golden checkpoints that are there, of those that can be loaded.
 pub fn model_names() -> Vec<String> {
     let supported = [
-        "llama3", "llama3_bf16", "llama4_text_step1", "llama4_text_step2", "mixtral", "olmoe", "qwen2", "qwen3", "qwen3_moe",
+        "llama3",
+        "llama3_bf16",
+        "llama4_text_step1",
+        "llama4_text_step2",
+        "mixtral",
+        "olmoe",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
         "qwen3_moe_bf16",
     ];
     let names: Vec<String> =
@@ -46,7 +56,8 @@ pub fn copy_of(name: &str) -> tempfile::TempDir {
     for entry in std::fs::read_dir(model_dir(name)).expect("golden checkpoint") {
         let entry = entry.expect("entry");
         if !entry.file_name().to_string_lossy().starts_with("golden") {
-            std::fs::write(dir.path().join(entry.file_name()), std::fs::read(entry.path()).expect("file")).expect("copy");
+            std::fs::write(dir.path().join(entry.file_name()), std::fs::read(entry.path()).expect("file"))
+                .expect("copy");
         }
     }
     dir
@@ -55,4 +66,27 @@ pub fn copy_of(name: &str) -> tempfile::TempDir {
 /// The element type that `config.json` of a golden checkpoint names.
 pub fn stored_dtype(name: &str) -> WeightsDtype {
     if name.ends_with("bf16") { WeightsDtype::Bf16 } else { WeightsDtype::F32 }
+}
+
+/// Logits of every position of `tokens`.
+pub fn logits(model: &LoadedModel, tokens: &[u32]) -> Vec<f32> {
+    let threads = Threads::single();
+    let weights = PolicyWeights::pack(
+        &model.model,
+        &model.params,
+        PolicyVersion::new(1, 0),
+        Purpose::Sampling,
+        &threads,
+    );
+    let pages: Vec<u32> = (0..tokens.len().div_ceil(16) as u32).collect();
+    let mut cache = KvCache::new(&model.model, pages.len());
+    let rows: Vec<usize> = (0..tokens.len()).collect();
+    let seqs = [BatchSeq { rows: tokens.len(), position: 0, pages: &pages }];
+    weights.forward(&threads, &mut cache, &ForwardBatch { tokens, seqs: &seqs, logit_rows: &rows }).logits
+}
+
+/// The largest difference of two lists of the same length.
+pub fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }

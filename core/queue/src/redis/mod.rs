@@ -7,6 +7,7 @@
 //! Refuses: to go on silently after the server lost its data ([`QueueError::DataLost`]), writes of a fenced
 //! learner, weights that do not match their digests.
 
+mod cursors;
 mod entries;
 mod inspect;
 mod keys;

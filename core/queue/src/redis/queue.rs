@@ -1,6 +1,5 @@
 //! The rollout streams of a run in Redis.
 
-use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -9,8 +8,8 @@ use freewheel_types::{
     ActorId, GroupOutcome, PolicyVersion, Rollout, RolloutId, RunId, ScoredRollout, Task, TaskId, codec,
 };
 use redis::{FromRedisValue, Script, ScriptInvocation};
-use tokio::time::Instant;
 
+use super::cursors::{Fetching, Reaper};
 use super::entries::{DamagedTask, Fields, TaskHead, control_name, control_of, frame, is_entry_id, unframe};
 use super::inspect;
 use super::keys::Keys;
@@ -36,30 +35,13 @@ pub struct RedisQueue {
     config: QueueConfig,
     /// Which life of the server's data this client knows.
     incarnation: Mutex<String>,
+    /// Which life the prompt pool knows: it must learn of every loss, so only [`reinit`](RolloutQueue::reinit) changes it.
+    pool_incarnation: Mutex<String>,
     task_reaper: Mutex<Reaper>,
     rollout_reaper: Mutex<Reaper>,
     learner: Mutex<Fetching>,
     /// Outcomes given to the pool and not confirmed yet.
     given: tokio::sync::Mutex<Vec<String>>,
-}
-
-/// Where the search for abandoned entries stands. Its pace is no decision: the server's clock says what is abandoned.
-#[derive(Default)]
-struct Reaper {
-    cursor: Option<String>,
-    last: Option<Instant>,
-}
-
-/// What the learner of an epoch has in hand.
-#[derive(Default)]
-struct Fetching {
-    epoch: u64,
-    /// Where the claim of left-behind entries stands; `None` when it is complete.
-    cursor: Option<String>,
-    /// A reply may have been lost: entries it held are pending without having been handed out.
-    unsure: bool,
-    /// Handed out, not acknowledged.
-    handed: HashSet<String>,
 }
 
 type Leased = (String, String, Vec<(String, u32, Fields)>);
@@ -83,6 +65,7 @@ impl RedisQueue {
             run: run.clone(),
             config: config.clone(),
             incarnation: Mutex::default(),
+            pool_incarnation: Mutex::default(),
             task_reaper: Mutex::default(),
             rollout_reaper: Mutex::default(),
             learner: Mutex::default(),
@@ -117,7 +100,8 @@ impl RedisQueue {
             init.key(self.keys.key(stream));
         }
         init.arg(random_name());
-        let incarnation = self.call(&init, 0, "setting up the streams").await?;
+        let incarnation: String = self.call(&init, 0, "setting up the streams").await?;
+        lock(&self.pool_incarnation).clone_from(&incarnation);
         *lock(&self.incarnation) = incarnation;
         *lock(&self.learner) = Fetching::default();
         Ok(())
@@ -125,11 +109,20 @@ impl RedisQueue {
 
     /// A call of `script` on `keys`; every queue script takes the incarnation first.
     fn prepare(&self, script: &'static Script, keys: &[&str]) -> ScriptInvocation<'static> {
+        self.prepare_in(&self.incarnation, script, keys)
+    }
+
+    fn prepare_in(
+        &self,
+        incarnation: &Mutex<String>,
+        script: &'static Script,
+        keys: &[&str],
+    ) -> ScriptInvocation<'static> {
         let mut call = script.key(self.keys.key("inc"));
         for key in keys {
             call.key(if key.starts_with("fw:") { (*key).to_owned() } else { self.keys.key(key) });
         }
-        call.arg(lock(&self.incarnation).as_str());
+        call.arg(lock(incarnation).as_str());
         call
     }
 
@@ -139,7 +132,32 @@ impl RedisQueue {
         epoch: u64,
         what: &'static str,
     ) -> Result<T, QueueError> {
-        self.link.call(Request::Script(call), 0, what).await.map_err(|failure| self.error(failure, epoch))
+        self.send(call, 0, what).await.map_err(|failure| self.error(failure, epoch))
+    }
+
+    async fn send<T: FromRedisValue>(
+        &self,
+        call: &ScriptInvocation<'_>,
+        bytes: u64,
+        what: &'static str,
+    ) -> Result<T, Failure> {
+        let result = self.link.call(Request::Script(call), bytes, what).await;
+        if let Err(failure) = &result {
+            self.adopt(failure).await;
+        }
+        result
+    }
+
+    /// After a loss: joins what the prompt pool has set up again, if it has. The call that noticed fails all the same.
+    async fn adopt(&self, failure: &Failure) {
+        if failure.code() != "DATALOST" {
+            return;
+        }
+        let mut command = redis::cmd("GET");
+        command.arg(self.keys.key("inc"));
+        if let Ok(Some(incarnation)) = self.link.call(Request::Command(&command), 0, "joining again").await {
+            *lock(&self.incarnation) = incarnation;
+        }
     }
 
     fn error(&self, failure: Failure, epoch: u64) -> QueueError {
@@ -277,15 +295,6 @@ impl RedisQueue {
         })
     }
 
-    async fn send<T: FromRedisValue>(
-        &self,
-        call: &ScriptInvocation<'_>,
-        bytes: u64,
-        what: &'static str,
-    ) -> Result<T, Failure> {
-        self.link.call(Request::Script(call), bytes, what).await
-    }
-
     async fn put(
         &self,
         stream: &'static str,
@@ -318,7 +327,10 @@ impl RedisQueue {
             call.arg(epoch).arg(payload::learner_name(epoch)).arg(max).arg(&cursor);
             match retry.once(&Request::Script(&call), "fetching").await {
                 Ok(fetched) => break fetched,
-                Err(failure) => retry.pause(failure).await.map_err(|failure| self.error(failure, epoch))?,
+                Err(failure) => {
+                    self.adopt(&failure).await;
+                    retry.pause(failure).await.map_err(|failure| self.error(failure, epoch))?;
+                }
             }
         };
         let fresh = lock(&self.learner).arrived(next, entries);
@@ -333,42 +345,6 @@ impl RedisQueue {
     }
 }
 
-impl Reaper {
-    /// The cursor to go on from, or "" if it is not time yet.
-    fn due(&mut self, pace: Duration, first: bool) -> String {
-        let now = Instant::now();
-        if !first && self.cursor.is_none() && self.last.is_some_and(|last| now - last < pace) {
-            return String::new();
-        }
-        self.last = Some(now);
-        self.cursor.clone().unwrap_or_else(|| "0-0".into())
-    }
-
-    fn arrived(&mut self, next: String) {
-        self.cursor = Some(next).filter(|next| next != "0-0");
-    }
-}
-
-impl Fetching {
-    /// The cursor of the next fetch, "" when nothing is left behind.
-    fn begin(&mut self, epoch: u64) -> String {
-        if self.epoch != epoch {
-            *self = Self { epoch, cursor: Some("0-0".into()), ..Self::default() };
-        }
-        if std::mem::replace(&mut self.unsure, true) {
-            self.cursor = Some("0-0".into());
-        }
-        self.cursor.clone().unwrap_or_default()
-    }
-
-    /// Takes note of a reply; gives the entries that had not been handed out yet.
-    fn arrived(&mut self, next: String, entries: Vec<(String, Fields)>) -> Vec<(String, Fields)> {
-        self.unsure = false;
-        self.cursor = Some(next).filter(|next| !next.is_empty());
-        entries.into_iter().filter(|(id, _)| self.handed.insert(id.clone())).collect()
-    }
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -378,7 +354,11 @@ impl RolloutQueue for RedisQueue {
     async fn issue(&self, task: &Task) -> Result<(), QueueError> {
         let payload = codec::encode_task(task)?;
         let (issued, seen) = (self.keys.issued(task.id), self.keys.seen_base(task.id));
-        let mut call = self.prepare(&SCRIPTS.issue, &["tasks", &issued.key, "live", "cnt", &seen.key]);
+        let mut call = self.prepare_in(
+            &self.pool_incarnation,
+            &SCRIPTS.issue,
+            &["tasks", &issued.key, "live", "cnt", &seen.key],
+        );
         call.arg(task.id.0).arg(issued.offset).arg(seen.offset).arg(task.group_size);
         call.arg(task.prompt.id.to_string()).arg(&payload);
         let bytes = payload.len() as u64;
@@ -392,7 +372,7 @@ impl RolloutQueue for RedisQueue {
         let mut poll = Poll::new(wait);
         let mut given = self.given.lock().await;
         loop {
-            let mut call = self.prepare(&SCRIPTS.outcomes, &["outcomes", "ctl"]);
+            let mut call = self.prepare_in(&self.pool_incarnation, &SCRIPTS.outcomes, &["outcomes", "ctl"]);
             call.arg(max).arg(&*given);
             let (control, entries): (String, Vec<(String, Vec<u8>)>) =
                 self.call(&call, 0, "reading outcomes").await?;

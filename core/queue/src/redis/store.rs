@@ -97,6 +97,7 @@ impl RedisStore {
         let (current, _, fence) = self.head().await?;
         match fence {
             None => Err(QueueError::DataLost { run: self.run.to_string() }),
+            Some(fence) if fence < epoch => Err(QueueError::DataLost { run: self.run.to_string() }),
             Some(fence) if fence != epoch => Err(QueueError::Fenced { epoch, what: "publishing weights" }),
             Some(_) if current.is_some_and(|current| version < current) => {
                 Err(QueueError::StaleVersion { version })

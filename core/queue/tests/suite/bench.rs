@@ -40,7 +40,7 @@ pub struct RedisBench {
 /// A server in a folder of its own.
 pub struct Server {
     pub process: ManagedServer,
-    pub dir: tempfile::TempDir,
+    _dir: tempfile::TempDir,
 }
 
 pub fn config() -> QueueConfig {
@@ -55,7 +55,7 @@ impl Server {
         }
         let dir = tempfile::tempdir().expect("a temporary folder");
         let process = ManagedServer::start(dir.path()).expect("the server starts");
-        Some(Arc::new(Self { process, dir }))
+        Some(Arc::new(Self { process, _dir: dir }))
     }
 
     /// One server for all tests that do not harm it, ended with the last of them.

@@ -1,6 +1,8 @@
 //! What only a server can do to us: die, forget, fill up, damage, answer too late.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use freewheel_queue::redis::managed::ManagedServer;
@@ -9,6 +11,8 @@ use freewheel_queue::{
     DeliveryBody, PolicyStore, PutOutcome, QueueConfig, QueueError, QueueSecret, RolloutQueue,
 };
 use freewheel_types::*;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
 
 use super::bench::*;
 
@@ -46,13 +50,24 @@ async fn a_wiped_server_is_noticed_and_set_up_again() {
     lost(other.lease_tasks(&actor("a"), 1, Duration::from_secs(9)).await.map(drop));
     lost(store.publish(epoch, &weights(PolicyVersion::new(epoch, 1), None, 9)).await);
 
+    // A newcomer sets up the streams, but the pool must hear of the loss before it goes on.
+    let newcomer = RedisQueue::connect(&bench.url, &bench.run, &bench.config).await.unwrap();
+    lost(queue.counts().await.map(drop));
+    assert_eq!(queue.counts().await.unwrap().issued, 0, "joined by itself");
+    lost(queue.issue(&task).await);
+    lost(queue.outcomes(1, NOW).await.map(drop));
     queue.reinit().await.unwrap();
-    lost(other.counts().await.map(drop));
-    other.reinit().await.unwrap();
     queue.issue(&task).await.unwrap();
-    assert_eq!(other.lease_tasks(&actor("a"), 1, NOW).await.unwrap()[0].task, task);
-    assert_eq!(queue.counts().await.unwrap().issued, 1);
-    assert_eq!(queue.acquire_learner("learner", epoch).await.unwrap(), Some(epoch + 1));
+    assert_eq!(newcomer.lease_tasks(&actor("a"), 1, NOW).await.unwrap()[0].task, task);
+
+    // The other roles only try again; the learner keeps its epoch.
+    newcomer.put_scored(&scored(rollout(&task, 0), 1.0)).await.unwrap();
+    lost(other.fetch_scored(epoch, 1, NOW).await.map(drop));
+    lost(other.fetch_scored(epoch, 1, NOW).await.map(drop));
+    other.renew_learner("learner", epoch).await.unwrap();
+    assert_eq!(other.fetch_scored(epoch, 1, NOW).await.unwrap().len(), 1);
+    store.publish(epoch, &weights(PolicyVersion::new(epoch, 1), None, 9)).await.unwrap();
+    assert_eq!(other.acquire_learner("second", 0).await.unwrap(), None, "the lease lives again");
 }
 
 #[tokio::test]
@@ -182,35 +197,64 @@ async fn an_unreachable_server_is_said_to_be_so() {
     }
 }
 
+/// Stands between client and server; while `swallow` is set, the next reply is lost with its connection.
+async fn proxy(server: PathBuf, socket: &Path, swallow: Arc<AtomicBool>) {
+    let listener = UnixListener::bind(socket).unwrap();
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let (swallow, server) = (swallow.clone(), UnixStream::connect(&server).await.unwrap());
+            tokio::spawn(async move {
+                let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
+                    (client.into_split(), server.into_split());
+                let requests =
+                    tokio::spawn(async move { tokio::io::copy(&mut from_client, &mut to_server).await });
+                let mut bytes = vec![0; 1 << 16];
+                while let Ok(n @ 1..) = from_server.read(&mut bytes).await {
+                    if swallow.swap(false, Ordering::SeqCst)
+                        || to_client.write_all(&bytes[..n]).await.is_err()
+                    {
+                        break;
+                    }
+                }
+                requests.abort();
+            });
+        }
+    });
+}
+
 #[tokio::test]
-async fn a_lost_reply_loses_no_delivery() {
+async fn a_lost_reply_loses_nothing() {
     let Some(bench) = bench().await else { return };
-    let queue = &bench.queue;
+    let dir = tempfile::tempdir().unwrap();
+    let (socket, swallow) = (dir.path().join("p.sock"), Arc::new(AtomicBool::new(false)));
+    proxy(bench.url.0["unix://".len()..].into(), &socket, swallow.clone()).await;
+    let url = QueueSecret(format!("unix://{}", socket.display()));
+    let queue = RedisQueue::connect(&url, &bench.run, &bench.config).await.unwrap();
     for k in 0..4 {
-        queue.put_scored(&scored(rollout(&task(1, 4), k), 1.0)).await.unwrap();
+        queue.put_scored(&scored(rollout(&task(1, 5), k), 1.0)).await.unwrap();
     }
     let epoch = queue.acquire_learner("learner", 0).await.unwrap().unwrap();
     let held = queue.fetch_scored(epoch, 1, NOW).await.unwrap();
-    {
-        // Sent, and given up before the reply can be read.
-        let call = queue.fetch_scored(epoch, 2, NOW);
-        tokio::select! { biased; _ = call => panic!("the reply was too quick"), () = std::future::ready(()) => {} }
-    }
-    let pending = async || -> (u64, Option<String>, Option<String>, redis::Value) {
-        bench.ask(&["XPENDING", &bench.key("scored"), "learner"]).await
-    };
-    while pending().await.0 < 3 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    let got = queue.fetch_scored(epoch, 9, NOW).await.unwrap();
-    let ids: Vec<u32> = got
-        .iter()
-        .map(|delivery| match &delivery.body {
+    assert_eq!(held.len(), 1);
+    swallow.store(true, Ordering::SeqCst);
+    let mut ids = Vec::new();
+    loop {
+        let got = queue.fetch_scored(epoch, 2, NOW).await.unwrap();
+        if got.is_empty() {
+            break;
+        }
+        ids.extend(got.into_iter().map(|delivery| match delivery.body {
             DeliveryBody::Scored(scored) => scored.rollout.id.index(),
             body => panic!("{body:?}"),
-        })
-        .collect();
-    assert_eq!((held.len(), ids), (1, vec![1, 2, 3]), "the lost ones again, the held one not");
+        }));
+    }
+    assert!(!swallow.load(Ordering::SeqCst), "a reply was lost");
+    assert_eq!(ids, [1, 2, 3], "the lost ones again, the held one not");
+
+    swallow.store(true, Ordering::SeqCst);
+    let put = queue.put_scored(&scored(rollout(&task(1, 5), 4), 1.0)).await.unwrap();
+    assert_eq!(put, PutOutcome::Duplicate, "done by the first try, seen by the second");
+    assert_eq!(queue.counts().await.unwrap().delivered, 5);
 }
 
 #[tokio::test]

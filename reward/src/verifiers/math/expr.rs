@@ -250,7 +250,7 @@ impl Parser<'_> {
                     left = times(left, p.signed()?);
                 } else if p.eat_char('/') || p.eat_command("div") {
                     left = Expr::Quotient(Box::new(left), Box::new(p.signed()?));
-                } else if p.starts_factor() {
+                } else if !matches!(left, Expr::Text(_)) && p.starts_factor() {
                     let right = p.power()?;
                     left = mixed(left, right).unwrap_or_else(|(a, b)| times(a, b));
                 } else {

@@ -19,6 +19,8 @@ pub(crate) struct Candidate {
     pub(crate) text: String,
     /// Whether it was marked as a formula, so that letters are variables.
     pub(crate) formula: bool,
+    /// The letter of a choice that starts the text it was found in: `B) 42`.
+    pub(crate) choice: Option<char>,
 }
 
 /// Words that may stand around an expression in prose.
@@ -60,7 +62,7 @@ pub(crate) fn reference(gold: &str) -> Option<Candidate> {
             }
             None => {
                 let is_formula = gold.contains('\\') || gold.contains('$');
-                plain(gold).map(|c| Candidate { formula: is_formula, text: undelimited(&c.text) })
+                plain(gold).map(|c| Candidate { formula: is_formula, text: undelimited(&c.text), ..c })
             }
         },
     }
@@ -68,12 +70,12 @@ pub(crate) fn reference(gold: &str) -> Option<Candidate> {
 
 fn formula(text: &str) -> Option<Candidate> {
     let text = undelimited(text).trim().to_owned();
-    (!text.is_empty()).then_some(Candidate { text, formula: true })
+    (!text.is_empty()).then_some(Candidate { text, formula: true, choice: None })
 }
 
 fn plain(text: &str) -> Option<Candidate> {
     let text = tidy(text).to_owned();
-    (!text.is_empty()).then_some(Candidate { text, formula: false })
+    (!text.is_empty()).then_some(Candidate { text, formula: false, choice: None })
 }
 
 /// Without emphasis marks and the stop at the end.
@@ -131,6 +133,11 @@ fn sentence(text: &str) -> &str {
 /// The answer within a piece of text: the first one after an anchor, else the last.
 fn segment(text: &str, anchored: bool) -> Option<Candidate> {
     let text = tidy(text);
+    let choice = super::text::choice(text.lines().next().unwrap_or(""));
+    expression(text, anchored).map(|found| Candidate { choice, ..found })
+}
+
+fn expression(text: &str, anchored: bool) -> Option<Candidate> {
     if text.is_empty() {
         return None;
     }
@@ -140,7 +147,7 @@ fn segment(text: &str, anchored: bool) -> Option<Candidate> {
         if found.len() == 1 && outside(text).trim_matches([' ', '.', ',', '\n']).is_empty() {
             return formula(first);
         }
-        if readable(&whole, true) || units::split(&whole).is_some_and(|(value, _)| readable(value, true)) {
+        if readable(&whole, false) || units::split(&whole).is_some_and(|(value, _)| readable(value, false)) {
             return formula(&whole);
         }
         return formula(if anchored { first } else { last });
@@ -253,5 +260,5 @@ fn among(words: &[&str], first: bool) -> Option<Candidate> {
     if words.get(to + 1).is_some_and(|w| clean(w).eq_ignore_ascii_case("percent")) {
         text.push('%');
     }
-    Some(Candidate { text, formula: false })
+    Some(Candidate { text, formula: false, choice: None })
 }

@@ -82,10 +82,10 @@ impl Gold {
     }
 
     fn accepts(&self, found: &Candidate) -> bool {
-        self.same_words(&found.text) || self.same_choice(&found.text) || {
+        self.same_words(&found.text) || self.same_choice(found) || {
             let mut answers = readings(found, false);
             if DECIMAL_COMMA.is_match(&found.text) {
-                let candidate = Candidate { text: found.text.replace(',', "."), formula: false };
+                let candidate = Candidate { text: found.text.replace(',', "."), formula: false, choice: None };
                 answers.extend(readings(&candidate, false));
             }
             self.readings.iter().any(|gold| answers.iter().any(|answer| gold.same(answer)))
@@ -103,10 +103,11 @@ impl Gold {
     }
 
     /// A gold of one capital letter may be a choice.
-    fn same_choice(&self, answer: &str) -> bool {
+    fn same_choice(&self, answer: &Candidate) -> bool {
         let gold = self.text.chars().filter(char::is_ascii_uppercase).count() == 1;
         let letter = text::canonical(&self.text);
-        gold && letter.len() == 1 && text::choice(answer).is_some_and(|c| letter.starts_with(c))
+        let chosen = text::choice(&answer.text).or(answer.choice);
+        gold && letter.len() == 1 && chosen.is_some_and(|c| letter.starts_with(c))
     }
 }
 

@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
 -- Idempotent: a second call frees and counts nothing. KEYS inc scored epoch bytes cnt  ARGV inc epoch id…
-if redis.call('GET', KEYS[3]) ~= ARGV[2] then return redis.error_reply('FENCED ack refused') end
+local refused = fence(KEYS[3], ARGV[2])
+if refused then return refused end
 local freed, acked = 0, 0
 for i = 3, #ARGV do
   local entry = entry_at(KEYS[2], ARGV[i])

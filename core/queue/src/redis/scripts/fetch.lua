@@ -1,7 +1,8 @@
 #!lua flags=allow-oom
 -- What older learners left unacknowledged first, then new entries.
 -- KEYS inc scored epoch ctl  ARGV inc epoch consumer max cursor         cursor '' = nothing is left behind
-if redis.call('GET', KEYS[3]) ~= ARGV[2] then return redis.error_reply('FENCED fetch refused') end
+local refused = fence(KEYS[3], ARGV[2])
+if refused then return refused end
 local out, cursor, max = {}, ARGV[5], tonumber(ARGV[4])
 if cursor ~= '' and max > 0 then
   -- Older consumers are fenced, so any idle time will do.

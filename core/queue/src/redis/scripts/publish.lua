@@ -2,7 +2,7 @@
 -- The flip. Readers see a version only after this, with every piece in place and without an expiry.
 -- KEYS epoch wcur wm wver wann piece…  ARGV epoch e v manifest nonce listing
 local fence = redis.call('GET', KEYS[1])
-if not fence then return redis.error_reply('DATALOST epoch is gone') end
+if not fence or tonumber(fence) < tonumber(ARGV[1]) then return redis.error_reply('DATALOST epoch is gone') end
 if fence ~= ARGV[1] then return redis.error_reply('FENCED publish refused') end
 local current = redis.call('HMGET', KEYS[2], 'e', 'v')
 local ce, cv, e, v = tonumber(current[1] or '-1'), tonumber(current[2] or '-1'), tonumber(ARGV[2]), tonumber(ARGV[3])

@@ -1,4 +1,5 @@
 #!lua flags=allow-oom
 -- KEYS inc prog epoch  ARGV inc epoch version
-if redis.call('GET', KEYS[3]) ~= ARGV[2] then return redis.error_reply('FENCED progress refused') end
+local refused = fence(KEYS[3], ARGV[2])
+if refused then return refused end
 return redis.call('SET', KEYS[2], ARGV[3])

@@ -1,0 +1,174 @@
+//! A model with random weights, for tests, examples and training from nothing.
+
+mod tokenizer;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use freewheel_types::WeightsDtype;
+use serde_json::{Map, Value, json};
+
+use crate::Transformer;
+use crate::checkpoint::LoadedModel;
+use crate::config::{ARCHITECTURES, spec_from_config, supported_architectures};
+use crate::error::ModelError;
+use crate::generation::GenerationConfig;
+use crate::params::{ParamData, ParamLayout, Params, TensorKind, TensorSpec};
+use crate::tokenizer::Tokenizer;
+use crate::upcycle::normal;
+
+pub use tokenizer::{ChatStyle, TokenizerChoice, build_tokenizer};
+
+/// What model to make.
+#[derive(Clone, Debug)]
+pub struct InitRequest {
+    /// Architecture, as in `config.json`: `LlamaForCausalLM`, or its model type `llama`.
+    pub arch: String,
+    /// Keys of `config.json` to set. Keys that the architecture does not have are refused.
+    pub overrides: Vec<(String, Value)>,
+    /// Seed of the weights.
+    pub seed: u64,
+    /// Spread of the weights.
+    pub scale: InitScale,
+    /// Element type of the weights.
+    pub dtype: WeightsDtype,
+    /// The tokenizer to go with it.
+    pub tokenizer: TokenizerChoice,
+}
+
+/// Spread of random weights. Norm gains are 1 and biases 0 in any case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InitScale {
+    /// Every matrix with deviation `initializer_range` of the configuration (0.02), as the reference library does.
+    InitializerRange,
+    /// `1/sqrt(inputs)`, projections into the residual stream divided by `sqrt(2 · layers)`: trains well at any width.
+    FanIn,
+}
+
+/// Makes the model.
+///
+/// # Errors
+/// [`ModelError::Unsupported`] for an unknown architecture, [`ModelError::Invalid`] for keys it does not have or values
+/// that do not fit together (also a `vocab_size` below the tokenizer's).
+pub fn init_model(request: &InitRequest) -> Result<LoadedModel, ModelError> {
+    let source = Path::new("init-model");
+    let row = ARCHITECTURES
+        .iter()
+        .find(|row| row.name == request.arch || row.model_type == request.arch)
+        .ok_or_else(|| ModelError::Unsupported {
+            path: source.to_owned(),
+            what: format!("architecture `{}`", request.arch),
+            hint: format!("; supported are {}", supported_architectures()),
+        })?;
+    let llama = row.model_type.starts_with("llama");
+    let style = if llama { ChatStyle::Llama4 } else { ChatStyle::ChatMl };
+    let tokenizer = build_tokenizer(&request.tokenizer, style)?;
+    let mut config = defaults(row.name, row.model_type);
+    config.insert("vocab_size".into(), tokenizer.vocab_size().into());
+    config.insert("initializer_range".into(), 0.02.into());
+    config.insert(
+        "torch_dtype".into(),
+        if request.dtype == WeightsDtype::F32 { "float32" } else { "bfloat16" }.into(),
+    );
+    for (key, value) in &request.overrides {
+        if !config.contains_key(key) {
+            let known: Vec<&str> = config.keys().map(String::as_str).collect();
+            return Err(ModelError::Invalid {
+                path: source.to_owned(),
+                what: format!("{} has no key `{key}`; it has {}", row.name, known.join(", ")),
+            });
+        }
+        config.insert(key.clone(), value.clone());
+    }
+    let ids = GenerationConfig::new(source, Map::new(), &Map::new(), &tokenizer)?;
+    config.insert("bos_token_id".into(), ids.bos_id.into());
+    config.insert("eos_token_id".into(), ids.eos_ids.first().copied().into());
+    config.insert("pad_token_id".into(), ids.pad_id.into());
+    let spec = spec_from_config(source, &config)?;
+    tokenizer.check_fits(spec.vocab_size)?;
+    let deviation = match config["initializer_range"].as_f64() {
+        Some(x) if x.is_finite() && x >= 0.0 => x,
+        _ => {
+            let what = format!("initializer_range = {}: expected 0 or more", config["initializer_range"]);
+            return Err(ModelError::Invalid { path: source.to_owned(), what });
+        }
+    };
+    let layers = spec.layers.len();
+    let model = Transformer::new(spec);
+    let params = random_params(model.layout(), request, deviation, layers);
+    let generation = GenerationConfig::new(source, Map::new(), &config, &tokenizer)?;
+    let tokenizer: Arc<Tokenizer> = Arc::new(tokenizer);
+    Ok(LoadedModel { model, params, tokenizer, generation, config_json: config, source: source.to_owned() })
+}
+
+fn random_params(layout: &Arc<ParamLayout>, request: &InitRequest, deviation: f64, layers: usize) -> Params {
+    let mut values = Vec::with_capacity(layout.total);
+    for tensor in &layout.tensors {
+        match tensor.kind {
+            TensorKind::Norm => values.extend(std::iter::repeat_n(1.0f32, tensor.len())),
+            TensorKind::Bias => values.extend(std::iter::repeat_n(0.0f32, tensor.len())),
+            _ => {
+                let deviation = match request.scale {
+                    InitScale::InitializerRange => deviation,
+                    InitScale::FanIn => fan_in(tensor, layers),
+                };
+                values.extend(normal(request.seed, &tensor.name, tensor.len(), deviation));
+            }
+        }
+    }
+    let wide = Params { layout: layout.clone(), data: ParamData::F32(values) };
+    if request.dtype == WeightsDtype::F32 { wide } else { wide.cast(request.dtype) }
+}
+
+fn fan_in(tensor: &TensorSpec, layers: usize) -> f64 {
+    // `[out, in]`, and `[experts, in, out]` where experts are fused: the second dimension in both.
+    let inputs = tensor.shape.get(1).copied().unwrap_or(1) as f64;
+    let into_residual = ["o_proj.weight", "down_proj.weight", "w2.weight", "experts.down_proj"];
+    let residual =
+        if into_residual.iter().any(|end| tensor.name.ends_with(end)) { 2.0 * layers as f64 } else { 1.0 };
+    (inputs * residual).sqrt().recip()
+}
+
+/// A small configuration of every architecture, with all the keys that may be set.
+fn defaults(architecture: &str, model_type: &str) -> Map<String, Value> {
+    let mut config = json!({
+        "architectures": [architecture], "model_type": model_type, "hidden_size": 128, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 384,
+        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "rope_scaling": null,
+        "hidden_act": "silu", "tie_word_embeddings": false, "use_cache": true, "attention_dropout": 0.0,
+        "bos_token_id": null, "eos_token_id": null, "pad_token_id": null,
+    });
+    let more = match model_type {
+        "llama" => json!({"attention_bias": false, "mlp_bias": false}),
+        "mistral" => json!({"sliding_window": null}),
+        "qwen2" => json!({"use_sliding_window": false, "sliding_window": null, "max_window_layers": 28}),
+        "qwen3" => {
+            json!({"attention_bias": false, "use_sliding_window": false, "sliding_window": null, "max_window_layers": 28})
+        }
+        "mixtral" => json!({"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": null,
+            "intermediate_size": 192, "output_router_logits": false, "router_aux_loss_coef": 0.001,
+            "router_jitter_noise": 0.0}),
+        "qwen3_moe" => json!({"attention_bias": false, "num_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 192, "norm_topk_prob": true, "decoder_sparse_step": 1, "mlp_only_layers": [],
+            "use_sliding_window": false, "sliding_window": null, "output_router_logits": false,
+            "router_aux_loss_coef": 0.001}),
+        "olmoe" => {
+            json!({"attention_bias": false, "num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 192,
+            "num_key_value_heads": 4, "norm_topk_prob": false, "clip_qkv": null, "output_router_logits": false,
+            "router_aux_loss_coef": 0.01})
+        }
+        _ => json!({"attention_bias": false, "intermediate_size": 192, "intermediate_size_mlp": 384,
+            "num_local_experts": 8, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "moe_layers": null,
+            "no_rope_layer_interval": 4, "no_rope_layers": null, "attention_chunk_size": 1024, "use_qk_norm": true,
+            "attn_temperature_tuning": true, "floor_scale": 8192, "attn_scale": 0.1, "rope_theta": 500_000.0,
+            "output_router_logits": false, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0,
+            "for_llm_compressor": false}),
+    };
+    if let (Value::Object(config), Value::Object(more)) = (&mut config, more) {
+        config.extend(more);
+    }
+    match config {
+        Value::Object(map) => map,
+        _ => Map::new(),
+    }
+}

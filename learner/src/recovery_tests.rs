@@ -1,0 +1,265 @@
+//! Crashes anywhere: the same weights, every rollout once.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+
+use freewheel_types::{GroupFate, RolloutId, TaskId};
+
+use crate::LearnerError;
+use crate::assembly::{Arrival, Ledger};
+use crate::checkpoint::Checkpoints;
+use crate::config::LearnerConfig;
+use crate::core::{Learner, Recovery, checkpoint_dir, journal_dir};
+use crate::disk::faults::{Fault, FaultyDisk};
+use crate::disk::{Disk, SystemDisk};
+use crate::journal::{self, BadRollout, Position, Record};
+use crate::testing::{config, parts, script};
+
+/// What a run came to.
+#[derive(Clone, Debug, PartialEq)]
+struct Outcome {
+    weights: String,
+    masters: Vec<f32>,
+    ledger: Ledger,
+}
+
+/// Starts a learner in `dir`, as the role does.
+fn start(
+    config: &LearnerConfig,
+    dir: &Path,
+    disk: Arc<dyn Disk>,
+) -> Result<(Learner, Recovery), LearnerError> {
+    let checkpoints = Checkpoints::open(disk.clone(), &checkpoint_dir(dir), 2)?;
+    let epoch = checkpoints.epoch_floor()? + 1;
+    checkpoints.claim(epoch)?;
+    checkpoints.clean()?;
+    Learner::recover(parts(config, dir, disk), checkpoints, epoch)
+}
+
+/// Runs a learner in `dir` to its end on `script`, or to its crash. `trained` collects what was reported.
+fn drive(
+    config: &LearnerConfig,
+    dir: &Path,
+    disk: Arc<dyn Disk>,
+    script: &[Arrival],
+) -> Result<Outcome, LearnerError> {
+    let (mut learner, _) = start(config, dir, disk)?;
+    let journal = learner.journal();
+    let mut seen = learner.seen().clone();
+    let mut steps = |learner: &mut Learner| -> Result<(), LearnerError> {
+        while !learner.finished() && learner.try_step()?.is_some() {
+            learner.checkpoint(false)?;
+        }
+        Ok(())
+    };
+    steps(&mut learner)?;
+    // Deliveries come in groups of three, like fetches; the journal runs ahead of training.
+    for fetched in script.chunks(3) {
+        let mut placed = Vec::new();
+        for arrival in fetched.iter().filter(|arrival| seen.insert(arrival.rollout().0)) {
+            let record = match arrival.clone() {
+                Arrival::Scored(scored) => Record::Consumed(scored),
+                other => Record::Bad(BadRollout { rollout: other.rollout(), reason: "test".into() }),
+            };
+            placed.push((journal.lock().unwrap().append(&record)?, arrival.clone()));
+        }
+        journal.lock().unwrap().sync()?;
+        placed.into_iter().for_each(|(at, arrival)| learner.accept(arrival, at));
+        steps(&mut learner)?;
+    }
+    learner.checkpoint(true)?;
+    assert!(learner.finished(), "the script holds enough groups");
+    Ok(Outcome {
+        weights: learner.policy().digest().to_string(),
+        masters: learner.policy().optimizer().masters().to_vec(),
+        ledger: *learner.ledger(),
+    })
+}
+
+fn uninterrupted(config: &LearnerConfig, script: &[Arrival]) -> (Outcome, usize) {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Arc::new(FaultyDisk::new(None));
+    let outcome = drive(config, dir.path(), disk.clone(), script).unwrap();
+    (outcome, disk.operations())
+}
+
+/// Rollouts trained on, read back from the journal; no rollout may be there twice.
+fn trained(dir: &Path) -> Vec<RolloutId> {
+    let mut all = Vec::new();
+    journal::read(&SystemDisk, &journal_dir(dir), Position::default(), &mut |_, record| {
+        if let Record::StepFormed(formed) = record {
+            all.extend(formed.rollouts);
+        }
+        Ok(())
+    })
+    .unwrap();
+    all
+}
+
+#[test]
+fn a_power_cut_at_any_file_operation_changes_no_bit_and_trains_nothing_twice() {
+    let (config, script) = (config(7), script(22));
+    let (expected, operations) = uninterrupted(&config, &script);
+    assert!(operations > 100, "{operations} operations are too few to mean much");
+    for at in 0..operations {
+        let dir = tempfile::tempdir().unwrap();
+        let cut = Arc::new(FaultyDisk::new(Some((at, Fault::Crash))));
+        assert!(drive(&config, dir.path(), cut, &script).is_err(), "operation {at} did not fail");
+        let resumed = drive(&config, dir.path(), Arc::new(SystemDisk), &script)
+            .unwrap_or_else(|error| panic!("after a cut at operation {at}: {error}"));
+        assert_eq!(resumed, expected, "after a cut at operation {at}");
+        let trained = trained(dir.path());
+        let distinct: BTreeSet<_> = trained.iter().collect();
+        assert_eq!(
+            (trained.len() as u64, distinct.len()),
+            (expected.ledger.trained, trained.len()),
+            "cut at {at}"
+        );
+    }
+}
+
+#[test]
+fn two_power_cuts_are_no_worse_than_one() {
+    let (config, script) = (config(7), script(22));
+    let (expected, operations) = uninterrupted(&config, &script);
+    for seed in 0..60 {
+        let dir = tempfile::tempdir().unwrap();
+        for stream in 0..2 {
+            let at = freewheel_types::CounterRng::new(seed, stream).below(0, operations as u64) as usize;
+            drive(&config, dir.path(), Arc::new(FaultyDisk::new(Some((at, Fault::Crash)))), &script).ok();
+        }
+        assert_eq!(
+            drive(&config, dir.path(), Arc::new(SystemDisk), &script).unwrap(),
+            expected,
+            "seed {seed}"
+        );
+    }
+}
+
+#[test]
+fn an_io_error_ends_the_learner_or_costs_a_checkpoint_but_never_a_rollout() {
+    let (config, script) = (config(5), script(16));
+    let (expected, operations) = uninterrupted(&config, &script);
+    for at in 0..operations {
+        let dir = tempfile::tempdir().unwrap();
+        let faulty = Arc::new(FaultyDisk::new(Some((at, Fault::Eio))));
+        if let Ok(outcome) = drive(&config, dir.path(), faulty, &script) {
+            assert_eq!(outcome, expected);
+        }
+        assert_eq!(
+            drive(&config, dir.path(), Arc::new(SystemDisk), &script).unwrap(),
+            expected,
+            "EIO at {at}"
+        );
+    }
+}
+
+#[test]
+fn after_a_failed_fsync_the_journal_takes_nothing_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let record = || Record::Bad(BadRollout { rollout: RolloutId(1), reason: String::new() });
+    // Operations: folder, segment, two syncs; then append and fsync.
+    let disk = Arc::new(FaultyDisk::new(Some((5, Fault::Eio))));
+    let mut journal = journal::Journal::open(disk, dir.path()).unwrap();
+    journal.append(&record()).unwrap();
+    assert!(journal.sync().unwrap_err().to_string().contains("fsync"));
+    journal.append(&record()).unwrap();
+    let again = journal.sync().unwrap_err();
+    assert!(matches!(again, LearnerError::Disk { .. }), "the second fsync must not claim success");
+}
+
+#[test]
+fn a_full_disk_costs_checkpoints_and_then_ends_the_run_with_the_old_ones_intact() {
+    let (config, script) = (config(12), script(40));
+    let dir = tempfile::tempdir().unwrap();
+    drive(&self::config(2), dir.path(), Arc::new(SystemDisk), &script).unwrap();
+    let (mut learner, _) = start(&config, dir.path(), Arc::new(SystemDisk)).unwrap();
+    drop(learner.take_outcomes());
+    let checkpoints = Checkpoints::open(Arc::new(SystemDisk), &checkpoint_dir(dir.path()), 2).unwrap();
+    assert_eq!(checkpoints.newest().unwrap().unwrap().state.step, 2);
+    // From some operation on nothing can be written: the journal fails, which ends the learner.
+    let full = Arc::new(FaultyDisk::new(Some((30, Fault::Full))));
+    let error = drive(&config, dir.path(), full, &script).unwrap_err();
+    assert!(matches!(error, LearnerError::Disk { .. }), "{error}");
+    assert!(checkpoints.newest().unwrap().unwrap().state.step >= 2);
+}
+
+#[test]
+fn a_damaged_newest_checkpoint_gives_way_to_the_one_before() {
+    let (config, script) = (config(7), script(22));
+    let (expected, _) = uninterrupted(&config, &script);
+    for file in ["state.json", "trainer.safetensors", "model.bin", "digests.json"] {
+        let dir = tempfile::tempdir().unwrap();
+        drive(&config, dir.path(), Arc::new(SystemDisk), &script).unwrap();
+        let checkpoints = Checkpoints::open(Arc::new(SystemDisk), &checkpoint_dir(dir.path()), 2).unwrap();
+        let (_, step, newest) = checkpoints.committed().unwrap().pop().unwrap();
+        assert_eq!(step, 7);
+        let path = newest.join(file);
+        let mut bytes = std::fs::read(&path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 4;
+        std::fs::write(&path, bytes).unwrap();
+        let (learner, recovery) = start(&config, dir.path(), Arc::new(SystemDisk)).unwrap();
+        assert_eq!((recovery.checkpoint_step, recovery.replayed_steps), (Some(6), 1), "{file}");
+        assert_eq!(learner.policy().digest().to_string(), expected.weights, "{file}");
+    }
+}
+
+#[test]
+fn an_old_learner_that_wakes_up_is_fenced_and_its_writes_do_not_count() {
+    let (config, script) = (config(7), script(22));
+    let (expected, _) = uninterrupted(&config, &script);
+    let dir = tempfile::tempdir().unwrap();
+    let disk: Arc<dyn Disk> = Arc::new(SystemDisk);
+    let (mut old, _) = start(&config, dir.path(), disk.clone()).unwrap();
+    for arrival in &script[..18] {
+        let Arrival::Scored(scored) = arrival.clone() else { continue };
+        let at = old.journal().lock().unwrap().append(&Record::Consumed(scored)).unwrap();
+        old.accept(arrival.clone(), at);
+    }
+    old.journal().lock().unwrap().sync().unwrap();
+    let (new, _) = start(&config, dir.path(), disk.clone()).unwrap();
+    let error = old.try_step().map(drop).unwrap_err();
+    assert!(matches!(error, LearnerError::Fenced { epoch: 1, .. }), "{error}");
+    assert!(matches!(old.checkpoint(true).unwrap_err(), LearnerError::Fenced { .. }));
+    // Even if it gets a record past the check, it lands behind the seal.
+    let stray = Record::Bad(BadRollout { rollout: TaskId(3).rollout(1), reason: "stray".into() });
+    old.journal().lock().unwrap().append(&stray).unwrap();
+    old.journal().lock().unwrap().sync().unwrap();
+    drop((old, new));
+    assert_eq!(drive(&config, dir.path(), disk, &script).unwrap(), expected);
+}
+
+#[test]
+fn outcomes_of_replayed_groups_are_told_again() {
+    let (config, script) = (config(7), script(22));
+    let dir = tempfile::tempdir().unwrap();
+    drive(&config, dir.path(), Arc::new(SystemDisk), &script).unwrap();
+    let (mut learner, _) = start(&config, dir.path(), Arc::new(SystemDisk)).unwrap();
+    let told = learner.take_outcomes();
+    let trained = told.iter().filter(|outcome| matches!(outcome.fate, GroupFate::Trained { .. })).count();
+    assert_eq!(trained, 14, "seven steps of two groups");
+}
+
+#[test]
+fn a_run_taken_up_with_another_model_is_refused() {
+    let (config, script) = (config(3), script(22));
+    let dir = tempfile::tempdir().unwrap();
+    drive(&config, dir.path(), Arc::new(SystemDisk), &script).unwrap();
+    for entry in std::fs::read_dir(checkpoint_dir(dir.path())).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            std::fs::remove_dir_all(path).unwrap();
+        }
+    }
+    let disk: Arc<dyn Disk> = Arc::new(SystemDisk);
+    let mut parts = parts(&config, dir.path(), disk.clone());
+    let params = crate::testing::params(freewheel_types::WeightsDtype::F32);
+    let trainer = Box::new(crate::testing::Bigram::new(&params));
+    parts.policy =
+        crate::policy::Policy::new(trainer, params, config.optimizer(), freewheel_kernels::Threads::single());
+    let checkpoints = Checkpoints::open(disk, &checkpoint_dir(dir.path()), 2).unwrap();
+    let error = Learner::recover(parts, checkpoints, 9).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("model.path"), "{error}");
+}

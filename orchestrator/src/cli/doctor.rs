@@ -1,0 +1,182 @@
+//! `freewheel doctor`: this machine, and what a config needs of it.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use freewheel_kernels::measure;
+use freewheel_queue::Backend;
+use freewheel_queue::redis::managed::ManagedServer;
+use freewheel_types::WeightsDtype;
+use serde_json::{Map, Value, json};
+
+use super::ConfigArgs;
+use super::run::runtime;
+use super::table::{bytes, table};
+use crate::config::Loaded;
+use crate::cost::Cost;
+use crate::run::prepare;
+
+/// Look at this machine: processor, memory, disk, Redis; with a config, what a run of it will need.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  freewheel doctor\n  freewheel doctor configs/quickstart.toml --json")]
+pub struct DoctorArgs {
+    /// Config file: plans its memory and checks its inputs.
+    config: Option<PathBuf>,
+    /// Change one value of the config. May be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE", requires = "config")]
+    overrides: Vec<String>,
+    /// Measure memory bandwidth and compute peak (a second each).
+    #[arg(long)]
+    measure: bool,
+    /// Print as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What was found: facts in order, and what is wrong or unwise.
+#[derive(Default)]
+struct Findings {
+    facts: Map<String, Value>,
+    warnings: Vec<String>,
+}
+
+impl DoctorArgs {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        let mut found = Findings::default();
+        machine(&mut found, self.measure);
+        if let Some(config) = self.config {
+            let loaded = ConfigArgs { config, overrides: self.overrides }.load()?;
+            disk(&mut found, &loaded.run_dir());
+            queue(&mut found, &loaded)?;
+            plan(&mut found, &loaded)?;
+        } else {
+            disk(&mut found, Path::new("."));
+        }
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&json!({"facts": found.facts, "warnings": found.warnings}))?);
+            return Ok(());
+        }
+        let rows: Vec<Vec<String>> = found
+            .facts
+            .iter()
+            .map(|(name, value)| {
+                let shown = match value {
+                    Value::Number(n) if name.ends_with("_bytes") => n.as_u64().map_or_else(|| n.to_string(), bytes),
+                    Value::String(text) => text.clone(),
+                    other => other.to_string(),
+                };
+                vec![name.trim_end_matches("_bytes").to_owned(), shown]
+            })
+            .collect();
+        print!("{}", table(&["what", "found"], &rows));
+        found.warnings.iter().for_each(|warning| println!("warning: {warning}"));
+        Ok(())
+    }
+}
+
+fn machine(found: &mut Findings, measured: bool) {
+    let features = measure::cpu_features();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    found.facts.insert("cores".into(), json!(cores));
+    found.facts.insert("kernels".into(), json!(features.used));
+    if features.used != features.detected {
+        found.warnings.push(format!("{} is there, FREEWHEEL_KERNELS chose {}", features.detected, features.used));
+    }
+    if features.used == "portable" {
+        found.warnings.push("no vector instructions that the kernels know: expect a tenth of the speed or less".into());
+    }
+    found.facts.insert("gpu".into(), json!("not used by this build"));
+    for (name, key) in [("memory_bytes", "MemTotal:"), ("memory_available_bytes", "MemAvailable:")] {
+        if let Some(value) = memory(key) {
+            found.facts.insert(name.into(), json!(value));
+        }
+    }
+    if measured {
+        let threads = crate::policy::threads(0);
+        found.facts.insert("read_gb_per_s".into(), json!((measure::read_bandwidth(&threads) / 1e8).round() / 10.0));
+        let peak = measure::peak_flops(&threads, freewheel_kernels::Precision::Bf16);
+        found.facts.insert("bf16_gflop_per_s".into(), json!((peak / 1e9).round()));
+    }
+}
+
+fn memory(key: &str) -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find(|line| line.starts_with(key))?;
+    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib << 10)
+}
+
+/// Free space where `path` is or will be.
+fn disk(found: &mut Findings, path: &Path) {
+    let there = path.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("."));
+    let there = if there.as_os_str().is_empty() { Path::new(".") } else { there };
+    if let Ok(stat) = nix::sys::statvfs::statvfs(there) {
+        let free = stat.blocks_available() as u64 * stat.fragment_size() as u64;
+        found.facts.insert("disk_free_bytes".into(), json!(free));
+        if free < 1 << 30 {
+            found.warnings.push(format!("less than 1 GiB free at {}", there.display()));
+        }
+    }
+}
+
+fn queue(found: &mut Findings, loaded: &Loaded) -> anyhow::Result<()> {
+    let queue = &loaded.config.queue;
+    if queue.backend == Backend::Memory {
+        found.facts.insert("queue".into(), json!("memory"));
+        return Ok(());
+    }
+    if queue.url.0 == "managed" {
+        found.facts.insert("queue".into(), json!("a private server, started with the run"));
+        if !ManagedServer::available() {
+            found.warnings.push("no redis-server or valkey-server on the PATH (Debian: apt-get install redis-server)".into());
+        }
+        return Ok(());
+    }
+    match runtime()?.block_on(freewheel_queue::redis::inspect(&queue.url)) {
+        Ok(report) => {
+            found.facts.insert("queue".into(), json!(format!("{} {} at {}", report.server, report.version, report.address)));
+            found.warnings.extend(report.warnings);
+        }
+        Err(error) => found.warnings.push(error.to_string()),
+    }
+    Ok(())
+}
+
+/// Memory of a run in one process, by what holds it.
+fn plan(found: &mut Findings, loaded: &Loaded) -> anyhow::Result<()> {
+    let model = prepare::model(loaded)?;
+    let cost = Cost::of(&model.model);
+    let config = &loaded.config;
+    let element = match model.params.dtype() {
+        WeightsDtype::Bf16 => 2,
+        WeightsDtype::F32 => 4,
+    };
+    let n = cost.parameters;
+    let actors = config.actor.processes as u64;
+    let context = model.model.spec().max_positions as u64;
+    // Pages beyond what all slots can hold are never made.
+    let kv = config.actor.kv_bytes.min((config.actor.max_live as u64 + 1) * (context + 16) * cost.kv_bytes);
+    // Two packed versions (one in use, one being filled) and the shadow copy.
+    let actor = n * element * 3 + kv;
+    // Weights, packed with transposes, f32 masters, two moments, gradient.
+    let learner = n * element * 3 + n * 16;
+    let reference = if config.learner.loss.kl_coef > 0.0 { n * element } else { 0 };
+    let eval = n * element * 3 + kv;
+    let total = actor * actors + learner + reference + eval + config.queue.max_bytes.min(64 << 20);
+    for (name, value) in [
+        ("parameters", n),
+        ("plan_actor_bytes", actor),
+        ("plan_learner_bytes", learner + reference),
+        ("plan_evaluation_bytes", eval),
+        ("plan_total_bytes", total),
+    ] {
+        found.facts.insert(name.into(), json!(value));
+    }
+    if let Some(free) = memory("MemAvailable:").filter(|free| total > *free) {
+        found.warnings.push(format!(
+            "the plan needs {}, {} are free: lower actor.kv_bytes, actor.max_live or actor.processes",
+            bytes(total),
+            bytes(free)
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,145 @@
+//! What the pool is built for, and why it may refuse.
+
+use freewheel_types::PromptId;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// How prompts are chosen.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct CurriculumConfig {
+    /// "informative" (default): by the probability that a group has both right and wrong answers. "uniform": each
+    /// prompt equally often, nothing retired.
+    pub selection: Selection,
+    /// Exponent of that probability; higher is pickier. 0 to 16, default 4.
+    pub sharpness: f64,
+    /// Share of tasks that go to the prompts least seen. 0 to 1, default 0.1.
+    pub explore: f64,
+    /// Share of tasks that check retired prompts. 0 to 1, default 0.05.
+    pub canary: f64,
+    /// How much of a belief is left after one policy version. Above 0, up to 1, default 0.98.
+    pub decay: f64,
+    /// How many samples what a prompt's tags have shown is worth. 0 or more, default 4.
+    pub tag_prior: f64,
+    /// A prompt solved more often than this is retired. Default 0.95.
+    pub retire_above: f64,
+    /// A prompt solved less often than this is retired. Default 0.02.
+    pub retire_below: f64,
+    /// Samples before a prompt may be retired. Default 32.
+    pub retire_samples: u64,
+    /// Replacements per consumed group above which a warning is given. Default 4.
+    pub refill_warn: u32,
+}
+
+impl Default for CurriculumConfig {
+    fn default() -> Self {
+        Self {
+            selection: Selection::Informative,
+            sharpness: 4.0,
+            explore: 0.1,
+            canary: 0.05,
+            decay: 0.98,
+            tag_prior: 4.0,
+            retire_above: 0.95,
+            retire_below: 0.02,
+            retire_samples: 32,
+            refill_warn: 4,
+        }
+    }
+}
+
+/// The ways to choose.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Selection {
+    /// By the probability of a mixed group.
+    #[default]
+    Informative,
+    /// Least seen first, in random order.
+    Uniform,
+}
+
+/// What the pool is built for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PoolParams {
+    /// Rollouts per task, 2 to 64.
+    pub group_size: u32,
+    /// Groups per update, at least 1.
+    pub groups_per_step: u32,
+    /// Largest staleness a sample may have when it is consumed, in updates.
+    pub max_staleness: u32,
+    /// Run seed.
+    pub seed: u64,
+    /// How prompts are chosen.
+    pub curriculum: CurriculumConfig,
+}
+
+impl PoolParams {
+    /// Most groups that may be outstanding.
+    pub fn budget(&self) -> usize {
+        (self.max_staleness as usize + 1) * self.groups_per_step as usize
+    }
+
+    /// Everything out of range, as (key, message).
+    pub fn problems(&self) -> Vec<(&'static str, String)> {
+        let c = &self.curriculum;
+        let share = |x: f64| (0.0..=1.0).contains(&x);
+        let checks = [
+            ("group_size", (2..=64).contains(&self.group_size), "must be 2 to 64"),
+            ("groups_per_step", self.groups_per_step >= 1, "must be at least 1"),
+            ("sharpness", (0.0..=16.0).contains(&c.sharpness), "must be 0 to 16"),
+            ("explore", share(c.explore), "must be 0 to 1"),
+            (
+                "canary",
+                share(c.canary) && c.explore + c.canary <= 1.0,
+                "must be 0 to 1, with explore at most 1",
+            ),
+            ("decay", c.decay > 0.0 && c.decay <= 1.0, "must be above 0, up to 1"),
+            ("tag_prior", (0.0..=1e6).contains(&c.tag_prior), "must be 0 to 1000000"),
+            (
+                "retire_above",
+                share(c.retire_above) && c.retire_above > c.retire_below,
+                "must be up to 1, above retire_below",
+            ),
+            ("retire_below", share(c.retire_below), "must be 0 to 1"),
+        ];
+        checks
+            .iter()
+            .filter(|(_, fine, _)| !fine)
+            .map(|(key, _, message)| (*key, (*message).to_owned()))
+            .collect()
+    }
+}
+
+/// Why the pool cannot go on.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PoolError {
+    /// No prompts.
+    #[error("there are no prompts to issue")]
+    NoPrompts,
+    /// Every prompt was set aside.
+    #[error(
+        "all {prompts} prompts are quarantined: their groups failed or could not be scored; the last reason was {reason:?}"
+    )]
+    Exhausted {
+        /// How many there are.
+        prompts: usize,
+        /// Why the last one was set aside.
+        reason: String,
+    },
+    /// Two prompts share an id.
+    #[error("two prompts have the id {0}")]
+    Duplicate(PromptId),
+    /// A saved state or log names a prompt that is not there.
+    #[error(
+        "the saved pool names prompt {0}, which is not among the prompts of this run; the prompt file or generator settings were changed"
+    )]
+    UnknownPrompt(PromptId),
+    /// A saved state or log contradicts itself.
+    #[error("the saved pool is not consistent: {0}")]
+    Inconsistent(String),
+    /// A parameter is out of range.
+    #[error("{0}")]
+    Params(String),
+}

@@ -1,0 +1,294 @@
+//! The pool against synthetic policies of known skill.
+
+use freewheel_types::PromptBody;
+use proptest::prelude::*;
+
+use super::super::params::CurriculumConfig;
+use super::*;
+
+fn prompts(n: usize) -> Vec<Prompt> {
+    (0..n)
+        .map(|i| Prompt {
+            id: PromptId::of(&i.to_le_bytes()),
+            name: None,
+            body: PromptBody::Text(format!("{i}")),
+            answer: None,
+            tags: vec![format!("level-{}", i % 4)],
+            verifier: None,
+            meta: None,
+        })
+        .collect()
+}
+
+fn params(max_staleness: u32, groups_per_step: u32) -> PoolParams {
+    PoolParams {
+        group_size: 8,
+        groups_per_step,
+        max_staleness,
+        seed: 5,
+        curriculum: CurriculumConfig::default(),
+    }
+}
+
+fn outcome(task: &Task, right: u32, version: u64, fate: GroupFate) -> GroupOutcome {
+    GroupOutcome {
+        task: task.id,
+        prompt: task.prompt.id,
+        version: PolicyVersion::new(1, version),
+        sampled_by: PolicyVersion::new(1, version),
+        scored: task.group_size,
+        correct: right,
+        reward_mean: Some(right as f32 / task.group_size as f32),
+        fate,
+        dropped: vec![],
+    }
+}
+
+/// Issues all that the budget allows.
+fn fill(pool: &mut PromptPool) -> Vec<Task> {
+    std::iter::from_fn(|| pool.next_task().unwrap()).collect()
+}
+
+#[test]
+fn synchronous_mode_waits_for_the_update_that_consumed_the_batch_before() {
+    let mut pool = PromptPool::new(prompts(100), params(0, 4)).unwrap();
+    let first = fill(&mut pool);
+    assert_eq!(
+        first.iter().map(|t| (t.id.0, t.min_version.step)).collect::<Vec<_>>(),
+        [(0, 0), (1, 0), (2, 0), (3, 0)]
+    );
+    for (seen, task) in first.iter().enumerate() {
+        pool.apply(&outcome(task, 4, 0, GroupFate::Trained { step: 1 }));
+        // Even while the outcomes of the update are arriving, the next batch asks for its weights, not for newer ones.
+        let next = fill(&mut pool);
+        assert_eq!(next.len(), 1, "after {seen}");
+        assert_eq!(next[0].min_version, PolicyVersion::new(1, 1));
+    }
+}
+
+#[test]
+fn a_dropped_group_is_replaced_by_one_and_an_outcome_counts_once() {
+    let mut pool = PromptPool::new(prompts(100), params(1, 4)).unwrap();
+    let tasks = fill(&mut pool);
+    assert_eq!(tasks.len(), 8);
+    let dropped = outcome(&tasks[3], 8, 0, GroupFate::Dropped(DropReason::ZeroSignal));
+    assert_eq!(pool.apply(&dropped), Applied::Ended);
+    let state = pool.state();
+    assert_eq!(pool.apply(&dropped), Applied::Ignored);
+    assert_eq!(pool.state(), state);
+    let refill = fill(&mut pool);
+    assert_eq!(refill.iter().map(|t| t.id.0).collect::<Vec<_>>(), [8]);
+    assert!((pool.metrics().zero_signal - 1.0).abs() <= 1e-12);
+}
+
+#[test]
+fn a_prompt_that_cannot_be_scored_or_crashes_actors_is_set_aside() {
+    let mut pool = PromptPool::new(prompts(2), params(0, 1)).unwrap();
+    let first = fill(&mut pool).remove(0);
+    pool.apply(&outcome(&first, 0, 0, GroupFate::Dropped(DropReason::Invalid)));
+    assert_eq!(pool.metrics().quarantined, 1);
+    let mut reasons = 0;
+    let error = loop {
+        match pool.next_task() {
+            Ok(Some(task)) => {
+                assert_ne!(task.prompt.id, first.prompt.id);
+                let mut unscored = outcome(&task, 0, 0, GroupFate::Dropped(DropReason::Unscored));
+                unscored.scored = 0;
+                pool.apply(&unscored);
+                reasons += 1;
+            }
+            Ok(None) => panic!("the budget has room"),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(reasons, UNSCORED_MAX);
+    assert!(error.to_string().contains("all 2 prompts are quarantined"), "{error}");
+}
+
+/// Runs a policy that solves prompt `i` with probability `skill(i)`; gives the share of mixed groups over the last half.
+fn informative_share(selection: Selection, skill: impl Fn(usize) -> f64) -> (f64, PoolMetrics) {
+    let all = prompts(400);
+    let index: BTreeMap<PromptId, usize> = all.iter().enumerate().map(|(i, p)| (p.id, i)).collect();
+    let curriculum = CurriculumConfig { selection, ..Default::default() };
+    let mut pool = PromptPool::new(all, PoolParams { curriculum, ..params(1, 16) }).unwrap();
+    let (mut mixed, mut counted, mut step) = (0, 0, 0);
+    let mut batch = 0;
+    for n in 0..4000 {
+        while let Some(_task) = pool.next_task().unwrap() {}
+        let task = pool.task(pool.outstanding()[0]).unwrap();
+        let p = skill(index[&task.prompt.id]);
+        let rng = CounterRng::new(99, task.id.0);
+        let right = (0..task.group_size).filter(|k| rng.uniform(u64::from(*k)) < p).count() as u32;
+        let informative = right > 0 && right < task.group_size;
+        let fate = if informative {
+            batch += 1;
+            GroupFate::Trained { step: step + 1 }
+        } else {
+            GroupFate::Dropped(DropReason::ZeroSignal)
+        };
+        pool.apply(&outcome(&task, right, step, fate));
+        if batch == 16 {
+            (batch, step) = (0, step + 1);
+        }
+        if n >= 2000 {
+            counted += 1;
+            mixed += u32::from(informative);
+        }
+    }
+    (f64::from(mixed) / f64::from(counted), pool.metrics())
+}
+
+#[test]
+fn most_groups_are_informative_where_most_prompts_are_not() {
+    // A third always solved, a third never, the rest in between.
+    let skill = |i: usize| match i % 3 {
+        0 => 0.995,
+        1 => 0.005,
+        _ => 0.1 + 0.8 * (i as f64 / 400.0),
+    };
+    let (uniform, _) = informative_share(Selection::Uniform, skill);
+    let (chosen, metrics) = informative_share(Selection::Informative, skill);
+    println!("informative groups: uniform {uniform:.3}, chosen {chosen:.3}; {metrics:?}");
+    assert!(uniform <= 0.40, "uniform {uniform}");
+    assert!(chosen >= 0.80, "chosen {chosen}");
+    assert!(metrics.retired > 0, "{metrics:?}");
+}
+
+#[test]
+fn tags_tell_about_prompts_never_seen() {
+    // Level 0 is always solved, level 3 never.
+    let skill = |i: usize| [1.0, 0.6, 0.4, 0.0][i % 4];
+    let (chosen, _) = informative_share(Selection::Informative, skill);
+    assert!(chosen >= 0.80, "chosen {chosen}");
+}
+
+#[test]
+fn a_retired_prompt_comes_back_when_it_is_no_longer_solved() {
+    let mut pool = PromptPool::new(prompts(40), params(0, 1)).unwrap();
+    let (mut step, mut returned) = (0, None);
+    for n in 0..3000_u64 {
+        let task = fill(&mut pool).remove(0);
+        // All prompts of level 0 are solved until update 600, then the policy forgets them.
+        let level_0 = task.prompt.tags[0] == "level-0";
+        let right = if level_0 { if n < 600 { task.group_size } else { 0 } } else { task.group_size / 2 };
+        let fate = if right == 0 || right == task.group_size {
+            GroupFate::Dropped(DropReason::ZeroSignal)
+        } else {
+            step += 1;
+            GroupFate::Trained { step }
+        };
+        pool.apply(&outcome(&task, right, step, fate));
+        if n == 599 {
+            assert!(pool.metrics().retired >= 3, "{:?}", pool.metrics());
+        }
+        if n > 600
+            && returned.is_none()
+            && level_0
+            && right == 0
+            && !pool.retired(pool.index[&task.prompt.id])
+        {
+            returned = Some(n);
+        }
+    }
+    assert!(returned.is_some_and(|n| n <= 900), "returned at {returned:?}");
+}
+
+#[test]
+fn a_saved_state_goes_on_with_the_same_choices() {
+    let mut pool = PromptPool::new(prompts(50), params(2, 4)).unwrap();
+    for n in 0..60 {
+        for task in fill(&mut pool).iter().take(4) {
+            pool.apply(&outcome(task, (n % 9) as u32, n, GroupFate::Trained { step: n + 1 }));
+        }
+    }
+    let saved = serde_json::to_string(&pool.state()).unwrap();
+    let state: PoolState = serde_json::from_str(&saved).unwrap();
+    let mut again = PromptPool::restore(prompts(50), params(2, 4), state).unwrap();
+    for _ in 0..20 {
+        let first = pool.outstanding()[0];
+        let task = pool.task(first).unwrap();
+        assert_eq!(again.task(first), Some(task.clone()));
+        let end = outcome(&task, 3, 61, GroupFate::Trained { step: 62 });
+        assert_eq!((pool.apply(&end), again.apply(&end)), (Applied::Ended, Applied::Ended));
+        assert_eq!(fill(&mut pool), fill(&mut again));
+    }
+    let other = PromptPool::restore(prompts(3), params(2, 4), pool.state()).unwrap_err();
+    assert!(matches!(other, PoolError::UnknownPrompt(_)), "{other}");
+}
+
+#[test]
+fn parameters_out_of_range_are_named() {
+    let mut bad = params(0, 1);
+    bad.curriculum.decay = 0.0;
+    assert!(PromptPool::new(prompts(1), bad).unwrap_err().to_string().contains("decay"));
+    assert_eq!(PromptPool::new(vec![], params(0, 1)).unwrap_err(), PoolError::NoPrompts);
+    let twice = [prompts(1), prompts(1)].concat();
+    assert!(matches!(PromptPool::new(twice, params(0, 1)), Err(PoolError::Duplicate(_))));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// A learner that takes groups in issue order, drops some, and publishes every update: the budget holds, ids are
+    /// gapless, nothing is lost, no consumed group is staler than allowed, and the log gives the same pool.
+    #[test]
+    fn the_budget_bounds_staleness_and_nothing_is_lost(
+        max_staleness in 0_u32..4,
+        per_step in 1_u32..6,
+        actions in prop::collection::vec((0_u8..4, 0_u32..9), 1..200),
+    ) {
+        let params = params(max_staleness, per_step);
+        let mut pool = PromptPool::new(prompts(30), params.clone()).unwrap();
+        let (mut log, mut issued, mut ended) = (Vec::new(), Vec::new(), BTreeSet::new());
+        let (mut step, mut batch): (u64, Vec<Task>) = (0, Vec::new());
+        let mut unreported: Vec<GroupOutcome> = Vec::new();
+        for (action, right) in actions {
+            while let Some(task) = pool.next_task().unwrap() {
+                prop_assert_eq!(task.id.0, issued.len() as u64);
+                log.push(PoolRecord::Issued {
+                    task: task.id, prompt: task.prompt.id, group_size: task.group_size, min_version: task.min_version,
+                });
+                issued.push(task);
+            }
+            prop_assert!(pool.outstanding().len() <= params.budget());
+            let held: BTreeSet<TaskId> = batch.iter().map(|t| t.id).chain(unreported.iter().map(|o| o.task)).collect();
+            let next = pool.outstanding().into_iter().find(|id| !held.contains(id)).and_then(|id| pool.task(id));
+            match (action, next) {
+                // The learner drops the next group.
+                (0, Some(task)) => unreported.push(outcome(&task, 8, step, GroupFate::Dropped(DropReason::ZeroSignal))),
+                // It takes the next group; drawn by weights no newer than the newest, no older than asked for.
+                (1 | 2, Some(task)) => {
+                    prop_assert!(task.min_version.step <= step, "{:?} is not published at {}", task.min_version, step);
+                    prop_assert!(step - task.min_version.step <= u64::from(max_staleness),
+                        "task {} from {:?} is consumed at {}", task.id, task.min_version, step);
+                    batch.push(task);
+                    if batch.len() == per_step as usize {
+                        step += 1;
+                        unreported.extend(batch.drain(..).map(|task| {
+                            let mut o = outcome(&task, right.min(7), step - 1, GroupFate::Trained { step });
+                            o.correct = o.correct.min(task.group_size);
+                            o
+                        }));
+                    }
+                }
+                // Outcomes arrive one at a time.
+                _ => {
+                    if !unreported.is_empty() {
+                        let o = unreported.remove(0);
+                        prop_assert_eq!(pool.apply(&o), Applied::Ended);
+                        ended.insert(o.task);
+                        log.push(PoolRecord::Ended(o));
+                    }
+                }
+            }
+        }
+        let outstanding: BTreeSet<TaskId> = pool.outstanding().into_iter().collect();
+        prop_assert!(outstanding.is_disjoint(&ended));
+        prop_assert_eq!(outstanding.len() + ended.len(), issued.len());
+        let mut rebuilt = PromptPool::new(prompts(30), params).unwrap();
+        for record in &log {
+            rebuilt.replay(record).unwrap();
+        }
+        prop_assert_eq!(rebuilt.state(), pool.state());
+    }
+}

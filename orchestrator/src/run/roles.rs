@@ -1,0 +1,152 @@
+//! One function a role: config and links in, the role's crate does the rest. Used by a run in one process and by the role
+//! commands alike.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use freewheel_actor::{ActorDeps, ActorMetrics};
+use freewheel_learner::{LearnerDeps, LearnerSummary};
+use freewheel_model::LoadedModel;
+use freewheel_queue::{PolicyStore, RolloutQueue};
+use freewheel_reward::{RewardDeps, RewardSummary};
+use freewheel_types::{ActorId, Prompt};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::tap::TappedQueue;
+use crate::config::{Loaded, pool_params};
+use crate::folder::{RunMetrics, SampleLog, names};
+use crate::policy::{Codec, CpuLoader};
+use crate::prompts::{PoolDeps, PoolLog, PoolMetrics, PoolRecord};
+
+/// Name of the pool's log in a run's folder.
+pub const POOL_LOG: &str = "pool.log";
+
+/// What every role is connected to.
+#[derive(Clone)]
+pub struct Links {
+    /// Rollout streams.
+    pub queue: Arc<dyn RolloutQueue>,
+    /// Weights.
+    pub store: Arc<dyn PolicyStore>,
+}
+
+/// Runs one actor.
+///
+/// # Errors
+/// As the role.
+pub async fn actor(
+    loaded: &Loaded,
+    model: &LoadedModel,
+    links: Links,
+    name: String,
+    threads: usize,
+    metrics: watch::Sender<ActorMetrics>,
+    shutdown: CancellationToken,
+) -> anyhow::Result<ActorMetrics> {
+    let config = loaded.config.actor.clone();
+    let deps = ActorDeps {
+        actor: ActorId(name.clone()),
+        queue: links.queue,
+        store: links.store,
+        loader: CpuLoader::new(model, crate::policy::threads(threads)),
+        codec: Arc::new(Codec(model.tokenizer.clone())),
+        eos_ids: model.generation.eos_ids.clone(),
+        lease: Duration::from_secs_f64(loaded.config.queue.lease_s),
+        metrics,
+    };
+    freewheel_actor::run(config, deps, shutdown).await.with_context(|| format!("actor {name}"))
+}
+
+/// Runs one reward worker.
+///
+/// # Errors
+/// As the role.
+pub async fn reward(
+    loaded: &Loaded,
+    links: Links,
+    name: String,
+    shutdown: CancellationToken,
+) -> anyhow::Result<RewardSummary> {
+    let deps = RewardDeps { queue: links.queue, worker: name };
+    freewheel_reward::run(loaded.config.reward.clone(), deps, shutdown).await.context("reward worker")
+}
+
+/// Runs the prompt pool.
+///
+/// # Errors
+/// As the role.
+pub async fn prompts(
+    loaded: &Loaded,
+    prompts: Vec<Prompt>,
+    links: Links,
+    run_dir: &Path,
+    metrics: watch::Sender<PoolMetrics>,
+    shutdown: CancellationToken,
+) -> anyhow::Result<PoolMetrics> {
+    let deps = PoolDeps { queue: links.queue, log: run_dir.join(POOL_LOG), metrics: Some(metrics) };
+    crate::prompts::run(prompts, pool_params(&loaded.config), deps, shutdown).await.context("prompt pool")
+}
+
+/// Rollouts of groups that ended in earlier lives of a run.
+///
+/// # Errors
+/// If the pool's log is damaged.
+pub fn ended_before(run_dir: &Path) -> anyhow::Result<u64> {
+    let path = run_dir.join(POOL_LOG);
+    if !path.exists() {
+        return Ok(0);
+    }
+    let (_, records) = PoolLog::open(&path)?;
+    let mut sizes = std::collections::BTreeMap::new();
+    let mut ended = 0;
+    for record in &records {
+        match record {
+            PoolRecord::Issued { task, group_size, .. } => {
+                sizes.insert(*task, u64::from(*group_size));
+            }
+            PoolRecord::Ended(outcome) => ended += sizes.remove(&outcome.task).unwrap_or(0),
+        }
+    }
+    Ok(ended)
+}
+
+/// Runs the learner. `fresh_queue`: the queue began with this process, so what ended before is not in its counters.
+///
+/// # Errors
+/// As the role.
+#[expect(clippy::too_many_arguments, reason = "each is another thing, none of like type")]
+pub async fn learner(
+    loaded: &Loaded,
+    model: LoadedModel,
+    links: Links,
+    run_dir: &Path,
+    threads: usize,
+    fresh_queue: bool,
+    metrics: Arc<RunMetrics>,
+    shutdown: CancellationToken,
+) -> anyhow::Result<LearnerSummary> {
+    let config = &loaded.config;
+    let log = &config.log;
+    let samples = SampleLog::new(&run_dir.join(names::ROLLOUTS), log.rollouts_per_step, log.rollouts_file_bytes);
+    let before = if fresh_queue { ended_before(run_dir)? } else { 0 };
+    let mut learner = config.learner.clone();
+    learner.threads = threads;
+    learner.min_valid = learner.min_valid.max(config.reward.min_valid);
+    let deps = LearnerDeps {
+        queue: TappedQueue::new(links.queue, samples, before),
+        store: links.store,
+        model,
+        run_dir: run_dir.to_owned(),
+        holder: format!("learner-{}", std::process::id()),
+        lease: Duration::from_secs_f64(config.queue.learner_lease_s),
+        group_size: config.prompts.group_size,
+        max_new_tokens: config.actor.max_new_tokens as u64,
+        curriculum: None,
+        metrics,
+        time_limit: config.run.time_limit_min.map(|minutes| Duration::from_secs_f64(minutes * 60.0)),
+    };
+    freewheel_learner::run(learner, deps, shutdown).await.context("learner")
+}
