@@ -154,7 +154,8 @@ impl Learner {
         }
         recovery.replayed_steps = learner.replay(from, news, u64::MAX)?;
         recovery.held = learner.assembly.ledger().held();
-        learner.last_accepted = learner.lock_journal().position();
+        let position = learner.lock_journal().position();
+        learner.last_accepted = position;
         learner.policy_mut().set_epoch(epoch);
         learner.open_journal()?;
         Ok((learner, recovery))

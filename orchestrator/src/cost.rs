@@ -21,7 +21,9 @@ impl Cost {
     /// The sizes of `model`.
     pub fn of(model: &Transformer) -> Self {
         let (layout, spec): (&ParamLayout, _) = (model.layout(), model.spec());
-        let sum = |kind: TensorKind| layout.tensors.iter().filter(|t| t.kind == kind).map(|t| t.len() as u64).sum::<u64>();
+        let sum = |kind: TensorKind| {
+            layout.tensors.iter().filter(|t| t.kind == kind).map(|t| t.len() as u64).sum::<u64>()
+        };
         let experts = sum(TensorKind::Expert);
         // A table whose rows are only looked up is not read; a tied one is the head too.
         let looked_up = if spec.tied_embeddings { 0 } else { sum(TensorKind::Embedding) };

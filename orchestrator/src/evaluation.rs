@@ -99,13 +99,17 @@ pub fn evaluate<B: Backend>(
 }
 
 fn report(set: &EvalSet, version: PolicyVersion, finished: &[Finished], stack: &RewardStack) -> EvalReport {
-    let mut tallies: Vec<Tally> =
-        set.prompts.iter().map(|(prompt, _)| Tally { tags: prompt.tags.clone(), ..Tally::default() }).collect();
+    let mut tallies: Vec<Tally> = set
+        .prompts
+        .iter()
+        .map(|(prompt, _)| Tally { tags: prompt.tags.clone(), ..Tally::default() })
+        .collect();
     let (mut unscored, mut tokens, mut truncated) = (0, 0, 0);
     for done in finished {
         let prompt = &set.prompts[done.request as usize].0;
         let cut = done.finish_reason == FinishReason::Length;
-        let completion = Completion { prompt, text: &done.text, tokens: done.output_ids.len(), truncated: cut };
+        let completion =
+            Completion { prompt, text: &done.text, tokens: done.output_ids.len(), truncated: cut };
         let tally = &mut tallies[done.request as usize];
         match stack.score(&completion).correct() {
             Some(right) => {
@@ -120,7 +124,8 @@ fn report(set: &EvalSet, version: PolicyVersion, finished: &[Finished], stack: &
     let mut tags: Vec<&String> = tallies.iter().flat_map(|tally| &tally.tags).collect();
     tags.sort();
     tags.dedup();
-    let of_tag = |tag: &String| accuracy(&tallies.iter().filter(|tally| tally.tags.contains(tag)).collect::<Vec<_>>());
+    let of_tag =
+        |tag: &String| accuracy(&tallies.iter().filter(|tally| tally.tags.contains(tag)).collect::<Vec<_>>());
     let n = finished.len().max(1) as f64;
     EvalReport {
         name: set.name.clone(),

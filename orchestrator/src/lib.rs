@@ -17,7 +17,7 @@ pub mod folder;
 pub mod lines;
 pub mod logging;
 pub mod policy;
-pub mod report;
 pub mod prompts;
+pub mod report;
 pub mod run;
 pub mod signals;

@@ -76,7 +76,10 @@ fn slurp(path: &Path) -> anyhow::Result<Vec<u8>> {
     std::fs::read(path).with_context(|| format!("{} cannot be read", path.display()))
 }
 
-fn parse<T: DeserializeOwned>(line: &[u8], check: impl Fn(&T) -> Result<(), String>) -> Result<Option<T>, String> {
+fn parse<T: DeserializeOwned>(
+    line: &[u8],
+    check: impl Fn(&T) -> Result<(), String>,
+) -> Result<Option<T>, String> {
     let line = line.strip_suffix(b"\r").unwrap_or(line);
     if line.iter().all(u8::is_ascii_whitespace) {
         return Ok(None);
@@ -84,7 +87,8 @@ fn parse<T: DeserializeOwned>(line: &[u8], check: impl Fn(&T) -> Result<(), Stri
     if line.len() > LINE_BYTES_MAX {
         return Err(format!("is {} bytes long, the limit is {LINE_BYTES_MAX}", line.len()));
     }
-    let text = std::str::from_utf8(line).map_err(|error| format!("not UTF-8 at byte {}", error.valid_up_to()))?;
+    let text =
+        std::str::from_utf8(line).map_err(|error| format!("not UTF-8 at byte {}", error.valid_up_to()))?;
     let value: T = serde_json::from_str(text).map_err(|error| {
         // The position inside a line is its column; serde's own line number would mislead.
         let message = error.to_string();
@@ -111,7 +115,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.jsonl");
         std::fs::write(&path, b"{\"n\":1}\n\n{\"n\":\"x\"}\n{\"n\":9}\n\xff\n").unwrap();
-        let check = |line: &Line| if line.n < 5 { Ok(()) } else { Err(format!("n is {}, must be below 5", line.n)) };
+        let check =
+            |line: &Line| if line.n < 5 { Ok(()) } else { Err(format!("n is {}, must be below 5", line.n)) };
         let error = read(&path, check).unwrap_err();
         let text = error.to_string();
         for part in ["x.jsonl:3: invalid type", "x.jsonl:4: n is 9", "x.jsonl:5: not UTF-8"] {

@@ -30,8 +30,13 @@ pub fn to_file(file: &Path, filter: &str) -> anyhow::Result<()> {
         .append(true)
         .open(file)
         .with_context(|| format!("{} cannot be opened", file.display()))?;
-    let to_file = tracing_subscriber::fmt::layer().with_ansi(false).with_writer(Mutex::new(log)).with_filter(filter);
-    let terminal = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false).without_time();
-    let _ = tracing_subscriber::registry().with(to_file).with(terminal.with_filter(LevelFilter::ERROR)).try_init();
+    let to_file =
+        tracing_subscriber::fmt::layer().with_ansi(false).with_writer(Mutex::new(log)).with_filter(filter);
+    let terminal =
+        tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false).without_time();
+    let _ = tracing_subscriber::registry()
+        .with(to_file)
+        .with(terminal.with_filter(LevelFilter::ERROR))
+        .try_init();
     Ok(())
 }

@@ -35,7 +35,9 @@ pub fn open(path: &Path, dtype: Option<WeightsDtype>) -> anyhow::Result<LoadedMo
     if path.exists() {
         return result.input();
     }
-    let hub_like = path.components().count() == 2 && path.is_relative();
+    // `org/name` where there is no folder `org`.
+    let parent_there = path.parent().is_some_and(Path::exists);
+    let hub_like = path.components().count() == 2 && path.is_relative() && !parent_there;
     let cure = if hub_like {
         format!(
             "download it first, for example `hf download {0} --local-dir {0}`, or give the path of a folder",
@@ -57,9 +59,18 @@ pub fn threads(count: usize) -> Threads {
 ///
 /// # Errors
 /// If the bounds cannot work with this model.
-pub fn engine(loaded: &LoadedModel, threads: &Threads, config: EngineConfig) -> anyhow::Result<Engine<CpuBackend>> {
-    let weights =
-        PolicyWeights::pack(&loaded.model, &loaded.params, PolicyVersion::default(), Purpose::Sampling, threads);
+pub fn engine(
+    loaded: &LoadedModel,
+    threads: &Threads,
+    config: EngineConfig,
+) -> anyhow::Result<Engine<CpuBackend>> {
+    let weights = PolicyWeights::pack(
+        &loaded.model,
+        &loaded.params,
+        PolicyVersion::default(),
+        Purpose::Sampling,
+        threads,
+    );
     let backend = CpuBackend::new(Arc::new(weights), threads.clone());
     Engine::new(backend, Arc::new(Codec(loaded.tokenizer.clone())), config).input()
 }
@@ -102,7 +113,8 @@ impl PolicyLoader for CpuLoader {
         }
         // If this fails half-way the shadow copy is of no use: the next fetch then starts from a key frame.
         let current = self.version.take();
-        freewheel_model::delta::apply_frame(&mut self.shadow, current, payload).map_err(|error| bad(error.to_string()))?;
+        freewheel_model::delta::apply_frame(&mut self.shadow, current, payload)
+            .map_err(|error| bad(error.to_string()))?;
         self.version = Some(version);
         Ok(())
     }

@@ -19,7 +19,8 @@ impl Signals {
     /// If the handlers cannot be installed.
     pub fn listen() -> std::io::Result<Self> {
         let signals = Self::default();
-        let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+        let (mut interrupt, mut terminate) =
+            (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
         let told = signals.clone();
         tokio::spawn(async move {
             loop {

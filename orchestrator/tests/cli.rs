@@ -52,9 +52,28 @@ fn tiny_model(dir: &Path) -> String {
     let out = dir.join("model");
     let out = out.to_str().unwrap();
     let made = freewheel(&[
-        "init-model", "llama4_text", "--out", out, "--set", "hidden_size=32", "--set", "num_hidden_layers=2", "--set",
-        "num_attention_heads=2", "--set", "num_key_value_heads=1", "--set", "head_dim=16", "--set", "intermediate_size=16",
-        "--set", "intermediate_size_mlp=32", "--set", "num_local_experts=4", "--set", "max_position_embeddings=64",
+        "init-model",
+        "llama4_text",
+        "--out",
+        out,
+        "--set",
+        "hidden_size=32",
+        "--set",
+        "num_hidden_layers=2",
+        "--set",
+        "num_attention_heads=2",
+        "--set",
+        "num_key_value_heads=1",
+        "--set",
+        "head_dim=16",
+        "--set",
+        "intermediate_size=16",
+        "--set",
+        "intermediate_size_mlp=32",
+        "--set",
+        "num_local_experts=4",
+        "--set",
+        "max_position_embeddings=64",
     ]);
     assert!(made.status.success(), "{}", stderr(&made));
     out.to_owned()
@@ -96,13 +115,21 @@ fn wrong_inputs_are_refused_with_their_place_and_a_cure() {
     let missing = dir.path().join("nothing");
     let set = format!("model.path={:?}", missing.to_str().unwrap());
     run(&good, &["--set", &set], &["nothing", "no such model", "hint: "]);
-    run(&good, &["--set", "actor.max_new_tokens=900"], &["actor.max_new_tokens is 900", "context is 64", "hint: at most"]);
-    let prompts = write(dir.path(), "bad.jsonl", "{\"prompt\": \"1+1=?\", \"answer\": 2}\n{\"prompt\": 7}\nnot json\n");
+    run(
+        &good,
+        &["--set", "actor.max_new_tokens=900"],
+        &["actor.max_new_tokens is 900", "context is 64", "hint: at most"],
+    );
+    let prompts =
+        write(dir.path(), "bad.jsonl", "{\"prompt\": \"1+1=?\", \"answer\": 2}\n{\"prompt\": 7}\nnot json\n");
     let set = format!("prompts.file={prompts:?}");
     let config = write(
         dir.path(),
         "file.toml",
-        &format!("[model]\npath = {model:?}\n[prompts]\ngroup_size = 4\n[run]\ndir = {:?}\n", dir.path().join("runs")),
+        &format!(
+            "[model]\npath = {model:?}\n[prompts]\ngroup_size = 4\n[run]\ndir = {:?}\n",
+            dir.path().join("runs")
+        ),
     );
     run(&config, &["--set", &set], &["bad.jsonl:2: ", "bad.jsonl:3: "]);
     run(
@@ -144,7 +171,14 @@ fn a_run_trains_reports_and_refuses_to_be_overwritten() {
         "[[reward.component]]\nname = \"digit\"\nkind = \"verifier\"\nverifier = \"regex\"\npattern = \"[0-9]\"\n",
     );
     // A model of random weights is never right; a digit somewhere is within its reach.
-    let output = freewheel(&["run", &config, "--set", "learner.steps=2", "--set", "prompts.curriculum.selection=uniform"]);
+    let output = freewheel(&[
+        "run",
+        &config,
+        "--set",
+        "learner.steps=2",
+        "--set",
+        "prompts.curriculum.selection=uniform",
+    ]);
     let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), stderr(&output));
     assert!(output.status.success(), "{text}");
     let run = dir.path().join("runs/run");
@@ -178,11 +212,18 @@ fn generation_is_the_same_whatever_else_is_in_the_batch() {
         all.extend(args);
         let output = freewheel(&all);
         assert!(output.status.success(), "{}", stderr(&output));
-        String::from_utf8(output.stdout).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+        String::from_utf8(output.stdout)
+            .unwrap()
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
     };
     let alone = rows(&["--prompt", "17+25=?"]);
     let many = rows(&["--prompt", "17+25=?", "--prompt", "a much longer prompt 1+1", "--samples", "3"]);
     assert_eq!((alone.len(), many.len()), (1, 6));
-    assert_eq!((&alone[0]["output_ids"], &alone[0]["logprobs"]), (&many[0]["output_ids"], &many[0]["logprobs"]));
+    assert_eq!(
+        (&alone[0]["output_ids"], &alone[0]["logprobs"]),
+        (&many[0]["output_ids"], &many[0]["logprobs"])
+    );
     assert_ne!(many[0]["output_ids"], many[1]["output_ids"], "two samples of one prompt");
 }

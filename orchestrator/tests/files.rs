@@ -46,7 +46,10 @@ fn every_command_has_help_with_an_example() {
         if !help.contains("Example") {
             bare.push(name.clone());
         }
-        command.get_subcommands().filter(|sub| sub.get_name() != "help").for_each(|sub| visit(sub, &name, bare));
+        command
+            .get_subcommands()
+            .filter(|sub| sub.get_name() != "help")
+            .for_each(|sub| visit(sub, &name, bare));
     }
     let mut bare = Vec::new();
     visit(&freewheel::cli::command(), "", &mut bare);

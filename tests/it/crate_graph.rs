@@ -31,7 +31,8 @@ const ALLOWED: [(&str, &[&str]); 10] = [
 
 #[test]
 fn crates_depend_only_downwards() {
-    let metadata = MetadataCommand::new().no_deps().other_options(vec!["--offline".to_owned()]).exec().unwrap();
+    let metadata =
+        MetadataCommand::new().no_deps().other_options(vec!["--offline".to_owned()]).exec().unwrap();
     let ours: BTreeSet<&str> = metadata.packages.iter().map(|package| package.name.as_str()).collect();
     let allowed: BTreeMap<&str, &[&str]> = ALLOWED.into_iter().collect();
     assert_eq!(ours, allowed.keys().copied().collect(), "crates of the workspace and crates of the table");

@@ -33,12 +33,13 @@ pub use generation::GenerationConfig;
 pub use init::{ChatStyle, InitRequest, InitScale, TokenizerChoice, build_tokenizer, init_model};
 pub use params::{ParamData, ParamLayout, Params, TensorKind, TensorSpec};
 pub use spec::{
-    Activation, AttentionSpec, Family, FfnSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling, RopeSpec, RopeStyle, RouterKind,
-    TemperatureTuning,
+    Activation, AttentionSpec, Family, FfnSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling, RopeSpec, RopeStyle,
+    RouterKind, TemperatureTuning,
 };
 pub use template::RenderOptions;
 pub use tokenizer::{ChatIds, DecodeStream, Tokenizer};
 pub use transformer::{
-    BatchSeq, ForwardBatch, ForwardOutput, KvCache, LogProbs, PolicyWeights, Purpose, Tape, Target, TrainBatch, Transformer,
+    BatchSeq, ForwardBatch, ForwardOutput, KvCache, LogProbs, PolicyWeights, Purpose, Tape, Target,
+    TrainBatch, Transformer,
 };
 pub use upcycle::{UpcycleOptions, upcycle};

@@ -185,12 +185,14 @@ impl Builder {
                 self.push(&format!("{at}.experts.down_proj"), &[e, f, d], TensorKind::Expert);
             }
             Family::Mixtral => (0..moe.experts).for_each(|e| {
-                for (name, shape) in [("w1", [moe.width, d]), ("w3", [moe.width, d]), ("w2", [d, moe.width])] {
+                for (name, shape) in [("w1", [moe.width, d]), ("w3", [moe.width, d]), ("w2", [d, moe.width])]
+                {
                     self.push(&format!("{at}.experts.{e}.{name}.weight"), &shape, TensorKind::Expert);
                 }
             }),
             Family::Qwen3Moe | Family::Llama => {
-                (0..moe.experts).for_each(|e| self.mlp(&format!("{at}.experts.{e}"), d, moe.width, TensorKind::Expert));
+                (0..moe.experts)
+                    .for_each(|e| self.mlp(&format!("{at}.experts.{e}"), d, moe.width, TensorKind::Expert));
             }
         }
         if let Some(width) = moe.shared_width {

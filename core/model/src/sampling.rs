@@ -60,7 +60,12 @@ pub fn sample(logits: &[f32], params: &SamplingParams, uniform: f64, scratch: &m
 }
 
 /// Log-prob of `token` and the entropy, under the same transform as [`sample`].
-pub fn log_prob_of(logits: &[f32], params: &SamplingParams, token: u32, scratch: &mut SampleScratch) -> TokenStats {
+pub fn log_prob_of(
+    logits: &[f32],
+    params: &SamplingParams,
+    token: u32,
+    scratch: &mut SampleScratch,
+) -> TokenStats {
     let inv_t = inverse_temperature(params);
     if !params.truncates() {
         let stats = softmax::row_stats(logits, inv_t);
@@ -146,9 +151,7 @@ fn support(
     probs: &mut Vec<f32>,
 ) {
     let inv_t = inverse_temperature(params);
-    let falling = |a: &u32, b: &u32| {
-        logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b))
-    };
+    let falling = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
     kept.clear();
     kept.extend(0..logits.len() as u32);
     let k = params.top_k as usize;
@@ -228,7 +231,9 @@ mod tests {
         for params in CASES {
             let mut counts = [0u32; 12];
             for i in 0..n {
-                counts[sample(&row, &params, CounterRng::new(9, 9).uniform(i), &mut scratch).token as usize] += 1;
+                counts
+                    [sample(&row, &params, CounterRng::new(9, 9).uniform(i), &mut scratch).token as usize] +=
+                    1;
             }
             for (token, &count) in counts.iter().enumerate().filter(|(_, count)| **count > 0) {
                 let p = f64::from(log_prob_of(&row, &params, token as u32, &mut scratch).logprob).exp();

@@ -5,6 +5,8 @@
 //! reference library, because a policy that reads other ids than it was trained on is another policy.
 //! (Added tokens that the tokenizer itself declares as not special, such as `<think>`, are ordinary text.)
 
+mod stream;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
@@ -15,6 +17,8 @@ use serde_json::{Map, Value};
 use crate::checkpoint::read_text;
 use crate::error::ModelError;
 use crate::template::{ChatTemplate, RenderOptions, Rendered, Shield, messages_json};
+
+pub use stream::DecodeStream;
 
 /// Files that make up a tokenizer in Hugging Face's layout; kept as they are, to be saved as they were.
 const FILES: [&str; 8] = [
@@ -254,7 +258,7 @@ impl Tokenizer {
 
     /// A decoder that is fed one id at a time.
     pub fn stream(&self) -> DecodeStream {
-        DecodeStream { tokenizer: self.interpreting.clone(), ids: Vec::new(), sent: 0, read: 0 }
+        DecodeStream::new(self.interpreting.clone())
     }
 
     /// Number of ids, added tokens included: one more than the highest.
@@ -354,47 +358,6 @@ impl ChatIds {
         mask.extend(offsets.iter().map(|&(start, stop)| {
             rendered.generated.iter().any(|span| start < span.end && span.start < stop)
         }));
-    }
-}
-
-/// Turns ids into text as they come; bytes of an unfinished character wait for the rest of it.
-pub struct DecodeStream {
-    tokenizer: Arc<tokenizers::Tokenizer>,
-    ids: Vec<u32>,
-    /// `ids[..sent]` only gives context; `ids[sent..read]` is text that was handed out.
-    sent: usize,
-    read: usize,
-}
-
-impl std::fmt::Debug for DecodeStream {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DecodeStream").field("ids", &self.ids).finish_non_exhaustive()
-    }
-}
-
-impl DecodeStream {
-    /// Takes one id; returns the text that is certain now, if there is any.
-    pub fn push(&mut self, id: u32) -> Option<String> {
-        self.ids.push(id);
-        self.advance(false)
-    }
-
-    /// What is left at the end, incomplete characters as U+FFFD.
-    pub fn finish(mut self) -> Option<String> {
-        self.advance(true)
-    }
-
-    fn advance(&mut self, last: bool) -> Option<String> {
-        let before = self.tokenizer.decode(&self.ids[self.sent..self.read], true).unwrap_or_default();
-        let after = self.tokenizer.decode(&self.ids[self.sent..], true).unwrap_or_default();
-        if after.ends_with('\u{FFFD}') && !last {
-            return None;
-        }
-        let new = after.strip_prefix(&before).filter(|new| !new.is_empty())?.to_owned();
-        self.ids.drain(..self.read);
-        self.sent = 0;
-        self.read = self.ids.len();
-        Some(new)
     }
 }
 

@@ -4,6 +4,7 @@ mod suite;
 
 use freewheel_queue::QueueConfig;
 use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
 use suite::bench::{Bench, config};
 use suite::random::{Player, ops};
 
@@ -65,18 +66,20 @@ proptest! {
     }
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..Default::default() })]
-
-    #[test]
-    fn redis_does_what_the_model_does(ops in ops()) {
+#[test]
+fn redis_does_what_the_model_does() {
+    let config = ProptestConfig { cases: 100, failure_persistence: None, ..Default::default() };
+    // Holds the server for all cases.
+    let Some(_held) = block_on(Bench::redis(&tight())) else { return };
+    let played = TestRunner::new(config).run(&ops(), |ops| {
         block_on(async {
-            let model = Bench::memory(&tight());
-            let Some(redis) = Bench::redis(&tight()).await else { return };
+            let (model, redis) = (Bench::memory(&tight()), Bench::redis(&tight()).await.expect("a server"));
             let (mut expected, mut got) = (Player::new(&model), Player::new(&redis));
             for (i, op) in ops.iter().enumerate() {
-                assert_eq!(got.play(op).await, expected.play(op).await, "operation {i}: {op:?}");
+                prop_assert_eq!(got.play(op).await, expected.play(op).await, "operation {}: {:?}", i, op);
             }
-        });
-    }
+            Ok(())
+        })
+    });
+    played.unwrap_or_else(|failure| panic!("{failure}"));
 }

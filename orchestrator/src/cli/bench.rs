@@ -76,9 +76,16 @@ impl BenchArgs {
     ) -> anyhow::Result<()> {
         let loaded = self.model.open()?;
         let context = loaded.model.spec().max_positions;
-        if self.length == 0 || PROMPT + self.length > context || self.batch.iter().any(|b| *b == 0 || *b > 4096) {
-            return Err(anyhow::anyhow!("--length {} or --batch {:?} is out of range", self.length, self.batch))
-                .input_hint(format!("--length 1 to {}, --batch 1 to 4096", context.saturating_sub(PROMPT)));
+        if self.length == 0
+            || PROMPT + self.length > context
+            || self.batch.iter().any(|b| *b == 0 || *b > 4096)
+        {
+            return Err(anyhow::anyhow!(
+                "--length {} or --batch {:?} is out of range",
+                self.length,
+                self.batch
+            ))
+            .input_hint(format!("--length 1 to {}, --batch 1 to 4096", context.saturating_sub(PROMPT)));
         }
         let threads = self.model.threads();
         let precision = match loaded.params.dtype() {
@@ -147,8 +154,15 @@ fn ids(loaded: &LoadedModel, stream: u64, n: usize) -> Vec<u32> {
     (0..n as u64).map(|i| rng.below(i, loaded.model.spec().vocab_size as u64) as u32).collect()
 }
 
-fn decode(args: &BenchArgs, loaded: &LoadedModel, threads: &Threads, machine: &Machine, batch: usize) -> anyhow::Result<Value> {
-    let config = EngineConfig { max_live: batch, kv_bytes: 8 << 30, prefill_tokens: 4096, in_flight: InFlight::Keep };
+fn decode(
+    args: &BenchArgs,
+    loaded: &LoadedModel,
+    threads: &Threads,
+    machine: &Machine,
+    batch: usize,
+) -> anyhow::Result<Value> {
+    let config =
+        EngineConfig { max_live: batch, kv_bytes: 8 << 30, prefill_tokens: 4096, in_flight: InFlight::Keep };
     let mut engine = crate::policy::engine(loaded, threads, config)?;
     let (mut seconds, mut tokens, mut steps) = (0.0, 0u64, 0u64);
     let mut finished = Vec::new();
@@ -184,7 +198,8 @@ fn decode(args: &BenchArgs, loaded: &LoadedModel, threads: &Threads, machine: &M
     let cost = Cost::of(&loaded.model);
     let coverage = coverage(loaded, &finished);
     let context = PROMPT as f64 + args.length as f64 / 2.0;
-    let bytes = cost.decode_bytes(loaded.params.dtype().size(), batch, context, coverage.unwrap_or(1.0)) * steps as f64;
+    let bytes = cost.decode_bytes(loaded.params.dtype().size(), batch, context, coverage.unwrap_or(1.0))
+        * steps as f64;
     let flops = cost.forward_flops() * tokens as f64;
     Ok(json!({
         "what": "decode", "batch": batch,
@@ -220,7 +235,13 @@ fn coverage(loaded: &LoadedModel, finished: &[Finished]) -> Option<f64> {
     (counted > 0).then(|| touched as f64 / counted as f64)
 }
 
-fn train(args: &BenchArgs, loaded: &LoadedModel, threads: &Threads, machine: &Machine, batch: usize) -> anyhow::Result<Value> {
+fn train(
+    args: &BenchArgs,
+    loaded: &LoadedModel,
+    threads: &Threads,
+    machine: &Machine,
+    batch: usize,
+) -> anyhow::Result<Value> {
     let version = PolicyVersion::default();
     let weights = PolicyWeights::pack(&loaded.model, &loaded.params, version, Purpose::Training, threads);
     let tokens = ids(loaded, 0, batch * args.length);
@@ -233,7 +254,8 @@ fn train(args: &BenchArgs, loaded: &LoadedModel, threads: &Threads, machine: &Ma
     let gradient = vec![-1.0 / targets.len().max(1) as f32; targets.len()];
     let mut grads = vec![0.0; loaded.model.layout().total];
     let mut once = || {
-        let tape = weights.forward_train(threads, &TrainBatch { tokens: &tokens, lengths: &lengths, replay: None });
+        let tape =
+            weights.forward_train(threads, &TrainBatch { tokens: &tokens, lengths: &lengths, replay: None });
         let found = tape.log_probs(threads, &weights, &targets, &sampling);
         tape.backward(threads, &weights, &targets, &sampling, &gradient, None, &mut grads);
         found.logprobs.first().copied()

@@ -60,7 +60,14 @@ impl ConfigCommand {
             Action::Check(args) => args.run(),
             Action::Show(args) => args.run(),
             Action::Reference(args) => {
-                print!("{}", if args.json { reference::json_schema::<RunConfig>() + "\n" } else { reference::markdown() });
+                print!(
+                    "{}",
+                    if args.json {
+                        reference::json_schema::<RunConfig>() + "\n"
+                    } else {
+                        reference::markdown()
+                    }
+                );
                 Ok(())
             }
         }

@@ -53,7 +53,10 @@ impl DoctorArgs {
             disk(&mut found, Path::new("."));
         }
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&json!({"facts": found.facts, "warnings": found.warnings}))?);
+            println!(
+                "{}",
+                serde_json::to_string_pretty(&json!({"facts": found.facts, "warnings": found.warnings}))?
+            );
             return Ok(());
         }
         let rows: Vec<Vec<String>> = found
@@ -61,7 +64,9 @@ impl DoctorArgs {
             .iter()
             .map(|(name, value)| {
                 let shown = match value {
-                    Value::Number(n) if name.ends_with("_bytes") => n.as_u64().map_or_else(|| n.to_string(), bytes),
+                    Value::Number(n) if name.ends_with("_bytes") => {
+                        n.as_u64().map_or_else(|| n.to_string(), bytes)
+                    }
                     Value::String(text) => text.clone(),
                     other => other.to_string(),
                 };
@@ -80,10 +85,14 @@ fn machine(found: &mut Findings, measured: bool) {
     found.facts.insert("cores".into(), json!(cores));
     found.facts.insert("kernels".into(), json!(features.used));
     if features.used != features.detected {
-        found.warnings.push(format!("{} is there, FREEWHEEL_KERNELS chose {}", features.detected, features.used));
+        found
+            .warnings
+            .push(format!("{} is there, FREEWHEEL_KERNELS chose {}", features.detected, features.used));
     }
     if features.used == "portable" {
-        found.warnings.push("no vector instructions that the kernels know: expect a tenth of the speed or less".into());
+        found
+            .warnings
+            .push("no vector instructions that the kernels know: expect a tenth of the speed or less".into());
     }
     found.facts.insert("gpu".into(), json!("not used by this build"));
     for (name, key) in [("memory_bytes", "MemTotal:"), ("memory_available_bytes", "MemAvailable:")] {
@@ -93,7 +102,9 @@ fn machine(found: &mut Findings, measured: bool) {
     }
     if measured {
         let threads = crate::policy::threads(0);
-        found.facts.insert("read_gb_per_s".into(), json!((measure::read_bandwidth(&threads) / 1e8).round() / 10.0));
+        found
+            .facts
+            .insert("read_gb_per_s".into(), json!((measure::read_bandwidth(&threads) / 1e8).round() / 10.0));
         let peak = measure::peak_flops(&threads, freewheel_kernels::Precision::Bf16);
         found.facts.insert("bf16_gflop_per_s".into(), json!((peak / 1e9).round()));
     }
@@ -127,13 +138,18 @@ fn queue(found: &mut Findings, loaded: &Loaded) -> anyhow::Result<()> {
     if queue.url.0 == "managed" {
         found.facts.insert("queue".into(), json!("a private server, started with the run"));
         if !ManagedServer::available() {
-            found.warnings.push("no redis-server or valkey-server on the PATH (Debian: apt-get install redis-server)".into());
+            found.warnings.push(
+                "no redis-server or valkey-server on the PATH (Debian: apt-get install redis-server)".into(),
+            );
         }
         return Ok(());
     }
     match runtime()?.block_on(freewheel_queue::redis::inspect(&queue.url)) {
         Ok(report) => {
-            found.facts.insert("queue".into(), json!(format!("{} {} at {}", report.server, report.version, report.address)));
+            found.facts.insert(
+                "queue".into(),
+                json!(format!("{} {} at {}", report.server, report.version, report.address)),
+            );
             found.warnings.extend(report.warnings);
         }
         Err(error) => found.warnings.push(error.to_string()),

@@ -56,7 +56,8 @@ impl EvalArgs {
         let model = prepare::model(&loaded)?;
         prepare::check_lengths(&loaded, &model, &prompts)?;
         let Some(set) = prepare::eval_set(&loaded, &model, prompts)? else {
-            return Err(anyhow::anyhow!("there are no held-out prompts")).input_hint("set eval.file, or give --data FILE");
+            return Err(anyhow::anyhow!("there are no held-out prompts"))
+                .input_hint("set eval.file, or give --data FILE");
         };
         let stack = prepare::reward_stack(&loaded)?;
         let threads = crate::policy::threads(self.threads);
@@ -72,7 +73,8 @@ impl EvalArgs {
 
     fn load(&self) -> anyhow::Result<Loaded> {
         let mut overrides = self.overrides.clone();
-        let mut set = |key: &str, value: Option<String>| overrides.extend(value.map(|value| format!("{key}={value}")));
+        let mut set =
+            |key: &str, value: Option<String>| overrides.extend(value.map(|value| format!("{key}={value}")));
         let quoted = |path: &PathBuf| toml::Value::String(path.display().to_string()).to_string();
         set("model.path", self.model.as_ref().map(quoted));
         set("eval.file", self.data.as_ref().map(quoted));
@@ -92,9 +94,7 @@ impl EvalArgs {
 }
 
 fn json_report(report: &EvalReport, loaded: &Loaded) -> Value {
-    let one = |accuracy: &Accuracy| {
-        json!({"accuracy": accuracy.mean, "low": accuracy.low, "high": accuracy.high, "prompts": accuracy.prompts})
-    };
+    let one = |accuracy: &Accuracy| json!({"accuracy": accuracy.mean, "low": accuracy.low, "high": accuracy.high, "prompts": accuracy.prompts});
     let tags: serde_json::Map<String, Value> =
         report.per_tag.iter().map(|(tag, accuracy)| (tag.clone(), one(accuracy))).collect();
     let pass: serde_json::Map<String, Value> =
@@ -131,4 +131,3 @@ fn text(report: &EvalReport) -> String {
     ));
     out
 }
-

@@ -20,9 +20,11 @@ use crate::lines;
 /// A line holds `prompt` (text as it is), `messages` (through the chat template) or `input_ids`; optionally `id` and
 /// `max_new_tokens`. Out comes a line for each completion with `output_ids`, `text`, `logprobs`, `finish_reason`.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  freewheel generate --model assets/sprout --prompt '17+25-9=?' --greedy\n  \
+#[command(
+    after_help = "Examples:\n  freewheel generate --model assets/sprout --prompt '17+25-9=?' --greedy\n  \
     freewheel generate --model models/smollm2 --chat 'Name three trees.' --max-new-tokens 64 --text\n  \
-    freewheel generate --model assets/sprout --input prompts.jsonl --samples 8 > completions.jsonl")]
+    freewheel generate --model assets/sprout --input prompts.jsonl --samples 8 > completions.jsonl"
+)]
 pub struct GenerateArgs {
     #[command(flatten)]
     model: ModelArgs,
@@ -114,7 +116,8 @@ impl GenerateArgs {
         let eos = if self.ignore_eos { Vec::new() } else { loaded.generation.eos_ids.clone() };
         let stop = StopSpec { ids: eos.into(), strings: self.stop.clone().into() };
         for (index, (at, line)) in lines.iter().enumerate() {
-            let prompt_ids = line.encode(&loaded).map_err(|error| error.context(format!("line {at}"))).input()?;
+            let prompt_ids =
+                line.encode(&loaded).map_err(|error| error.context(format!("line {at}"))).input()?;
             let task = TaskId(index as u64);
             let request = Request {
                 id: index as u64,
@@ -125,7 +128,10 @@ impl GenerateArgs {
                 max_new_tokens: line.max_new_tokens.unwrap_or(self.max_new_tokens as usize),
                 stop: stop.clone(),
             };
-            engine.submit(request).map_err(|error| anyhow::Error::from(error).context(format!("line {at}"))).input()?;
+            engine
+                .submit(request)
+                .map_err(|error| anyhow::Error::from(error).context(format!("line {at}")))
+                .input()?;
         }
         let mut out = self.writer()?;
         // Completions end in any order; lines come out in the order of the input.
@@ -162,7 +168,9 @@ impl GenerateArgs {
         Ok(match &self.output {
             Some(path) => Box::new(std::io::BufWriter::new(
                 std::fs::File::create(path)
-                    .map_err(|error| anyhow::Error::from(error).context(format!("{} cannot be written", path.display())))
+                    .map_err(|error| {
+                        anyhow::Error::from(error).context(format!("{} cannot be written", path.display()))
+                    })
                     .input()?,
             )),
             None => Box::new(std::io::BufWriter::new(std::io::stdout())),

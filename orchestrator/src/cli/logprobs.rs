@@ -22,8 +22,10 @@ use crate::lines;
 /// A line holds `input_ids`, `text` (tokenised as it is, after the ids the tokenizer puts first) or `messages`. Out comes
 /// `logprobs`, one for each token but the first, in nats, with `perplexity` over them.
 #[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  freewheel logprobs --model models/smollm2 --text 'The capital of France is Paris.'\n  \
-    freewheel logprobs --model assets/sprout --input tokens.jsonl --experts > logprobs.jsonl")]
+#[command(
+    after_help = "Examples:\n  freewheel logprobs --model models/smollm2 --text 'The capital of France is Paris.'\n  \
+    freewheel logprobs --model assets/sprout --input tokens.jsonl --experts > logprobs.jsonl"
+)]
 pub struct LogprobsArgs {
     #[command(flatten)]
     model: ModelArgs,
@@ -54,7 +56,11 @@ struct Line {
 
 impl Line {
     fn check(&self) -> Result<(), String> {
-        match [self.input_ids.is_some(), self.text.is_some(), self.messages.is_some()].iter().filter(|x| **x).count() {
+        match [self.input_ids.is_some(), self.text.is_some(), self.messages.is_some()]
+            .iter()
+            .filter(|x| **x)
+            .count()
+        {
             1 => Ok(()),
             _ => Err("must hold one of `input_ids`, `text`, `messages`".into()),
         }
@@ -93,7 +99,8 @@ impl LogprobsArgs {
         let loaded = self.model.open()?;
         let threads = self.model.threads();
         let version = PolicyVersion::default();
-        let weights = PolicyWeights::pack(&loaded.model, &loaded.params, version, Purpose::Sampling, &threads);
+        let weights =
+            PolicyWeights::pack(&loaded.model, &loaded.params, version, Purpose::Sampling, &threads);
         let mut out = std::io::BufWriter::new(std::io::stdout());
         for (at, line) in &lines {
             let ids = line.encode(&loaded).map_err(|error| error.context(format!("line {at}"))).input()?;
@@ -115,8 +122,11 @@ impl LogprobsArgs {
         let spec = loaded.model.spec();
         let rows: Vec<&[f32]> = output.logits.chunks(spec.vocab_size).collect();
         let mut scratch = SampleScratch::default();
-        let logprobs: Vec<f32> =
-            ids[1..].iter().zip(&rows).map(|(id, row)| log_prob_of(row, sampling, *id, &mut scratch).logprob).collect();
+        let logprobs: Vec<f32> = ids[1..]
+            .iter()
+            .zip(&rows)
+            .map(|(id, row)| log_prob_of(row, sampling, *id, &mut scratch).logprob)
+            .collect();
         let mean = logprobs.iter().map(|x| f64::from(*x)).sum::<f64>() / logprobs.len() as f64;
         let mut map = serde_json::Map::new();
         if let Some(id) = &line.id {

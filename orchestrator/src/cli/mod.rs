@@ -31,8 +31,10 @@ pub use table::{bytes, table};
 /// prompt pool → actors → reward → learner → weights → actors: one command on one machine, or one role a process on many.
 #[derive(Debug, Parser)]
 #[command(name = "freewheel", version, propagate_version = true, max_term_width = 110)]
-#[command(after_help = "Example:\n  freewheel run configs/quickstart.toml\n\nExit codes: 0 done, 1 the work failed, \
-    2 wrong usage, 78 bad config or input, 130 interrupted.")]
+#[command(
+    after_help = "Example:\n  freewheel run configs/quickstart.toml\n\nExit codes: 0 done, 1 the work failed, \
+    2 wrong usage, 78 bad config or input, 130 interrupted."
+)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,

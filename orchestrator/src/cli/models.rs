@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 use freewheel_model::{
-    InitRequest, InitScale, LoadedModel, SaveOptions, TokenizerChoice, UpcycleOptions, supported_architectures,
+    InitRequest, InitScale, LoadedModel, SaveOptions, TokenizerChoice, UpcycleOptions,
+    supported_architectures,
 };
 use freewheel_types::WeightsDtype;
 use serde_json::Value;
@@ -15,7 +16,9 @@ use super::table::bytes;
 
 /// Make a model with random weights, Hugging Face layout, any supported architecture.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  freewheel init-model llama --set hidden_size=128 --set num_hidden_layers=4 --out models/tiny")]
+#[command(
+    after_help = "Example:\n  freewheel init-model llama --set hidden_size=128 --set num_hidden_layers=4 --out models/tiny"
+)]
 pub struct InitModelArgs {
     /// Architecture: `LlamaForCausalLM` or its model type `llama`.
     arch: String,
@@ -49,7 +52,9 @@ impl InitModelArgs {
             (Some(dir), _) => TokenizerChoice::Folder(dir.clone()),
             (None, Some(file)) => TokenizerChoice::Trained {
                 text: std::fs::read_to_string(file)
-                    .map_err(|error| anyhow::Error::from(error).context(format!("{} cannot be read", file.display())))
+                    .map_err(|error| {
+                        anyhow::Error::from(error).context(format!("{} cannot be read", file.display()))
+                    })
                     .input()?,
                 vocab_size: self.vocab_size.unwrap_or(512),
             },
@@ -91,7 +96,9 @@ fn write(out: &std::path::Path, model: &LoadedModel, options: SaveOptions) -> an
 
 /// Turn a dense model into a mixture of experts whose outputs equal the dense model's.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  freewheel upcycle --model models/smollm2 --experts 4 --top-k 2 --out models/smollm2-moe")]
+#[command(
+    after_help = "Example:\n  freewheel upcycle --model models/smollm2 --experts 4 --top-k 2 --out models/smollm2-moe"
+)]
 pub struct UpcycleArgs {
     /// Dense model: folder or .gguf file.
     #[arg(long, short)]
@@ -136,7 +143,9 @@ impl UpcycleArgs {
 
 /// Convert a model: GGUF or Hugging Face in, Hugging Face out; element type, shards.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  freewheel convert --model smollm2.gguf --out models/smollm2 --dtype bf16")]
+#[command(
+    after_help = "Example:\n  freewheel convert --model smollm2.gguf --out models/smollm2 --dtype bf16"
+)]
 pub struct ConvertArgs {
     /// Model: folder or .gguf file.
     #[arg(long, short)]
@@ -158,7 +167,8 @@ impl ConvertArgs {
         if let (Ok(from), Ok(to)) = (self.model.canonicalize(), self.out.canonicalize())
             && from == to
         {
-            return Err(anyhow::anyhow!("{} is the source too", to.display())).input_hint("give another --out");
+            return Err(anyhow::anyhow!("{} is the source too", to.display()))
+                .input_hint("give another --out");
         }
         write(&self.out, &model, SaveOptions { shard_bytes: self.shard_mib << 20 })
     }

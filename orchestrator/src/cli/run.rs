@@ -14,10 +14,10 @@ use super::fail::Explain as _;
 use crate::config::Loaded;
 use crate::folder::{IfExists, names};
 use crate::prompts::PoolMetrics;
+use crate::run::prepare;
 use crate::run::redis::{connect, learner_metrics};
 use crate::run::roles::{self, Links};
 use crate::run::stats::{ActorStat, PoolStat, to_file};
-use crate::run::prepare;
 use crate::signals::Signals;
 
 /// Run the whole job on this machine: all roles, live progress, final summary and report.
@@ -75,7 +75,9 @@ pub struct RoleArgs {
 
 /// One actor of a run: leases prompts, generates rollouts, follows the weights. Join and leave at will.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  freewheel actor configs/quickstart.toml --queue redis://10.0.0.1:6379/0 --name actor-7")]
+#[command(
+    after_help = "Example:\n  freewheel actor configs/quickstart.toml --queue redis://10.0.0.1:6379/0 --name actor-7"
+)]
 pub struct ActorArgs {
     #[command(flatten)]
     role: RoleArgs,
@@ -83,7 +85,9 @@ pub struct ActorArgs {
 
 /// One reward worker of a run: scores rollouts. Join and leave at will.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  freewheel reward configs/quickstart.toml --queue redis://10.0.0.1:6379/0")]
+#[command(
+    after_help = "Example:\n  freewheel reward configs/quickstart.toml --queue redis://10.0.0.1:6379/0"
+)]
 pub struct RewardArgs {
     #[command(flatten)]
     role: RoleArgs,
@@ -91,7 +95,9 @@ pub struct RewardArgs {
 
 /// The learner of a run: one at a time; a second waits until the first is gone.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  freewheel learner configs/quickstart.toml --queue redis://10.0.0.1:6379/0")]
+#[command(
+    after_help = "Example:\n  freewheel learner configs/quickstart.toml --queue redis://10.0.0.1:6379/0"
+)]
 pub struct LearnerArgs {
     #[command(flatten)]
     role: RoleArgs,
@@ -99,7 +105,9 @@ pub struct LearnerArgs {
 
 /// The prompt pool of a run: chooses prompts and issues tasks. One per run.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  freewheel prompts configs/quickstart.toml --queue redis://10.0.0.1:6379/0")]
+#[command(
+    after_help = "Example:\n  freewheel prompts configs/quickstart.toml --queue redis://10.0.0.1:6379/0"
+)]
 pub struct PromptsArgs {
     #[command(flatten)]
     role: RoleArgs,
@@ -181,7 +189,9 @@ impl LearnerArgs {
             std::fs::create_dir_all(loaded.run_dir().join(names::ROLLOUTS))?;
             let metrics = learner_metrics(&loaded)?;
             let dir = loaded.run_dir();
-            roles::learner(&loaded, model, links, Path::new(&dir), threads, false, metrics, shutdown).await.map(drop)
+            roles::learner(&loaded, model, links, Path::new(&dir), threads, false, metrics, shutdown)
+                .await
+                .map(drop)
         })
     }
 }

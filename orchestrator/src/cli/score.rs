@@ -9,15 +9,17 @@ use freewheel_types::{Message, MessageContent, Prompt, PromptBody, PromptId, Rew
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::table::table;
 use super::ConfigArgs;
+use super::table::table;
 use crate::lines;
 
 /// Run the reward stack offline: every component's value, the verdict, the total.
 ///
 /// A line holds `completion` (or `text`) and what a prompt file holds: `prompt` or `messages`, `answer`, `tags`, `verifier`.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  freewheel score configs/quickstart.toml --input completions.jsonl --json")]
+#[command(
+    after_help = "Example:\n  freewheel score configs/quickstart.toml --input completions.jsonl --json"
+)]
 pub struct ScoreArgs {
     #[command(flatten)]
     config: ConfigArgs,
@@ -70,7 +72,10 @@ impl Line {
             Some(turns) => PromptBody::Messages(
                 turns
                     .iter()
-                    .map(|turn| Message { role: turn.role.clone(), content: MessageContent::Text(turn.content.clone()) })
+                    .map(|turn| Message {
+                        role: turn.role.clone(),
+                        content: MessageContent::Text(turn.content.clone()),
+                    })
                     .collect(),
             ),
             None => PromptBody::Text(self.prompt.clone().unwrap_or_default()),
@@ -133,7 +138,10 @@ pub fn reward_json(record: &RewardRecord) -> Value {
         .components
         .iter()
         .map(|part| {
-            (part.name.clone(), json!({"value": part.value, "detail": part.detail, "latency_ms": part.latency_ms}))
+            (
+                part.name.clone(),
+                json!({"value": part.value, "detail": part.detail, "latency_ms": part.latency_ms}),
+            )
         })
         .collect();
     let (gated_by, unscored) = match &record.verdict {

@@ -93,13 +93,11 @@ pub struct DataSection {
     /// Share of demonstrations that show the steps; the others blurt the answer. 0 to 1. Default 0.2.
     #[schemars(range(min = 0, max = 1))]
     pub worked: f64,
-    /// Wrap generated questions into a user message for the chat template. Default false: plain text.
-    pub chat: bool,
 }
 
 impl Default for DataSection {
     fn default() -> Self {
-        Self { file: None, generator: None, levels: vec![1, 2, 3], count: 20_000, seed: 0, worked: 0.2, chat: false }
+        Self { file: None, generator: None, levels: vec![1, 2, 3], count: 20_000, seed: 0, worked: 0.2 }
     }
 }
 
@@ -116,7 +114,12 @@ fn checks(job: &SftJob, document: &Node, _path: &std::path::Path) -> Vec<Problem
     let given = !job.model.path.is_empty();
     checks.require(given || job.init.is_some(), "model.path", "is not set and there is no [init]", None);
     checks.require(!(given && job.init.is_some()), "init", "and model.path exclude each other", None);
-    checks.require(!job.output.dir.is_empty(), "output.dir", "is not set", Some("output.dir = \"models/mine\""));
+    checks.require(
+        !job.output.dir.is_empty(),
+        "output.dir",
+        "is not set",
+        Some("output.dir = \"models/mine\""),
+    );
     checks.require(
         job.data.file.is_some() != job.data.generator.is_some(),
         "data.file",
@@ -222,12 +225,7 @@ fn examples(loaded: &Loaded<SftJob>) -> anyhow::Result<Vec<SftExample>> {
             let item = generator.question(index);
             let worked = is_worked(data.seed.into(), index, data.worked);
             let completion = demonstration(&item, worked);
-            let body = if data.chat {
-                PromptBody::Messages(vec![Message::text("user", item.question)])
-            } else {
-                PromptBody::Text(item.question)
-            };
-            SftExample { prompt: plain(body), completion }
+            SftExample { prompt: item.prompt(), completion }
         })
         .collect())
 }
@@ -284,6 +282,7 @@ impl MetricsSink for View {
 /// # Errors
 /// All problems together, as text.
 pub fn check_file(path: &std::path::Path) -> anyhow::Result<()> {
-    load(&ConfigArgs { config: path.to_owned(), overrides: Vec::new() }).context("not a fine-tuning config")?;
+    load(&ConfigArgs { config: path.to_owned(), overrides: Vec::new() })
+        .context("not a fine-tuning config")?;
     Ok(())
 }

@@ -67,7 +67,9 @@ impl StatusArgs {
         let folder = RunFolder::open(&self.run)?;
         let (file, alive) = (folder.read_run(), folder.alive());
         let state = match (&file, alive) {
-            (Some(file), None) if file.state == RunState::Running => "killed (`run --resume` goes on)".to_owned(),
+            (Some(file), None) if file.state == RunState::Running => {
+                "killed (`run --resume` goes on)".to_owned()
+            }
             (Some(file), _) => json!(file.state).as_str().unwrap_or_default().to_owned(),
             (None, _) => "unknown".to_owned(),
         };
@@ -96,7 +98,10 @@ impl StatusArgs {
 }
 
 fn number(value: &Value) -> String {
-    value.as_f64().map_or_else(|| value.to_string(), |x| if x.fract() == 0.0 { format!("{x}") } else { format!("{x:.4}") })
+    value.as_f64().map_or_else(
+        || value.to_string(),
+        |x| if x.fract() == 0.0 { format!("{x}") } else { format!("{x:.4}") },
+    )
 }
 
 fn accuracy_rows(eval: &StepLine) -> Vec<Vec<String>> {

@@ -51,7 +51,11 @@ struct Line {
 
 impl Line {
     fn check(&self) -> Result<(), String> {
-        match [self.input_ids.is_some(), self.text.is_some(), self.messages.is_some()].iter().filter(|x| **x).count() {
+        match [self.input_ids.is_some(), self.text.is_some(), self.messages.is_some()]
+            .iter()
+            .filter(|x| **x)
+            .count()
+        {
             1 => Ok(()),
             _ => Err("must hold one of `text`, `messages`, `input_ids`".into()),
         }
@@ -66,7 +70,8 @@ impl TokenizeArgs {
             crate::policy::open(&self.model, None)?.tokenizer
         };
         for (at, line) in self.lines()? {
-            let row = self.row(&tokenizer, &line).map_err(|error| error.context(format!("line {at}"))).input()?;
+            let row =
+                self.row(&tokenizer, &line).map_err(|error| error.context(format!("line {at}"))).input()?;
             println!("{row}");
         }
         Ok(())
@@ -82,7 +87,8 @@ impl TokenizeArgs {
             messages: Some(vec![json!({"role": "user", "content": text})]),
             ..Line::default()
         });
-        let ids = (!self.ids.is_empty()).then(|| Line { input_ids: Some(self.ids.clone()), ..Line::default() });
+        let ids =
+            (!self.ids.is_empty()).then(|| Line { input_ids: Some(self.ids.clone()), ..Line::default() });
         lines.extend(texts.chain(chats).chain(ids).enumerate().map(|(index, line)| (index + 1, line)));
         Ok(lines)
     }
@@ -94,8 +100,10 @@ impl TokenizeArgs {
         }
         let ids = match (&line.messages, &line.input_ids) {
             (Some(messages), _) => {
-                let options =
-                    RenderOptions { add_generation_prompt: !self.no_generation_prompt, ..RenderOptions::default() };
+                let options = RenderOptions {
+                    add_generation_prompt: !self.no_generation_prompt,
+                    ..RenderOptions::default()
+                };
                 if self.render {
                     row.insert("rendered".into(), json!(tokenizer.render_json(messages, &options)?));
                 }
@@ -111,7 +119,10 @@ impl TokenizeArgs {
             (None, None) => tokenizer.encode(line.text.as_deref().unwrap_or_default())?,
         };
         row.insert("input_ids".into(), json!(ids));
-        row.insert("tokens".into(), json!(ids.iter().map(|id| tokenizer.id_to_token(*id)).collect::<Vec<_>>()));
+        row.insert(
+            "tokens".into(),
+            json!(ids.iter().map(|id| tokenizer.id_to_token(*id)).collect::<Vec<_>>()),
+        );
         row.insert("text".into(), json!(tokenizer.decode_all(&ids)));
         Ok(Value::Object(row))
     }

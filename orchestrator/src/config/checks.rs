@@ -45,7 +45,8 @@ impl<'d> Checks<'d> {
     /// Notes a problem told as one line that starts with its dotted key: `learner.steps is 0, …`.
     pub fn told(&mut self, line: &str) {
         let (key, rest) = line.split_once(' ').unwrap_or(("", line));
-        let is_key = key.contains('.') && key.bytes().all(|b| b.is_ascii_alphanumeric() || b"._".contains(&b));
+        let is_key =
+            key.contains('.') && key.bytes().all(|b| b.is_ascii_alphanumeric() || b"._".contains(&b));
         if is_key { self.note(key, rest, None) } else { self.note("", line, None) }
     }
 
@@ -61,7 +62,8 @@ pub fn run_name(config: &RunConfig, path: &Path) -> Result<RunId, String> {
         Some(name) => name.parse::<RunId>().map_err(|error| error.to_string()),
         None => {
             let stem = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
-            stem.parse::<RunId>().map_err(|error| format!("is not set, and the file's name will not do: {error}"))
+            stem.parse::<RunId>()
+                .map_err(|error| format!("is not set, and the file's name will not do: {error}"))
         }
     }
 }
@@ -139,7 +141,12 @@ fn prompts(prompts: &PromptsSection, checks: &mut Checks<'_>) {
         _ => {}
     }
     if prompts.generator == Some(GeneratorKind::Arithmetic) {
-        checks.require(!prompts.levels.is_empty(), "prompts.levels", "is empty", Some("for example [1, 2, 3]"));
+        checks.require(
+            !prompts.levels.is_empty(),
+            "prompts.levels",
+            "is empty",
+            Some("for example [1, 2, 3]"),
+        );
         for level in prompts.levels.iter().filter(|level| !(1..=6).contains(*level)) {
             checks.note("prompts.levels", format!("holds {level}, must be 1 to 6 each"), None);
         }
@@ -148,7 +155,9 @@ fn prompts(prompts: &PromptsSection, checks: &mut Checks<'_>) {
 
 fn eval(eval: &EvalSection, prompts: &PromptsSection, checks: &mut Checks<'_>) {
     let plain = |name: &str| {
-        !name.is_empty() && name.len() <= 40 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        !name.is_empty()
+            && name.len() <= 40
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
     };
     checks.require(
         plain(&eval.name),

@@ -153,7 +153,11 @@ fn typed<C: Serialize + DeserializeOwned>(written: &Node) -> Result<(C, Node), s
 /// Aliases whose target is no key of a run's config; a test wants none.
 pub fn unknown_alias_targets() -> Vec<&'static str> {
     let keys = schema::all_keys(&schema_of::<RunConfig>());
-    aliases::ALIASES.iter().map(|(ours, _)| *ours).filter(|ours| !keys.iter().any(|key| key == ours)).collect()
+    aliases::ALIASES
+        .iter()
+        .map(|(ours, _)| *ours)
+        .filter(|ours| !keys.iter().any(|key| key == ours))
+        .collect()
 }
 
 /// The schema of a config type, as JSON.

@@ -69,7 +69,10 @@ impl Problem {
     /// the key that this one was meant to be.
     pub fn explains(&self, key: &str) -> bool {
         let meant = self.hint.as_ref().is_some_and(|hint| hint.contains(&format!("`{key}`")));
-        meant || self.key == key || self.key.starts_with(&format!("{key}.")) || self.key.starts_with(&format!("{key}["))
+        meant
+            || self.key == key
+            || self.key.starts_with(&format!("{key}."))
+            || self.key.starts_with(&format!("{key}["))
     }
 }
 

@@ -22,7 +22,8 @@ pub fn markdown() -> String {
          A run's config is one TOML file. A value comes from, in rising order: the default, the file, the environment \
          (",
     );
-    let variables: Vec<String> = ENVIRONMENT.iter().map(|(name, key)| format!("`{name}` sets `{key}`")).collect();
+    let variables: Vec<String> =
+        ENVIRONMENT.iter().map(|(name, key)| format!("`{name}` sets `{key}`")).collect();
     let _ = writeln!(out, "{}), `--set key=value`.", variables.join(", "));
     for (name, section) in properties(&schema, &schema) {
         let _ = write!(out, "\n## [{name}]\n\n{}\n\n", describe(section));
@@ -74,7 +75,8 @@ fn elements(root: &Json, schema: &Json, at: &str, out: &mut String) {
     let Some(items) = schema.get("items").map(|items| resolve(root, items)) else { return };
     for (name, key) in properties(root, items) {
         let doc = if key.get("description").is_some() { describe(key) } else { describe(resolve(root, key)) };
-        let default = key.get("default").and_then(Node::from_json).map(|node| format!(", default `{}`", inline(&node)));
+        let default =
+            key.get("default").and_then(Node::from_json).map(|node| format!(", default `{}`", inline(&node)));
         let _ = writeln!(
             out,
             "  - `{name}` of `[[{at}]]` ({}{}): {doc}",
@@ -101,7 +103,10 @@ fn type_of(root: &Json, schema: &Json) -> String {
     match (names.is_empty(), schema.get("type").and_then(Json::as_str)) {
         (false, _) => names.join(", "),
         (true, Some("array")) => {
-            format!("list of {}", schema.get("items").map_or_else(|| "values".into(), |items| type_of(root, items)))
+            format!(
+                "list of {}",
+                schema.get("items").map_or_else(|| "values".into(), |items| type_of(root, items))
+            )
         }
         (true, Some("object")) => "table".to_owned(),
         _ => wanted(schema),
@@ -141,7 +146,9 @@ fn render(node: &Node, at: &str, origins: bool, out: &mut String) {
     };
     for (name, child) in entries.iter().filter(|(_, child)| !is_table(child)) {
         let value = match &child.value {
-            Value::String(url) if at == "queue" && name == "url" => format!("{:?}", QueueSecret(url.clone()).to_string()),
+            Value::String(url) if at == "queue" && name == "url" => {
+                format!("{:?}", QueueSecret(url.clone()).to_string())
+            }
             _ => inline(child),
         };
         let line = format!("{name} = {value}");
@@ -174,7 +181,8 @@ fn inline(node: &Node) -> String {
         Value::String(x) | Value::Date(x) => toml::Value::String(x.clone()).to_string(),
         Value::Array(items) => format!("[{}]", items.iter().map(inline).collect::<Vec<_>>().join(", ")),
         Value::Table(entries) => {
-            let pairs: Vec<String> = entries.iter().map(|(key, x)| format!("{key} = {}", inline(x))).collect();
+            let pairs: Vec<String> =
+                entries.iter().map(|(key, x)| format!("{key} = {}", inline(x))).collect();
             format!("{{ {} }}", pairs.join(", "))
         }
     }
@@ -215,7 +223,8 @@ mod tests {
     #[test]
     fn every_key_of_the_reference_is_documented() {
         let text = markdown();
-        let bare: Vec<&str> = text.lines().filter(|line| line.starts_with("- **") && line.ends_with("): ")).collect();
+        let bare: Vec<&str> =
+            text.lines().filter(|line| line.starts_with("- **") && line.ends_with("): ")).collect();
         assert!(bare.is_empty(), "{bare:#?}");
         assert!(text.contains("`group_size`"));
     }

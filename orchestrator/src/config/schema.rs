@@ -31,7 +31,9 @@ pub fn resolve<'s>(root: &'s Json, schema: &'s Json) -> &'s Json {
 /// Every dotted key the schema knows.
 pub fn all_keys(root: &Json) -> Vec<String> {
     fn visit(root: &Json, schema: &Json, at: &str, keys: &mut Vec<String>) {
-        let Some(properties) = resolve(root, schema).get("properties").and_then(Json::as_object) else { return };
+        let Some(properties) = resolve(root, schema).get("properties").and_then(Json::as_object) else {
+            return;
+        };
         for (name, child) in properties {
             let key = join(at, name);
             visit(root, child, &key, keys);
@@ -128,7 +130,8 @@ impl Walk<'_> {
                 break;
             }
         }
-        let names: Vec<&str> = options.iter().flat_map(|option| strings_of(resolve(self.root, option))).collect();
+        let names: Vec<&str> =
+            options.iter().flat_map(|option| strings_of(resolve(self.root, option))).collect();
         match &node.value {
             Value::String(text) if !names.is_empty() => problems.push(not_one_of(node, key, text, &names)),
             Value::Table(_) => problems.extend(best.unwrap_or_default()),
@@ -159,7 +162,9 @@ impl Walk<'_> {
         properties.iter().any(|(name, schema)| {
             let tag = schema.get("const").and_then(Json::as_str);
             tag.is_some()
-                && node.get(name).is_some_and(|x| matches!(&x.value, Value::String(text) if Some(text.as_str()) == tag))
+                && node
+                    .get(name)
+                    .is_some_and(|x| matches!(&x.value, Value::String(text) if Some(text.as_str()) == tag))
         })
     }
 
@@ -202,7 +207,8 @@ impl Walk<'_> {
         }
         let near = |candidate: &str, word: &str| strsim::jaro_winkler(candidate, word);
         let beside = siblings.keys().map(|k| (near(k, name), join(parent(key), k)));
-        let anywhere = self.keys.iter().map(|k| (near(k.rsplit('.').next().unwrap_or(k), name) - 0.05, k.clone()));
+        let anywhere =
+            self.keys.iter().map(|k| (near(k.rsplit('.').next().unwrap_or(k), name) - 0.05, k.clone()));
         let best = beside.chain(anywhere).max_by(|a, b| a.0.total_cmp(&b.0))?;
         if best.0 >= 0.75 {
             return Some(format!("did you mean `{}`?", best.1));
@@ -221,7 +227,8 @@ fn problem(node: &Node, key: &str, message: String, hint: Option<String>) -> Pro
 }
 
 fn not_one_of(node: &Node, key: &str, text: &str, names: &[&str]) -> Problem {
-    let nearest = names.iter().max_by(|a, b| strsim::jaro_winkler(a, text).total_cmp(&strsim::jaro_winkler(b, text)));
+    let nearest =
+        names.iter().max_by(|a, b| strsim::jaro_winkler(a, text).total_cmp(&strsim::jaro_winkler(b, text)));
     let hint = nearest
         .filter(|name| strsim::jaro_winkler(name, text) >= 0.75)
         .map(|name| format!("did you mean \"{name}\"?"));
@@ -263,7 +270,8 @@ fn out_of_range(schema: &Json, node: &Node) -> Option<String> {
     let limits: Vec<String> = [
         low.map(|x| format!("at least {x}")),
         above.map(|x| format!("above {x}")),
-        high.map(|x| format!("at most {x}")),
+        // A limit of the number type says nothing unless it is the one that was broken.
+        high.filter(|high| *high < 1e9 || x > *high).map(|x| format!("at most {x}")),
         below.map(|x| format!("below {x}")),
     ]
     .into_iter()

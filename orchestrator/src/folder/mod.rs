@@ -108,8 +108,9 @@ impl RunFolder {
         }
         match (begun, if_exists) {
             (true, IfExists::Refuse) => {
-                return Err(anyhow::anyhow!("{} already holds a run", folder.path.display()))
-                    .input_hint("--resume goes on with it, --force deletes it, --set run.name=NAME starts another");
+                return Err(anyhow::anyhow!("{} already holds a run", folder.path.display())).input_hint(
+                    "--resume goes on with it, --force deletes it, --set run.name=NAME starts another",
+                );
             }
             (false, IfExists::Resume) => {
                 return Err(anyhow::anyhow!("{} holds no run to resume", folder.path.display()))
@@ -133,11 +134,16 @@ impl RunFolder {
     /// If there is no run there.
     pub fn open(run: &Path) -> anyhow::Result<Self> {
         let candidates = [run.to_owned(), Path::new("runs").join(run)];
-        let found = candidates.into_iter().find(|path| path.join(names::RUN).exists() || path.join(names::METRICS).exists());
+        let found = candidates
+            .into_iter()
+            .find(|path| path.join(names::RUN).exists() || path.join(names::METRICS).exists());
         match found {
             Some(path) => Ok(Self { path }),
-            None => Err(anyhow::anyhow!("{} is no run's folder (there is neither run.json nor metrics.jsonl)", run.display()))
-                .input_hint("give a path such as runs/quickstart, or a name below runs/"),
+            None => Err(anyhow::anyhow!(
+                "{} is no run's folder (there is neither run.json nor metrics.jsonl)",
+                run.display()
+            ))
+            .input_hint("give a path such as runs/quickstart, or a name below runs/"),
         }
     }
 

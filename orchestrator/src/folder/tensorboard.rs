@@ -22,7 +22,8 @@ impl EventWriter {
     /// If the disk refuses.
     pub fn create(dir: &Path) -> std::io::Result<Self> {
         let now = wall_time();
-        let path = dir.join(format!("events.out.tfevents.{:010}.freewheel.{}", now as u64, std::process::id()));
+        let path =
+            dir.join(format!("events.out.tfevents.{:010}.freewheel.{}", now as u64, std::process::id()));
         let mut writer = Self { out: BufWriter::new(File::create(path)?) };
         let mut event = Vec::new();
         put_double(&mut event, 1, now);
@@ -35,7 +36,11 @@ impl EventWriter {
     ///
     /// # Errors
     /// If the disk refuses.
-    pub fn scalars<'a>(&mut self, step: u64, scalars: impl IntoIterator<Item = (&'a str, f64)>) -> std::io::Result<()> {
+    pub fn scalars<'a>(
+        &mut self,
+        step: u64,
+        scalars: impl IntoIterator<Item = (&'a str, f64)>,
+    ) -> std::io::Result<()> {
         let mut summary = Vec::new();
         for (tag, value) in scalars {
             let mut item = Vec::new();

@@ -69,7 +69,10 @@ impl MetricsSink for RunMetrics {
 impl State {
     fn scalars(&mut self, step: u64, line: &StepLine) {
         let Some(events) = &mut self.events else { return };
-        let scalars = line.iter().filter(|(key, _)| key.contains('/')).filter_map(|(key, x)| Some((key.as_str(), x.as_f64()?)));
+        let scalars = line
+            .iter()
+            .filter(|(key, _)| key.contains('/'))
+            .filter_map(|(key, x)| Some((key.as_str(), x.as_f64()?)));
         if let Err(error) = events.scalars(step, scalars) {
             tracing::warn!(%error, "TensorBoard events end here");
             self.events = None;
@@ -100,7 +103,8 @@ fn keep_before(path: &Path, step: u64) -> std::io::Result<()> {
     let mut kept = Vec::new();
     for line in BufReader::new(file).lines() {
         let line = line?;
-        let of_line = serde_json::from_str::<StepLine>(&line).ok().and_then(|line| line.get("step")?.as_u64());
+        let of_line =
+            serde_json::from_str::<StepLine>(&line).ok().and_then(|line| line.get("step")?.as_u64());
         if of_line.is_some_and(|of_line| of_line < step) {
             kept.extend_from_slice(line.as_bytes());
             kept.push(b'\n');
@@ -124,7 +128,10 @@ mod tests {
     #[test]
     fn steps_made_again_after_a_resume_replace_their_lines() {
         let dir = tempfile::tempdir().unwrap();
-        let open = || RunMetrics::new(dir.path(), true, Box::new(|line| drop(line.insert("x".into(), json!(1))))).unwrap();
+        let open = || {
+            RunMetrics::new(dir.path(), true, Box::new(|line| drop(line.insert("x".into(), json!(1)))))
+                .unwrap()
+        };
         let first = open();
         (1..=5).for_each(|step| first.step(&line(step)));
         drop(first);
@@ -133,8 +140,10 @@ mod tests {
         let second = open();
         (4..=6).for_each(|step| second.step(&line(step)));
         let text = fs::read_to_string(dir.path().join(names::METRICS)).unwrap();
-        let steps: Vec<u64> =
-            text.lines().map(|l| serde_json::from_str::<StepLine>(l).unwrap()["step"].as_u64().unwrap()).collect();
+        let steps: Vec<u64> = text
+            .lines()
+            .map(|l| serde_json::from_str::<StepLine>(l).unwrap()["step"].as_u64().unwrap())
+            .collect();
         assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
         assert!(text.lines().all(|l| l.contains("\"x\":1")));
     }

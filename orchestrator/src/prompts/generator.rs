@@ -1,16 +1,16 @@
 //! The built-in task: chains of additions and subtractions, `17+25-9=?`.
 //!
-//! Every intermediate result lies in 0 to 99, so from any value there are exactly 99 next steps (one to every
-//! other value) and level `k` has 99^(k+1) questions. A fixed keyed permutation of that range gives each
+//! Every intermediate result lies in 0 to 59, so from any value there are exactly 59 next steps (one to every
+//! other value) and level `k` has 59^(k+1) questions. A fixed keyed permutation of that range gives each
 //! question a number; numbers divisible by 10 are held out. So train and held-out sets are disjoint by
 //! construction, whatever the seeds, and both can be drawn from at random without repetition.
 
-use freewheel_types::{CounterRng, Prompt, PromptBody, PromptId};
+use freewheel_types::{CounterRng, Message, Prompt, PromptBody, PromptId};
 
 /// Most operations in a question.
 pub const LEVEL_MAX: u32 = 6;
 /// Values and operands stay below this.
-const RANGE: u64 = 99;
+const RANGE: u64 = 59;
 /// One question in this many is held out.
 const HELD_OUT_EVERY: u64 = 10;
 /// Key of the permutation that splits train from held-out; changing it changes every split.
@@ -34,9 +34,9 @@ pub struct Step {
     pub a: i64,
     /// `+` or `-`.
     pub op: char,
-    /// Operand, 1 to 99.
+    /// Operand, 1 to 59.
     pub b: i64,
-    /// Value after, 0 to 99.
+    /// Value after, 0 to 59.
     pub result: i64,
 }
 
@@ -102,7 +102,7 @@ impl ArithmeticGenerator {
         let count = self.levels.len() as u64;
         let fresh = |index: &u64| index / count < self.distinct(self.levels[(index % count) as usize]);
         let prompts: Vec<Prompt> =
-            (0..n as u64).filter(fresh).map(|i| prompt_of(&self.question(i))).collect();
+            (0..n as u64).filter(fresh).map(|i| self.question(i).prompt()).collect();
         // A level listed twice draws the same questions twice.
         let mut seen = std::collections::BTreeSet::new();
         let prompts: Vec<Prompt> = prompts.into_iter().filter(|prompt| seen.insert(prompt.id)).collect();
@@ -118,15 +118,18 @@ impl ArithmeticGenerator {
     }
 }
 
-fn prompt_of(item: &ArithmeticItem) -> Prompt {
-    Prompt {
-        id: PromptId::of(format!("arithmetic:{}", item.question).as_bytes()),
-        name: None,
-        body: PromptBody::Text(item.question.clone()),
-        answer: Some(item.answer.to_string()),
-        tags: vec!["arithmetic".into(), format!("level-{}", item.level)],
-        verifier: Some("number".into()),
-        meta: None,
+impl ArithmeticItem {
+    /// The question as a user message, with its answer, the tags `arithmetic` and `level-k`, and the verifier "number".
+    pub fn prompt(&self) -> Prompt {
+        Prompt {
+            id: PromptId::of(format!("arithmetic:{}", self.question).as_bytes()),
+            name: None,
+            body: PromptBody::Messages(vec![Message::text("user", self.question.clone())]),
+            answer: Some(self.answer.to_string()),
+            tags: vec!["arithmetic".into(), format!("level-{}", self.level)],
+            verifier: Some("number".into()),
+            meta: None,
+        }
     }
 }
 
@@ -153,8 +156,8 @@ fn chains(level: u32) -> u64 {
     RANGE.pow(level + 1)
 }
 
-/// The chain of a rank below [`chains`]: its digits to base 99 are the first value and then, step by step, which
-/// of the 99 other values comes next.
+/// The chain of a rank below [`chains`]: its digits to base 59 are the first value and then, step by step, which
+/// of the 59 other values comes next.
 fn chain(rank: u64, level: u32) -> ArithmeticItem {
     let mut rest = rank;
     let mut digit = || {
@@ -212,7 +215,7 @@ mod tests {
         let text =
             |items: Vec<ArithmeticItem>| items.into_iter().map(|item| item.question).collect::<BTreeSet<_>>();
         let (train, held_out) = (text(all(1, Split::Train)), text(all(2, Split::HeldOut)));
-        assert_eq!(train.len() as u64 + held_out.len() as u64, 99 * 99);
+        assert_eq!(train.len() as u64 + held_out.len() as u64, RANGE * RANGE);
         assert!(train.is_disjoint(&held_out));
         assert!(held_out.len() * 9 <= train.len() && held_out.len() * 10 >= train.len());
     }
@@ -230,9 +233,9 @@ mod tests {
                 let sign = rest.remove(0);
                 let end = rest.find(['+', '-']).unwrap_or(rest.len());
                 let operand: i64 = rest[..end].parse().unwrap();
-                assert!((1..=99).contains(&operand), "{shown}");
+                assert!((1..=59).contains(&operand), "{shown}");
                 value += if sign == '+' { operand } else { -operand };
-                assert!((0..=99).contains(&value), "{shown}");
+                assert!((0..=59).contains(&value), "{shown}");
                 rest = rest[end..].into();
             }
             assert_eq!(value, item.answer, "{shown}");
@@ -255,9 +258,9 @@ mod tests {
     #[test]
     fn a_level_that_runs_out_gives_fewer_prompts_and_no_duplicate() {
         let generator = ArithmeticGenerator::new(1, &[1], Split::HeldOut);
-        assert_eq!(generator.distinct(1), 981);
-        assert_eq!(generator.prompts(2000).len(), 981);
-        assert_eq!(generator.question(0), generator.question(981));
+        assert_eq!(generator.distinct(1), 349);
+        assert_eq!(generator.prompts(2000).len(), 349);
+        assert_eq!(generator.question(0), generator.question(349));
         assert_eq!(ArithmeticGenerator::new(1, &[1, 1], Split::HeldOut).prompts(100).len(), 50);
     }
 

@@ -15,7 +15,11 @@ use crate::folder::{RunFolder, RunState, StepLine, names};
 pub fn greet(prepared: &Prepared, folder: &RunFolder) {
     let config = &prepared.loaded.config;
     let parameters = prepared.model.model.layout().total as f64;
-    let size = if parameters >= 1e9 { format!("{:.2} B", parameters / 1e9) } else { format!("{:.2} M", parameters / 1e6) };
+    let size = if parameters >= 1e9 {
+        format!("{:.2} B", parameters / 1e9)
+    } else {
+        format!("{:.2} M", parameters / 1e6)
+    };
     let held_out = prepared.eval.as_ref().map_or(0, |set| set.prompts.len());
     eprintln!(
         "{}: {} parameters, {} prompts, {held_out} held out; {} steps of {} groups of {}; staleness up to {}; {} actor{}",
@@ -36,7 +40,9 @@ pub fn report(folder: &RunFolder) -> Option<PathBuf> {
     if !folder.file(names::METRICS).exists() {
         return None;
     }
-    crate::report::write(folder.path()).map_err(|error| tracing::error!(error = %format!("{error:#}"), "no report")).ok()
+    crate::report::write(folder.path())
+        .map_err(|error| tracing::error!(error = %format!("{error:#}"), "no report"))
+        .ok()
 }
 
 /// Says how it went.
@@ -83,7 +89,8 @@ fn text(
 ) -> String {
     let number = |key: &str| last.get(key).and_then(Value::as_f64);
     let mut rows: Vec<Vec<String>> = Vec::new();
-    let mut row = |name: &str, value: Option<String>| rows.extend(value.map(|value| vec![name.to_owned(), value]));
+    let mut row =
+        |name: &str, value: Option<String>| rows.extend(value.map(|value| vec![name.to_owned(), value]));
     let state = match ended.state {
         RunState::Finished => "finished",
         RunState::Stopped => "stopped early; --resume goes on",
@@ -99,17 +106,35 @@ fn text(
         let Some(mean) = eval.overall.mean else { return String::new() };
         row(
             &format!("accuracy on {}", eval.name),
-            Some(format!("{from}{mean:.3}  [{:.3}, {:.3}] over {} prompts", eval.overall.low, eval.overall.high, eval.overall.prompts)),
+            Some(format!(
+                "{from}{mean:.3}  [{:.3}, {:.3}] over {} prompts",
+                eval.overall.low, eval.overall.high, eval.overall.prompts
+            )),
         );
     }
     row("reward, last step", number("reward/mean").map(|x| format!("{x:.3}")));
-    row("staleness, last step", number("staleness/mean").map(|x| format!("{x:.2} mean, {:.0} max", number("staleness/max").unwrap_or(0.0))));
+    row(
+        "staleness, last step",
+        number("staleness/mean")
+            .map(|x| format!("{x:.2} mean, {:.0} max", number("staleness/max").unwrap_or(0.0))),
+    );
     row("same-version log-prob gap", number("mismatch/same_version_abs_max").map(|x| format!("{x}")));
-    row("rollouts", number("accounting/issued").map(|issued| {
-        let dropped: f64 = last.iter().filter(|(k, _)| k.starts_with("accounting/dropped_")).filter_map(|(_, x)| x.as_f64()).sum();
-        format!("{issued:.0} issued = {:.0} trained + {dropped:.0} dropped + {:.0} queued + {:.0} in flight",
-            number("accounting/trained").unwrap_or(0.0), number("accounting/queued").unwrap_or(0.0), number("accounting/in_flight").unwrap_or(0.0))
-    }));
+    row(
+        "rollouts",
+        number("accounting/issued").map(|issued| {
+            let dropped: f64 = last
+                .iter()
+                .filter(|(k, _)| k.starts_with("accounting/dropped_"))
+                .filter_map(|(_, x)| x.as_f64())
+                .sum();
+            format!(
+                "{issued:.0} issued = {:.0} trained + {dropped:.0} dropped + {:.0} queued + {:.0} in flight",
+                number("accounting/trained").unwrap_or(0.0),
+                number("accounting/queued").unwrap_or(0.0),
+                number("accounting/in_flight").unwrap_or(0.0)
+            )
+        }),
+    );
     row("checkpoint", latest_checkpoint(folder).map(|path| path.display().to_string()));
     row("report", report.map(|path| path.display().to_string()));
     let mut out = String::new();

@@ -51,7 +51,11 @@ pub async fn follow(deps: EvalDeps, done: CancellationToken) -> anyhow::Result<O
     loop {
         let over = done.is_cancelled();
         let Some(version) = newest(&*store, loader.version(), &done).await else {
-            if over { return Ok(last) } else { continue };
+            if over {
+                return Ok(last);
+            } else {
+                continue;
+            };
         };
         let seen = last.as_ref().map(|report| report.version);
         let due = if every == 0 { last.is_none() && evaluated.is_none() } else { version.step >= next_step };
@@ -77,7 +81,8 @@ pub async fn follow(deps: EvalDeps, done: CancellationToken) -> anyhow::Result<O
         let (report, held, back) = tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
             let version = loader.version().context("a pulled version")?;
             let mut held = held;
-            let spare = held.as_mut().and_then(|engine| engine.take_retired().pop()).and_then(Arc::into_inner);
+            let spare =
+                held.as_mut().and_then(|engine| engine.take_retired().pop()).and_then(Arc::into_inner);
             let weights = loader.pack(version, spare)?;
             let mut engine = match held {
                 Some(mut engine) => {

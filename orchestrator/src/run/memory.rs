@@ -49,14 +49,17 @@ pub async fn run(prepared: &Prepared, folder: &RunFolder, signals: &Signals) -> 
     let (loaded, to_pool, end) = (prepared.loaded.clone(), links.clone(), shutdown.clone());
     let (prompts, dir) = (prepared.prompts.clone(), folder.path().to_owned());
     let pool_metrics = forwarded(pool_sender);
-    others.spawn(async move { roles::prompts(&loaded, prompts, to_pool, &dir, pool_metrics, end).await.map(drop) });
+    others.spawn(async move {
+        roles::prompts(&loaded, prompts, to_pool, &dir, pool_metrics, end).await.map(drop)
+    });
 
     let source = move || {
         let actors = actor_views.iter().map(|view| ActorStat::from(*view.borrow())).collect();
         (actors, pool_view.borrow().map(PoolStat::from))
     };
     let metrics = Arc::new(
-        RunMetrics::new(folder.path(), config.log.tensorboard, extras(source)).context("metrics cannot be written")?,
+        RunMetrics::new(folder.path(), config.log.tensorboard, extras(source))
+            .context("metrics cannot be written")?,
     );
     let done = CancellationToken::new();
     let eval = start_eval(prepared, &links, folder, &metrics, done.clone());
@@ -94,7 +97,9 @@ pub async fn run(prepared: &Prepared, folder: &RunFolder, signals: &Signals) -> 
     wishes.abort();
     shutdown.cancel();
     while let Some(other) = others.join_next().await {
-        if let (None, Err(error)) = (&failed, other.context("a role ended without a word").and_then(|result| result)) {
+        if let (None, Err(error)) =
+            (&failed, other.context("a role ended without a word").and_then(|result| result))
+        {
             failed = Some(error);
         }
     }

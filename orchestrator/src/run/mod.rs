@@ -132,7 +132,12 @@ pub async fn run(loaded: Loaded, if_exists: IfExists, json: bool) -> anyhow::Res
 }
 
 /// Passes on what the user wants to the run: signals and the control file become control flags.
-fn follow_wishes(links: Links, control_file: PathBuf, signals: Signals, quick: CancellationToken) -> JoinHandle<()> {
+fn follow_wishes(
+    links: Links,
+    control_file: PathBuf,
+    signals: Signals,
+    quick: CancellationToken,
+) -> JoinHandle<()> {
     tokio::spawn(async move {
         let mut draining = false;
         loop {

@@ -73,7 +73,8 @@ pub fn check_lengths(loaded: &Loaded, model: &LoadedModel, prompts: &[Prompt]) -
     let mut longest = 0;
     for prompt in by_length.into_iter().take(ENCODED) {
         let ids = model.tokenizer.encode_prompt(&prompt.body).map_err(|error| {
-            anyhow::Error::from(error).context(format!("prompt {:?} cannot be encoded", shorten(prompt.question())))
+            anyhow::Error::from(error)
+                .context(format!("prompt {:?} cannot be encoded", shorten(prompt.question())))
         });
         longest = longest.max(ids.input()?.len());
     }
@@ -98,7 +99,11 @@ fn shorten(text: &str) -> String {
 ///
 /// # Errors
 /// If a prompt cannot be encoded.
-pub fn eval_set(loaded: &Loaded, model: &LoadedModel, prompts: Vec<Prompt>) -> anyhow::Result<Option<EvalSet>> {
+pub fn eval_set(
+    loaded: &Loaded,
+    model: &LoadedModel,
+    prompts: Vec<Prompt>,
+) -> anyhow::Result<Option<EvalSet>> {
     if prompts.is_empty() {
         return Ok(None);
     }
@@ -130,7 +135,8 @@ pub fn stop_spec(loaded: &Loaded, model: &LoadedModel) -> StopSpec {
 /// # Errors
 /// If the section is not usable (checked when the config was loaded).
 pub fn reward_stack(loaded: &Loaded) -> anyhow::Result<Arc<RewardStack>> {
-    let stack = RewardStack::new(&loaded.config.reward).map_err(freewheel_reward::RewardError::Config).input()?;
+    let stack =
+        RewardStack::new(&loaded.config.reward).map_err(freewheel_reward::RewardError::Config).input()?;
     Ok(Arc::new(stack))
 }
 

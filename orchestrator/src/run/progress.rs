@@ -66,10 +66,15 @@ impl View {
 
     fn update(&mut self) {
         for line in self.eval.lines() {
-            let number = |key: &str| line.iter().find(|(k, _)| k.ends_with(key) && !k.contains("/tag/")).and_then(|(_, x)| x.as_f64());
+            let number = |key: &str| {
+                line.iter()
+                    .find(|(k, _)| k.ends_with(key) && !k.contains("/tag/"))
+                    .and_then(|(_, x)| x.as_f64())
+            };
             if let Some(accuracy) = number("/accuracy") {
                 self.accuracy = Some(accuracy);
-                let (low, high) = (number("/accuracy_low").unwrap_or(0.0), number("/accuracy_high").unwrap_or(1.0));
+                let (low, high) =
+                    (number("/accuracy_low").unwrap_or(0.0), number("/accuracy_high").unwrap_or(1.0));
                 let step = line.get("step").and_then(Value::as_u64).unwrap_or(0);
                 self.say(&format!("step {step:>5}  held-out accuracy {accuracy:.3}  [{low:.3}, {high:.3}]"));
             }
@@ -145,7 +150,11 @@ fn thousands(x: f64) -> String {
 /// `1:02:03` or `2:03`.
 pub fn clock(duration: Duration) -> String {
     let s = duration.as_secs();
-    if s >= 3600 { format!("{}:{:02}:{:02}", s / 3600, s / 60 % 60, s % 60) } else { format!("{}:{:02}", s / 60, s % 60) }
+    if s >= 3600 {
+        format!("{}:{:02}:{:02}", s / 3600, s / 60 % 60, s % 60)
+    } else {
+        format!("{}:{:02}", s / 60, s % 60)
+    }
 }
 
 /// Whole new lines of a growing JSONL file.
@@ -204,7 +213,13 @@ mod tests {
 
     #[test]
     fn numbers_and_times_read_well() {
-        assert_eq!([thousands(12.4), thousands(1234.0), thousands(1_234_567.0)].join(" "), "12 1,234 1,234,567");
-        assert_eq!((clock(Duration::from_secs(125)), clock(Duration::from_secs(3725))), ("2:05".into(), "1:02:05".into()));
+        assert_eq!(
+            [thousands(12.4), thousands(1234.0), thousands(1_234_567.0)].join(" "),
+            "12 1,234 1,234,567"
+        );
+        assert_eq!(
+            (clock(Duration::from_secs(125)), clock(Duration::from_secs(3725))),
+            ("2:05".into(), "1:02:05".into())
+        );
     }
 }

@@ -64,7 +64,8 @@ pub async fn run(
         "managed" => {
             let dir = folder.path().join("redis");
             let memory = (config.queue.max_bytes * 2 + (1 << 30)).max(4 << 30);
-            let started = tokio::task::spawn_blocking(move || ManagedServer::start_with_memory(&dir, memory)).await?;
+            let started =
+                tokio::task::spawn_blocking(move || ManagedServer::start_with_memory(&dir, memory)).await?;
             Some(started.input()?)
         }
         _ => None,
@@ -142,7 +143,11 @@ async fn watch_roles(
     let steps = prepared.loaded.config.learner.steps;
     let made = folder.last_line(names::METRICS).and_then(|line| line.get("step")?.as_u64()).unwrap_or(0);
     let limited = prepared.loaded.config.run.time_limit_min.is_some();
-    Ok(if learner_done && !quick.is_cancelled() && (made >= steps || limited) { RunState::Finished } else { RunState::Stopped })
+    Ok(if learner_done && !quick.is_cancelled() && (made >= steps || limited) {
+        RunState::Finished
+    } else {
+        RunState::Stopped
+    })
 }
 
 /// One role and what is needed to start it.
@@ -179,7 +184,8 @@ impl Supervised {
             }
             short_lives = if born.elapsed() >= LONG_LIFE { 0 } else { short_lives + 1 };
             if short_lives >= SHORT_LIVES_MAX {
-                let error = anyhow::anyhow!("{} died {short_lives} times in a row ({})", self.name, describe(status));
+                let error =
+                    anyhow::anyhow!("{} died {short_lives} times in a row ({})", self.name, describe(status));
                 return Err(error).hint(format!("{} says why", self.log.display()));
             }
             let pause = Duration::from_millis(250).saturating_mul(1 << short_lives).min(BACKOFF_MAX);

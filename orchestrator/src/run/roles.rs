@@ -130,7 +130,8 @@ pub async fn learner(
 ) -> anyhow::Result<LearnerSummary> {
     let config = &loaded.config;
     let log = &config.log;
-    let samples = SampleLog::new(&run_dir.join(names::ROLLOUTS), log.rollouts_per_step, log.rollouts_file_bytes);
+    let samples =
+        SampleLog::new(&run_dir.join(names::ROLLOUTS), log.rollouts_per_step, log.rollouts_file_bytes);
     let before = if fresh_queue { ended_before(run_dir)? } else { 0 };
     let mut learner = config.learner.clone();
     learner.threads = threads;

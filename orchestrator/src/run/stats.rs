@@ -76,7 +76,9 @@ impl From<PoolMetrics> for PoolStat {
 pub type Snapshot = (Vec<ActorStat>, Option<PoolStat>);
 
 /// Adds to each line what happened since the line before it.
-pub fn extras(source: impl Fn() -> Snapshot + Send + Sync + 'static) -> Box<dyn Fn(&mut StepLine) + Send + Sync> {
+pub fn extras(
+    source: impl Fn() -> Snapshot + Send + Sync + 'static,
+) -> Box<dyn Fn(&mut StepLine) + Send + Sync> {
     let before: Mutex<Vec<ActorStat>> = Mutex::default();
     Box::new(move |line| {
         let (actors, pool) = source();
@@ -120,7 +122,8 @@ pub fn from_files(run_dir: &Path) -> Snapshot {
     let mut names: Vec<PathBuf> =
         std::fs::read_dir(&dir).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path())).collect();
     names.sort();
-    let is_actor = |path: &&PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("actor"));
+    let is_actor =
+        |path: &&PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("actor"));
     let actors = names.iter().filter(is_actor).filter_map(|path| read(path)).collect();
     (actors, read(&dir.join("prompts.json")))
 }
@@ -161,7 +164,8 @@ mod tests {
 
     #[test]
     fn rates_are_over_the_time_since_the_last_line() {
-        let stat = |wall_s, tokens, slot_s| ActorStat { wall_s, tokens, slot_s, apply_pause_s: 0.001, step: None };
+        let stat =
+            |wall_s, tokens, slot_s| ActorStat { wall_s, tokens, slot_s, apply_pause_s: 0.001, step: None };
         let now = std::sync::Arc::new(Mutex::new(vec![stat(1.0, 100, 0.5)]));
         let seen = now.clone();
         let add = extras(move || (seen.lock().unwrap().clone(), None));

@@ -6,9 +6,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use freewheel_queue::{
-    Delivery, DeliveryBody, LeasedRollout, LeasedTask, PutOutcome, QueueCounts, QueueError, RolloutQueue, RunControl,
+    Delivery, DeliveryBody, LeasedRollout, LeasedTask, PutOutcome, QueueCounts, QueueError, RolloutQueue,
+    RunControl,
 };
-use freewheel_types::{ActorId, GroupOutcome, PolicyVersion, Rollout, RolloutId, ScoredRollout, Task, TaskId};
+use freewheel_types::{
+    ActorId, GroupOutcome, PolicyVersion, Rollout, RolloutId, ScoredRollout, Task, TaskId,
+};
 
 use crate::folder::SampleLog;
 
@@ -38,7 +41,12 @@ impl RolloutQueue for TappedQueue {
         self.queue.outcomes(max, wait).await
     }
 
-    async fn lease_tasks(&self, actor: &ActorId, max: usize, wait: Duration) -> Result<Vec<LeasedTask>, QueueError> {
+    async fn lease_tasks(
+        &self,
+        actor: &ActorId,
+        max: usize,
+        wait: Duration,
+    ) -> Result<Vec<LeasedTask>, QueueError> {
         self.queue.lease_tasks(actor, max, wait).await
     }
 
@@ -62,11 +70,21 @@ impl RolloutQueue for TappedQueue {
         self.queue.finish_task(actor, task, lease).await
     }
 
-    async fn lease_rollouts(&self, worker: &str, max: usize, wait: Duration) -> Result<Vec<LeasedRollout>, QueueError> {
+    async fn lease_rollouts(
+        &self,
+        worker: &str,
+        max: usize,
+        wait: Duration,
+    ) -> Result<Vec<LeasedRollout>, QueueError> {
         self.queue.lease_rollouts(worker, max, wait).await
     }
 
-    async fn forward_scored(&self, worker: &str, lease: &str, scored: &ScoredRollout) -> Result<(), QueueError> {
+    async fn forward_scored(
+        &self,
+        worker: &str,
+        lease: &str,
+        scored: &ScoredRollout,
+    ) -> Result<(), QueueError> {
         self.queue.forward_scored(worker, lease, scored).await
     }
 
@@ -78,7 +96,12 @@ impl RolloutQueue for TappedQueue {
         self.queue.renew_learner(holder, epoch).await
     }
 
-    async fn fetch_scored(&self, epoch: u64, max: usize, wait: Duration) -> Result<Vec<Delivery>, QueueError> {
+    async fn fetch_scored(
+        &self,
+        epoch: u64,
+        max: usize,
+        wait: Duration,
+    ) -> Result<Vec<Delivery>, QueueError> {
         let deliveries = self.queue.fetch_scored(epoch, max, wait).await?;
         let step = self.step.load(Ordering::Relaxed);
         for delivery in &deliveries {
@@ -97,7 +120,12 @@ impl RolloutQueue for TappedQueue {
         self.queue.report(epoch, outcome).await
     }
 
-    async fn dead_letter(&self, source: &str, rollout: Option<RolloutId>, reason: &str) -> Result<(), QueueError> {
+    async fn dead_letter(
+        &self,
+        source: &str,
+        rollout: Option<RolloutId>,
+        reason: &str,
+    ) -> Result<(), QueueError> {
         self.queue.dead_letter(source, rollout, reason).await
     }
 

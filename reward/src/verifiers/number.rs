@@ -43,7 +43,8 @@ impl Verifier for Number {
 impl Number {
     /// 25, 25% and 0.25 all answer "25%"; 0.25 does not answer 25.
     fn same(self, gold: Written, found: Written) -> bool {
-        let within = |a: Ratio, b: Ratio| self.tolerance > 0.0 && (a.to_f64() - b.to_f64()).abs() <= self.tolerance;
+        let within =
+            |a: Ratio, b: Ratio| self.tolerance > 0.0 && (a.to_f64() - b.to_f64()).abs() <= self.tolerance;
         let close = |a: Ratio, b: Ratio| a == b || within(a, b);
         let hundredth = |r: Ratio| r.div(Ratio::integer(100)).unwrap_or(r);
         close(gold.value, found.value)

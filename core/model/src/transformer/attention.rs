@@ -95,6 +95,7 @@ impl AttentionLayer<'_> {
     }
 
     /// Turns the gradient of the block's output into that of its input, in place, and adds the weight gradients.
+    #[expect(clippy::too_many_arguments, reason = "the mirror of forward, plus its gradients")]
     pub fn backward(
         &self,
         cx: &Context,
@@ -225,7 +226,13 @@ impl AttentionLayer<'_> {
     }
 
     /// Replaces queries and keys by their norms; returns what they were.
-    fn normalise(&self, cx: &Context, q: &mut Buf, k: &mut Buf, gains: Option<(&Vec<f32>, &Vec<f32>)>) -> (Buf, Buf) {
+    fn normalise(
+        &self,
+        cx: &Context,
+        q: &mut Buf,
+        k: &mut Buf,
+        gains: Option<(&Vec<f32>, &Vec<f32>)>,
+    ) -> (Buf, Buf) {
         let (q_gain, k_gain) = (gains.map(|(g, _)| g), gains.map(|(_, g)| g));
         let one = |x: &mut Buf, gain: Option<&Vec<f32>>| {
             let mut normed = cx.pool.take(x.len());

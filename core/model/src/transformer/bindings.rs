@@ -107,9 +107,8 @@ impl Index<'_> {
         let d = spec.hidden;
         let at = format!("model.layers.{layer}");
         let named = |name: &str| self.range(&format!("{at}.{name}"));
-        let qkv = |suffix: &str| {
-            ["q", "k", "v"].map(|p| format!("{at}.self_attn.{p}_proj.{suffix}")).to_vec()
-        };
+        let qkv =
+            |suffix: &str| ["q", "k", "v"].map(|p| format!("{at}.self_attn.{p}_proj.{suffix}")).to_vec();
         let weighted = matches!(attention.qk_norm, QkNorm::PerHead | QkNorm::WholeProjection);
         let ffn_at = match (spec.family, ffn) {
             (Family::Llama4Text, _) => format!("{at}.feed_forward"),
@@ -126,7 +125,9 @@ impl Index<'_> {
             out_bias: attention.out_bias.then(|| named("self_attn.o_proj.bias")),
             post_norm: named("post_attention_layernorm.weight"),
             ffn: match ffn {
-                FfnSpec::Dense { width, activation } => FfnBinding::Dense(self.mlp(&ffn_at, d, *width, *activation)),
+                FfnSpec::Dense { width, activation } => {
+                    FfnBinding::Dense(self.mlp(&ffn_at, d, *width, *activation))
+                }
                 FfnSpec::Moe(moe) => FfnBinding::Moe(self.moe(spec.family, &ffn_at, d, moe)),
             },
         }

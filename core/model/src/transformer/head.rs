@@ -18,7 +18,12 @@ pub(super) struct HeadRows {
 }
 
 impl HeadRows {
-    pub fn gather(weights: &PolicyWeights, cx: &Context, x_td: &[f32], rows: impl ExactSizeIterator<Item = usize>) -> Self {
+    pub fn gather(
+        weights: &PolicyWeights,
+        cx: &Context,
+        x_td: &[f32],
+        rows: impl ExactSizeIterator<Item = usize>,
+    ) -> Self {
         let d = weights.model.spec().hidden;
         let mut x = cx.pool.take(rows.len() * d);
         for (to, row) in x.chunks_exact_mut(d).zip(rows) {
@@ -40,7 +45,13 @@ impl HeadRows {
     }
 
     /// Adds the head's and final norm's gradients; returns the gradient of the gathered residual rows.
-    pub fn backward(&self, weights: &PolicyWeights, cx: &Context, d_logits: &[f32], grads: &mut [f32]) -> Buf {
+    pub fn backward(
+        &self,
+        weights: &PolicyWeights,
+        cx: &Context,
+        d_logits: &[f32],
+        grads: &mut [f32],
+    ) -> Buf {
         let rows = self.len(weights);
         let bindings = &weights.model.bindings;
         cx.accumulate(cx.precision, &bindings.head, d_logits, &self.normed, rows, grads);
@@ -55,7 +66,12 @@ impl HeadRows {
 }
 
 /// Logits of some rows, as a plain vector.
-pub(super) fn logits_of_rows(weights: &PolicyWeights, cx: &Context, x_td: &[f32], rows: &[usize]) -> Vec<f32> {
+pub(super) fn logits_of_rows(
+    weights: &PolicyWeights,
+    cx: &Context,
+    x_td: &[f32],
+    rows: &[usize],
+) -> Vec<f32> {
     let v = weights.model.spec().vocab_size;
     let mut logits = vec![0.0; rows.len() * v];
     for (rows, out) in rows.chunks(CHUNK).zip(logits.chunks_mut(CHUNK * v)) {

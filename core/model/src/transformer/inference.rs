@@ -74,7 +74,8 @@ impl KvCache {
 
     /// Bytes of one page over all layers.
     pub fn page_bytes(model: &Transformer) -> usize {
-        let values: usize = model.spec().layers.iter().map(|(a, _)| 2 * a.kv_heads * a.head_dim * KV_BLOCK).sum();
+        let values: usize =
+            model.spec().layers.iter().map(|(a, _)| 2 * a.kv_heads * a.head_dim * KV_BLOCK).sum();
         values * size_of::<f32>()
     }
 
@@ -126,9 +127,11 @@ impl PolicyWeights {
     }
 
     pub(super) fn moe_layer(&self, layer: usize) -> Option<MoeLayer<'_>> {
-        let (FfnSpec::Moe(spec), FfnBinding::Moe(at), FfnWeights::Moe(weights)) =
-            (&self.model.spec().layers[layer].1, &self.model.bindings.layers[layer].ffn, &self.layers[layer].ffn)
-        else {
+        let (FfnSpec::Moe(spec), FfnBinding::Moe(at), FfnWeights::Moe(weights)) = (
+            &self.model.spec().layers[layer].1,
+            &self.model.bindings.layers[layer].ffn,
+            &self.layers[layer].ffn,
+        ) else {
             return None;
         };
         Some(MoeLayer { spec, at, weights })
@@ -184,10 +187,19 @@ impl<'a> Placed<'a> {
         let mut placed = Self { seqs: Vec::with_capacity(batch.seqs.len()), positions: Vec::new() };
         for seq in batch.seqs {
             let first_row = placed.positions.len();
-            placed.seqs.push(AttentionSeq { first_row, rows: seq.rows, position: seq.position, pages: seq.pages });
+            placed.seqs.push(AttentionSeq {
+                first_row,
+                rows: seq.rows,
+                position: seq.position,
+                pages: seq.pages,
+            });
             placed.positions.extend((seq.position..seq.position + seq.rows).map(|p| p as u32));
         }
-        assert_eq!(placed.positions.len(), batch.tokens.len(), "rows of the sequences must add up to the tokens");
+        assert_eq!(
+            placed.positions.len(),
+            batch.tokens.len(),
+            "rows of the sequences must add up to the tokens"
+        );
         placed
     }
 }

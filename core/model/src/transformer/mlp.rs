@@ -18,7 +18,15 @@ pub(super) struct Context<'a> {
 
 impl Context<'_> {
     /// `grads[at] += dyᵀ·x`, in whichever way the tensor is stored. `dy` is `[t, n]`, `x` is `[t, k]`.
-    pub fn accumulate(&self, precision: Precision, at: &Linear, dy: &[f32], x: &[f32], rows: usize, grads: &mut [f32]) {
+    pub fn accumulate(
+        &self,
+        precision: Precision,
+        at: &Linear,
+        dy: &[f32],
+        x: &[f32],
+        rows: usize,
+        grads: &mut [f32],
+    ) {
         let target = &mut grads[at.range()];
         if at.transposed {
             weight_grad(self.threads, precision, x, dy, rows, at.k, at.n, target);

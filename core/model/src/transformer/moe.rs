@@ -92,9 +92,12 @@ impl MoeLayer<'_> {
                 .then(|| mlp::forward(cx, at, weights, &xs_sd[span.clone()], rows, &mut y_sd[span], false));
             gate_up.push(kept.filter(|_| save));
         }
-        let shared_gate_up = self.at.shared.as_ref().zip(self.weights.shared.as_ref()).map(|(at, weights)| {
-            mlp::forward(cx, at, weights, normed_td, rows, x_td, true)
-        });
+        let shared_gate_up = self
+            .at
+            .shared
+            .as_ref()
+            .zip(self.weights.shared.as_ref())
+            .map(|(at, weights)| mlp::forward(cx, at, weights, normed_td, rows, x_td, true));
         let on_input = self.spec.router == RouterKind::SigmoidOnInput;
         for (t, x) in x_td.chunks_exact_mut(d).enumerate() {
             for slot in t * self.spec.top_k..(t + 1) * self.spec.top_k {
@@ -175,7 +178,14 @@ impl MoeLayer<'_> {
     }
 
     /// Gradient at each expert's output, and (output-weighted routers) at the weights.
-    fn scatter_gradient(&self, cx: &Context, saved: &Saved, dy_td: &[f32], d: usize, d_weights: &mut [f32]) -> Buf {
+    fn scatter_gradient(
+        &self,
+        cx: &Context,
+        saved: &Saved,
+        dy_td: &[f32],
+        d: usize,
+        d_weights: &mut [f32],
+    ) -> Buf {
         let routing = &saved.routing;
         let on_input = self.spec.router == RouterKind::SigmoidOnInput;
         let mut dys_sd = cx.pool.take(routing.order.len() * d);
@@ -209,7 +219,16 @@ impl MoeLayer<'_> {
             let Some(gate_up) = &saved.gate_up[e] else { continue };
             let span = routing.starts[e]..routing.starts[e + 1];
             let (rows, span) = (span.len(), span.start * d..span.end * d);
-            let dx = mlp::backward(cx, at, weights, &xs_sd[span.clone()], gate_up, &dys_sd[span.clone()], rows, grads);
+            let dx = mlp::backward(
+                cx,
+                at,
+                weights,
+                &xs_sd[span.clone()],
+                gate_up,
+                &dys_sd[span.clone()],
+                rows,
+                grads,
+            );
             dxs_sd[span].copy_from_slice(&dx);
         }
         dxs_sd
@@ -265,7 +284,14 @@ impl MoeLayer<'_> {
                 &mut d_logits_te,
             ),
             RouterKind::SigmoidOnInput => {
-                router::sigmoid_top_k_backward(experts, k, &routing.ids, &routing.weights, d_weights, &mut d_logits_te);
+                router::sigmoid_top_k_backward(
+                    experts,
+                    k,
+                    &routing.ids,
+                    &routing.weights,
+                    d_weights,
+                    &mut d_logits_te,
+                );
             }
         }
         cx.accumulate(Precision::F32, &self.at.router, &d_logits_te, normed_td, rows, grads);

@@ -74,7 +74,7 @@ struct SavedLayer {
 #[derive(Debug)]
 enum SavedFfn {
     Dense(Buf),
-    Moe(SavedMoe),
+    Moe(Box<SavedMoe>),
 }
 
 impl PolicyWeights {
@@ -84,12 +84,17 @@ impl PolicyWeights {
     /// If `lengths` do not add up to the tokens, or a token is outside the vocabulary.
     pub fn forward_train(&self, threads: &Threads, batch: &TrainBatch) -> Tape {
         let cx = self.context(threads);
-        assert_eq!(batch.lengths.iter().sum::<usize>(), batch.tokens.len(), "lengths must add up to the tokens");
+        assert_eq!(
+            batch.lengths.iter().sum::<usize>(),
+            batch.tokens.len(),
+            "lengths must add up to the tokens"
+        );
         let mut tape = Tape {
             tokens: batch.tokens.to_vec(),
             positions: batch.lengths.iter().flat_map(|&len| 0..len as u32).collect(),
             lengths: batch.lengths.to_vec(),
-            pages: (0..batch.lengths.iter().map(|len| len.div_ceil(KV_BLOCK)).sum::<usize>() as u32).collect(),
+            pages: (0..batch.lengths.iter().map(|len| len.div_ceil(KV_BLOCK)).sum::<usize>() as u32)
+                .collect(),
             layers: Vec::with_capacity(self.layers.len()),
             x_td: self.embed(batch.tokens),
             experts: Vec::new(),
@@ -133,8 +138,9 @@ impl PolicyWeights {
             _ => {
                 let moe = self.moe_layer(layer).expect("weights are made from the same bindings");
                 let given = replay(rows, moe.spec.top_k);
-                let (routing, parts) = moe.forward(cx, &normed_td, &mut tape.x_td, rows, given.as_deref(), true);
-                SavedFfn::Moe(SavedMoe::new(routing, parts.expect("asked to save")))
+                let (routing, parts) =
+                    moe.forward(cx, &normed_td, &mut tape.x_td, rows, given.as_deref(), true);
+                SavedFfn::Moe(Box::new(SavedMoe::new(routing, parts.expect("asked to save"))))
             }
         };
         SavedLayer { attention, k_pages, v_pages, x_mid_td, ffn }
@@ -248,7 +254,15 @@ impl Tape {
         let mut d_logits = cx.pool.take(chunk.len() * v);
         let each = logits.chunks_exact(v).zip(d_logits.chunks_exact_mut(v));
         for ((target, d_logprob, d_entropy), (logits, d_logits)) in chunk.iter().zip(each) {
-            sampling::backward(logits, sampling, target.token, *d_logprob, *d_entropy, &mut scratch, d_logits);
+            sampling::backward(
+                logits,
+                sampling,
+                target.token,
+                *d_logprob,
+                *d_entropy,
+                &mut scratch,
+                d_logits,
+            );
         }
         let dx = rows.backward(weights, cx, &d_logits, grads);
         for ((target, ..), dx) in chunk.iter().zip(dx.chunks_exact(d)) {

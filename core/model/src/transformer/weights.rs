@@ -136,8 +136,12 @@ impl PolicyWeights {
         let packer = Packer { params, precision: self.precision, purpose: self.purpose, threads };
         let bindings = &self.model.bindings;
         match (&mut self.embedding, &params.data) {
-            (Table::F32(table), ParamData::F32(values)) => replace(table, &values[bindings.embedding.clone()]),
-            (Table::Bf16(table), ParamData::Bf16(values)) => replace(table, &values[bindings.embedding.clone()]),
+            (Table::F32(table), ParamData::F32(values)) => {
+                replace(table, &values[bindings.embedding.clone()])
+            }
+            (Table::Bf16(table), ParamData::Bf16(values)) => {
+                replace(table, &values[bindings.embedding.clone()])
+            }
             _ => panic!("parameters changed their element type"),
         }
         for (layer, binding) in self.layers.iter_mut().zip(&bindings.layers) {
@@ -271,9 +275,13 @@ impl Packer<'_> {
     fn fill_one(&self, packed: &mut PackedMatrix, at: &Linear, transposed: bool) {
         match (&self.params.data, transposed) {
             (ParamData::F32(values), false) => packed.repack_from_f32(self.threads, &values[at.range()]),
-            (ParamData::F32(values), true) => packed.repack_from_f32_transposed(self.threads, &values[at.range()]),
+            (ParamData::F32(values), true) => {
+                packed.repack_from_f32_transposed(self.threads, &values[at.range()])
+            }
             (ParamData::Bf16(values), false) => packed.repack_from_bf16(self.threads, &values[at.range()]),
-            (ParamData::Bf16(values), true) => packed.repack_from_bf16_transposed(self.threads, &values[at.range()]),
+            (ParamData::Bf16(values), true) => {
+                packed.repack_from_bf16_transposed(self.threads, &values[at.range()])
+            }
         }
     }
 }

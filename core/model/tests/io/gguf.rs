@@ -170,6 +170,44 @@ fn a_llama_comes_back_as_it_was() {
     assert!(loaded.tokenizer.has_template());
 }
 
+/// Factors of Llama 3.1's rotary frequencies, as llama.cpp's converter bakes them into a tensor.
+fn rope_factors(factor: f64) -> Vec<f32> {
+    let (low, high, original) = (1.0, 4.0, 8192.0);
+    (0..8)
+        .map(|i| {
+            let wavelength = std::f64::consts::TAU * 500_000f64.powf(f64::from(i) / 8.0);
+            let smooth = ((original / wavelength - low) / (high - low)).clamp(0.0, 1.0);
+            (1.0 / ((1.0 - smooth) / factor + smooth)) as f32
+        })
+        .collect()
+}
+
+#[test]
+fn baked_rope_scaling_is_recognised() {
+    let original = load(&model_dir("llama3"), None).expect("golden checkpoint");
+    let with = |factors: Vec<f32>| {
+        let mut file = llama_file(&original);
+        file.tensors.push(("rope_freqs.weight".into(), vec![factors.len()], 0, bytes(&factors)));
+        load_bytes(&file.bytes())
+    };
+    for factor in [8.0, 32.0] {
+        let factors = rope_factors(factor);
+        assert!(factors.iter().any(|x| *x > 1.5), "this head has low frequencies");
+        let loaded = with(factors.clone()).expect("GGUF");
+        assert_eq!(loaded.config_json["rope_scaling"]["factor"].as_f64(), Some(factor));
+        let rope = loaded.model.spec().layers[0].0.rope.as_ref().expect("rotary").inv_freq.clone();
+        for (i, (ours, divisor)) in rope.iter().zip(&factors).enumerate() {
+            let expected = 500_000f64.powf(-(i as f64) / 8.0) / f64::from(*divisor);
+            assert!((f64::from(*ours) / expected - 1.0).abs() <= 1e-4, "pair {i}: {ours}, not {expected}");
+        }
+    }
+    assert!(
+        with(vec![3.0; 8]).is_err_and(|e| e.to_string().contains("rope_freqs")),
+        "unknown scaling is refused"
+    );
+    assert!(with(vec![1.0; 3]).is_err(), "of another width");
+}
+
 #[test]
 fn fused_experts_are_taken_apart() {
     let original = load(&model_dir("qwen3_moe_bf16"), Some(WeightsDtype::F32)).expect("golden checkpoint");

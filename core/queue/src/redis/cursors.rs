@@ -7,10 +7,9 @@ use tokio::time::Instant;
 
 use super::entries::Fields;
 
-/// Where the search for abandoned entries stands. Its pace is no decision: the server's clock says what is abandoned.
+/// When a waiting call last looked for abandoned entries. Only a pace: the server's clock says what is abandoned.
 #[derive(Default)]
 pub(super) struct Reaper {
-    cursor: Option<String>,
     last: Option<Instant>,
 }
 
@@ -27,18 +26,14 @@ pub(super) struct Fetching {
 }
 
 impl Reaper {
-    /// The cursor to go on from, or "" if it is not time yet.
-    pub fn due(&mut self, pace: Duration, first: bool) -> String {
+    /// Whether to look now: on the `first` look of a call always, then at this pace.
+    pub fn due(&mut self, pace: Duration, first: bool) -> bool {
         let now = Instant::now();
-        if !first && self.cursor.is_none() && self.last.is_some_and(|last| now - last < pace) {
-            return String::new();
+        let due = first || self.last.is_none_or(|last| now - last >= pace);
+        if due {
+            self.last = Some(now);
         }
-        self.last = Some(now);
-        self.cursor.clone().unwrap_or_else(|| "0-0".into())
-    }
-
-    pub fn arrived(&mut self, next: String) {
-        self.cursor = Some(next).filter(|next| next != "0-0");
+        due
     }
 }
 

@@ -44,7 +44,7 @@ pub struct RedisQueue {
     given: tokio::sync::Mutex<Vec<String>>,
 }
 
-type Leased = (String, String, Vec<(String, u32, Fields)>);
+type Leased = (String, Vec<(String, u32, Fields)>);
 type Fetched = (String, String, Vec<(String, Fields)>);
 
 impl RedisQueue {
@@ -166,22 +166,23 @@ impl RedisQueue {
 
     // --- leases ----------------------------------------------------------------------------------
 
+    /// Whether this look is to look for abandoned entries too.
+    fn reap(&self, reaper: &Mutex<Reaper>, first: bool) -> bool {
+        lock(reaper).due((self.config.lease() / 20).min(REAP_MAX), first)
+    }
+
     /// One look at a stream: abandoned entries if it is time to look for them, then new ones.
     async fn lease(
         &self,
-        (stream, group, reaper): (&'static str, &'static str, &Mutex<Reaper>),
+        (stream, group): (&'static str, &'static str),
         owner: &str,
         max: usize,
-        first: bool,
+        reap: bool,
     ) -> Result<(bool, Vec<(String, u32, Fields)>), QueueError> {
         let lease = self.config.lease();
-        let cursor = lock(reaper).due((lease / 20).min(REAP_MAX), first);
         let mut call = self.prepare(&SCRIPTS.lease, &[stream, "ctl"]);
-        call.arg(group).arg(owner).arg(max).arg(lease.as_millis() as u64).arg(&cursor);
-        let (next, control, entries): Leased = self.call(&call, 0, "leasing").await?;
-        if !cursor.is_empty() {
-            lock(reaper).arrived(next);
-        }
+        call.arg(group).arg(owner).arg(max).arg(lease.as_millis() as u64).arg(u8::from(reap));
+        let (control, entries): Leased = self.call(&call, 0, "leasing").await?;
         Ok((control_of(&control) == RunControl::Finished, entries))
     }
 
@@ -189,15 +190,14 @@ impl RedisQueue {
         &self,
         actor: &str,
         max: usize,
-        mut first: bool,
+        first: bool,
     ) -> Result<(bool, Vec<LeasedTask>), QueueError> {
+        let reap = self.reap(&self.task_reaper, first);
         let mut leased = Vec::new();
         loop {
             let want = max - leased.len();
-            let (finished, entries) =
-                self.lease(("tasks", "actors", &self.task_reaper), actor, want, first).await?;
+            let (finished, entries) = self.lease(("tasks", "actors"), actor, want, reap).await?;
             let found = entries.len();
-            first = false;
             for (id, deliveries, mut fields) in entries {
                 if deliveries > self.config.max_deliveries {
                     self.give_up(&id, fields.task_head(), None).await?;
@@ -245,15 +245,14 @@ impl RedisQueue {
         &self,
         worker: &str,
         max: usize,
-        mut first: bool,
+        first: bool,
     ) -> Result<(bool, Vec<LeasedRollout>), QueueError> {
+        let reap = self.reap(&self.rollout_reaper, first);
         let mut leased = Vec::new();
         loop {
             let want = max - leased.len();
-            let (finished, entries) =
-                self.lease(("rollouts", "reward", &self.rollout_reaper), worker, want, first).await?;
+            let (finished, entries) = self.lease(("rollouts", "reward"), worker, want, reap).await?;
             let found = entries.len();
-            first = false;
             for (id, deliveries, mut fields) in entries {
                 let beside = fields.rollout();
                 match payload::open_rollout(&fields.payload(), beside, deliveries, self.config.max_deliveries)

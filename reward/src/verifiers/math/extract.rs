@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 
 use regex::Regex;
 
-use super::expr::parse;
+use super::expr::{Expr, parse};
 use super::lexer::{Reading, matching_brace};
 use super::units;
 
@@ -231,6 +231,15 @@ fn undelimited(text: &str) -> String {
     out.replace("\\$", "  ").replace('$', "  ")
 }
 
+/// Whether no word stands among the items: "sixths, 5/6" is not a list.
+fn wordless(expr: &Expr) -> bool {
+    match expr {
+        Expr::Text(_) => false,
+        Expr::List(items) | Expr::Relation(items, _) => items.iter().all(wordless),
+        _ => true,
+    }
+}
+
 /// The first or last longest run of words that is an expression and holds a digit or a sign of mathematics.
 fn among(words: &[&str], first: bool) -> Option<Candidate> {
     let clean = |word: &str| tidy(word).trim_end_matches(['!', '?', ')']).to_owned();
@@ -243,7 +252,9 @@ fn among(words: &[&str], first: bool) -> Option<Candidate> {
         text.push_str(&clean(words[to]));
         text.trim().to_owned()
     };
-    let fits = |from: usize, to: usize| readable(&run(from, to), false);
+    let fits = |from: usize, to: usize| {
+        parse(&run(from, to), Reading { formula: false, thousands: true }).is_some_and(|expr| wordless(&expr))
+    };
     let low = anchor.saturating_sub(WINDOW_WORDS);
     let high = (anchor + WINDOW_WORDS).min(words.len() - 1);
     let mut best: Option<(usize, usize)> = None;

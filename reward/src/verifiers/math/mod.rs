@@ -85,7 +85,8 @@ impl Gold {
         self.same_words(&found.text) || self.same_choice(found) || {
             let mut answers = readings(found, false);
             if DECIMAL_COMMA.is_match(&found.text) {
-                let candidate = Candidate { text: found.text.replace(',', "."), formula: false, choice: None };
+                let candidate =
+                    Candidate { text: found.text.replace(',', "."), formula: false, choice: None };
                 answers.extend(readings(&candidate, false));
             }
             self.readings.iter().any(|gold| answers.iter().any(|answer| gold.same(answer)))
