@@ -244,7 +244,7 @@ impl Learner {
         let mut steps = 0;
         journal::read(&*disk, &folder, from, &mut |at, record| {
             match record {
-                Record::Opened(opened) => self.check_opened(&folder, at, news, &opened)?,
+                Record::Opened(opened) if self.policy().step() < until => self.check_opened(&folder, at, news, &opened)?,
                 Record::Consumed(scored) => self.accept_once(Arrival::Scored(scored), at),
                 Record::Bad(bad) => self.accept_once(Arrival::Bad(bad.rollout), at),
                 Record::Abandoned(gone) => self.accept_once(
@@ -259,7 +259,7 @@ impl Learner {
                     self.repeat(&folder, at, &formed)?;
                     steps += 1;
                 }
-                Record::StepFormed(_) => {}
+                Record::Opened(_) | Record::StepFormed(_) => {}
             }
             Ok(())
         })?;
@@ -392,7 +392,6 @@ impl Learner {
             return Ok(None);
         };
         let trained = self.train(&tasks)?;
-        self.checkpoints.check_epoch(self.epoch)?;
         let mut journal = self.lock_journal();
         journal.append(&Record::StepFormed(trained.record))?;
         journal.sync()?;
@@ -459,7 +458,7 @@ impl Learner {
             ledger: *self.assembly.ledger(),
             overtaking: self.overtaking.clone(),
             // Rollouts that are in the journal but not here yet lie after the last one that is.
-            replay_from: held_from.unwrap_or(end).min(self.last_accepted),
+            replay_from: held_from.unwrap_or(end),
             journal_end: end,
             outcomes: self.recent_outcomes.iter().cloned().collect(),
             refused_in_a_row: self.refused_in_a_row,

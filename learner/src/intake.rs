@@ -162,15 +162,23 @@ impl Intake {
                 self.inbox.send((at, arrival)).ok();
             }
         }
+        // Nothing is taken any more; steps still under way want to be accounted for.
+        while let Some(reply) = self.readings.recv().await {
+            self.answer(reply, duplicates).await;
+        }
         Ok(())
     }
 
     async fn answer_readings(&mut self, duplicates: u64) {
         while let Ok(reply) = self.readings.try_recv() {
-            match self.queue.counts().await {
-                Ok(counts) => drop(reply.send(Reading { counts, received: self.received, duplicates })),
-                Err(error) => tracing::warn!(%error, "the queue could not be counted"),
-            }
+            self.answer(reply, duplicates).await;
+        }
+    }
+
+    async fn answer(&self, reply: oneshot::Sender<Reading>, duplicates: u64) {
+        match self.queue.counts().await {
+            Ok(counts) => drop(reply.send(Reading { counts, received: self.received, duplicates })),
+            Err(error) => tracing::warn!(%error, "the queue could not be counted"),
         }
     }
 

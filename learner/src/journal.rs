@@ -312,13 +312,16 @@ fn check(
     Ok(at as u64)
 }
 
+/// Kind and payload of a record, and where the next begins.
+type Framed<'a> = (u32, &'a [u8], usize);
+
 /// The record at byte `at` and where the next begins; `None` at the end, or at a torn tail if this is the `last` segment.
 fn next_record<'a>(
     path: &Path,
     bytes: &'a [u8],
     at: usize,
     last: bool,
-) -> Result<Option<(u32, &'a [u8], usize)>, LearnerError> {
+) -> Result<Option<Framed<'a>>, LearnerError> {
     let rest = &bytes[at..];
     if rest.is_empty() {
         return Ok(None);
@@ -400,7 +403,9 @@ mod tests {
     fn filled(folder: &Path, count: u64) {
         let mut journal = Journal::open(Arc::new(SystemDisk), folder).unwrap().with_segment_bytes(200);
         journal.append(&opened(journal.sealed())).unwrap();
-        (0..count).for_each(|n| drop(journal.append(&bad(n)).unwrap()));
+        for n in 0..count {
+            journal.append(&bad(n)).unwrap();
+        }
         journal.sync().unwrap();
     }
 

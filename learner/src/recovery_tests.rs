@@ -16,6 +16,11 @@ use crate::disk::{Disk, SystemDisk};
 use crate::journal::{self, BadRollout, Position, Record};
 use crate::testing::{config, parts, script};
 
+/// A disk that works; its syncs cost nothing.
+fn whole() -> Arc<dyn Disk> {
+    Arc::new(FaultyDisk::new(None))
+}
+
 /// What a run came to.
 #[derive(Clone, Debug, PartialEq)]
 struct Outcome {
@@ -47,7 +52,7 @@ fn drive(
     let (mut learner, _) = start(config, dir, disk)?;
     let journal = learner.journal();
     let mut seen = learner.seen().clone();
-    let mut steps = |learner: &mut Learner| -> Result<(), LearnerError> {
+    let steps = |learner: &mut Learner| -> Result<(), LearnerError> {
         while !learner.finished() && learner.try_step()?.is_some() {
             learner.checkpoint(false)?;
         }
@@ -106,7 +111,7 @@ fn a_power_cut_at_any_file_operation_changes_no_bit_and_trains_nothing_twice() {
         let dir = tempfile::tempdir().unwrap();
         let cut = Arc::new(FaultyDisk::new(Some((at, Fault::Crash))));
         assert!(drive(&config, dir.path(), cut, &script).is_err(), "operation {at} did not fail");
-        let resumed = drive(&config, dir.path(), Arc::new(SystemDisk), &script)
+        let resumed = drive(&config, dir.path(), whole(), &script)
             .unwrap_or_else(|error| panic!("after a cut at operation {at}: {error}"));
         assert_eq!(resumed, expected, "after a cut at operation {at}");
         let trained = trained(dir.path());
@@ -130,7 +135,7 @@ fn two_power_cuts_are_no_worse_than_one() {
             drive(&config, dir.path(), Arc::new(FaultyDisk::new(Some((at, Fault::Crash)))), &script).ok();
         }
         assert_eq!(
-            drive(&config, dir.path(), Arc::new(SystemDisk), &script).unwrap(),
+            drive(&config, dir.path(), whole(), &script).unwrap(),
             expected,
             "seed {seed}"
         );
@@ -148,7 +153,7 @@ fn an_io_error_ends_the_learner_or_costs_a_checkpoint_but_never_a_rollout() {
             assert_eq!(outcome, expected);
         }
         assert_eq!(
-            drive(&config, dir.path(), Arc::new(SystemDisk), &script).unwrap(),
+            drive(&config, dir.path(), whole(), &script).unwrap(),
             expected,
             "EIO at {at}"
         );
@@ -173,10 +178,10 @@ fn after_a_failed_fsync_the_journal_takes_nothing_more() {
 fn a_full_disk_costs_checkpoints_and_then_ends_the_run_with_the_old_ones_intact() {
     let (config, script) = (config(12), script(40));
     let dir = tempfile::tempdir().unwrap();
-    drive(&self::config(2), dir.path(), Arc::new(SystemDisk), &script).unwrap();
-    let (mut learner, _) = start(&config, dir.path(), Arc::new(SystemDisk)).unwrap();
+    drive(&self::config(2), dir.path(), whole(), &script).unwrap();
+    let (mut learner, _) = start(&config, dir.path(), whole()).unwrap();
     drop(learner.take_outcomes());
-    let checkpoints = Checkpoints::open(Arc::new(SystemDisk), &checkpoint_dir(dir.path()), 2).unwrap();
+    let checkpoints = Checkpoints::open(whole(), &checkpoint_dir(dir.path()), 2).unwrap();
     assert_eq!(checkpoints.newest().unwrap().unwrap().state.step, 2);
     // From some operation on nothing can be written: the journal fails, which ends the learner.
     let full = Arc::new(FaultyDisk::new(Some((30, Fault::Full))));
@@ -191,8 +196,8 @@ fn a_damaged_newest_checkpoint_gives_way_to_the_one_before() {
     let (expected, _) = uninterrupted(&config, &script);
     for file in ["state.json", "trainer.safetensors", "model.bin", "digests.json"] {
         let dir = tempfile::tempdir().unwrap();
-        drive(&config, dir.path(), Arc::new(SystemDisk), &script).unwrap();
-        let checkpoints = Checkpoints::open(Arc::new(SystemDisk), &checkpoint_dir(dir.path()), 2).unwrap();
+        drive(&config, dir.path(), whole(), &script).unwrap();
+        let checkpoints = Checkpoints::open(whole(), &checkpoint_dir(dir.path()), 2).unwrap();
         let (_, step, newest) = checkpoints.committed().unwrap().pop().unwrap();
         assert_eq!(step, 7);
         let path = newest.join(file);
@@ -200,7 +205,7 @@ fn a_damaged_newest_checkpoint_gives_way_to_the_one_before() {
         let middle = bytes.len() / 2;
         bytes[middle] ^= 4;
         std::fs::write(&path, bytes).unwrap();
-        let (learner, recovery) = start(&config, dir.path(), Arc::new(SystemDisk)).unwrap();
+        let (learner, recovery) = start(&config, dir.path(), whole()).unwrap();
         assert_eq!((recovery.checkpoint_step, recovery.replayed_steps), (Some(6), 1), "{file}");
         assert_eq!(learner.policy().digest().to_string(), expected.weights, "{file}");
     }
@@ -211,7 +216,7 @@ fn an_old_learner_that_wakes_up_is_fenced_and_its_writes_do_not_count() {
     let (config, script) = (config(7), script(22));
     let (expected, _) = uninterrupted(&config, &script);
     let dir = tempfile::tempdir().unwrap();
-    let disk: Arc<dyn Disk> = Arc::new(SystemDisk);
+    let disk = whole();
     let (mut old, _) = start(&config, dir.path(), disk.clone()).unwrap();
     for arrival in &script[..18] {
         let Arrival::Scored(scored) = arrival.clone() else { continue };
@@ -235,8 +240,8 @@ fn an_old_learner_that_wakes_up_is_fenced_and_its_writes_do_not_count() {
 fn outcomes_of_replayed_groups_are_told_again() {
     let (config, script) = (config(7), script(22));
     let dir = tempfile::tempdir().unwrap();
-    drive(&config, dir.path(), Arc::new(SystemDisk), &script).unwrap();
-    let (mut learner, _) = start(&config, dir.path(), Arc::new(SystemDisk)).unwrap();
+    drive(&config, dir.path(), whole(), &script).unwrap();
+    let (mut learner, _) = start(&config, dir.path(), whole()).unwrap();
     let told = learner.take_outcomes();
     let trained = told.iter().filter(|outcome| matches!(outcome.fate, GroupFate::Trained { .. })).count();
     assert_eq!(trained, 14, "seven steps of two groups");
@@ -246,14 +251,14 @@ fn outcomes_of_replayed_groups_are_told_again() {
 fn a_run_taken_up_with_another_model_is_refused() {
     let (config, script) = (config(3), script(22));
     let dir = tempfile::tempdir().unwrap();
-    drive(&config, dir.path(), Arc::new(SystemDisk), &script).unwrap();
+    drive(&config, dir.path(), whole(), &script).unwrap();
     for entry in std::fs::read_dir(checkpoint_dir(dir.path())).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {
             std::fs::remove_dir_all(path).unwrap();
         }
     }
-    let disk: Arc<dyn Disk> = Arc::new(SystemDisk);
+    let disk = whole();
     let mut parts = parts(&config, dir.path(), disk.clone());
     let params = crate::testing::params(freewheel_types::WeightsDtype::F32);
     let trainer = Box::new(crate::testing::Bigram::new(&params));

@@ -268,12 +268,12 @@ async fn a_second_learner_waits_and_a_fenced_one_ends() {
         // The checkpoint folder is the authority: whoever claims there wins.
         let folder = crate::core::checkpoint_dir(run.dir.path());
         crate::checkpoint::Checkpoints::open(Arc::new(SystemDisk), &folder, 2).unwrap().claim(99).unwrap();
-        let actor = tokio::spawn(pool_and_actor(run.queue.clone(), run.store.clone(), 8));
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        actor
+        pool_and_actor(run.queue.clone(), run.store.clone(), 8).await;
     };
-    let (ended, actor) = tokio::join!(first, usurper);
-    actor.abort();
+    let ended = tokio::select! {
+        ended = first => ended,
+        () = usurper => panic!("the run ended although its learner was fenced"),
+    };
     assert!(matches!(ended.unwrap_err(), LearnerError::Fenced { .. }));
 }
 

@@ -121,7 +121,7 @@ fn disk(found: &mut Findings, path: &Path) {
     let there = path.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("."));
     let there = if there.as_os_str().is_empty() { Path::new(".") } else { there };
     if let Ok(stat) = nix::sys::statvfs::statvfs(there) {
-        let free = stat.blocks_available() as u64 * stat.fragment_size() as u64;
+        let free = stat.blocks_available() * stat.fragment_size();
         found.facts.insert("disk_free_bytes".into(), json!(free));
         if free < 1 << 30 {
             found.warnings.push(format!("less than 1 GiB free at {}", there.display()));

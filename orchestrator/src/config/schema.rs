@@ -185,14 +185,16 @@ impl Walk<'_> {
             Some(Json::Array(names)) => names.iter().filter_map(Json::as_str).collect(),
             _ => return None,
         };
-        let fits = |name: &&str| match (*name, &node.value) {
-            ("boolean", Value::Bool(_))
-            | ("integer" | "number", Value::Integer(_))
-            | ("number", Value::Float(_))
-            | ("string", Value::String(_))
-            | ("array", Value::Array(_))
-            | ("object", Value::Table(_)) => true,
-            _ => false,
+        let fits = |name: &&str| {
+            matches!(
+                (*name, &node.value),
+                ("boolean", Value::Bool(_))
+                    | ("integer" | "number", Value::Integer(_))
+                    | ("number", Value::Float(_))
+                    | ("string", Value::String(_))
+                    | ("array", Value::Array(_))
+                    | ("object", Value::Table(_))
+            )
         };
         (!types.iter().any(fits)).then(|| format!("is {}, expected {}", show(node), wanted(schema)))
     }

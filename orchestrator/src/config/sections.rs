@@ -50,7 +50,7 @@ impl Default for ModelSection {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
-    /// As stored; 16-bit floats and quantised blocks become bf16.
+    /// As stored; f16 and quantised blocks become f32.
     #[default]
     Auto,
     /// bfloat16.

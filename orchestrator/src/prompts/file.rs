@@ -419,7 +419,9 @@ mod tests {
         let error = read(&text).unwrap_err().to_string();
         assert!(error.contains("p.jsonl:2: the same prompt was on line 1 already"), "{error}");
         assert!(
-            error.contains("p.jsonl:52: expected") && error.ends_with("… and 6 more bad lines"),
+            error.contains("p.jsonl:51: expected")
+                && !error.contains("p.jsonl:52:")
+                && error.ends_with("… and 6 more bad lines"),
             "{error}"
         );
     }

@@ -101,8 +101,7 @@ impl ArithmeticGenerator {
     pub fn prompts(&self, n: usize) -> Vec<Prompt> {
         let count = self.levels.len() as u64;
         let fresh = |index: &u64| index / count < self.distinct(self.levels[(index % count) as usize]);
-        let prompts: Vec<Prompt> =
-            (0..n as u64).filter(fresh).map(|i| self.question(i).prompt()).collect();
+        let prompts: Vec<Prompt> = (0..n as u64).filter(fresh).map(|i| self.question(i).prompt()).collect();
         // A level listed twice draws the same questions twice.
         let mut seen = std::collections::BTreeSet::new();
         let prompts: Vec<Prompt> = prompts.into_iter().filter(|prompt| seen.insert(prompt.id)).collect();
@@ -217,7 +216,7 @@ mod tests {
         let (train, held_out) = (text(all(1, Split::Train)), text(all(2, Split::HeldOut)));
         assert_eq!(train.len() as u64 + held_out.len() as u64, RANGE * RANGE);
         assert!(train.is_disjoint(&held_out));
-        assert!(held_out.len() * 9 <= train.len() && held_out.len() * 10 >= train.len());
+        assert_eq!(held_out.len() as u64, (RANGE * RANGE).div_ceil(HELD_OUT_EVERY));
     }
 
     #[test]

@@ -19,7 +19,8 @@ pub struct CurriculumConfig {
     pub canary: f64,
     /// How much of a belief is left after one policy version. Above 0, up to 1, default 0.98.
     pub decay: f64,
-    /// How many samples what a prompt's tags have shown is worth. 0 or more, default 4.
+    /// Until a prompt has this many samples of its own, what its tags have shown stands in for the rest. Samples,
+    /// 0 or more, default 4.
     pub tag_prior: f64,
     /// A prompt solved more often than this is retired. Default 0.95.
     pub retire_above: f64,

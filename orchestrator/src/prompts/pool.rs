@@ -98,10 +98,12 @@ pub struct PoolMetrics {
     pub dropped: u64,
 }
 
-/// Pseudo-counts that a tag set lends to its prompts.
+/// What a tag set lends to its prompts.
 struct Prior {
-    right: f64,
-    wrong: f64,
+    /// Probability of a right answer.
+    mean: f64,
+    /// Samples it is worth, at most `tag_prior`.
+    strength: f64,
     /// Selection weight of a prompt never seen.
     fresh: f64,
 }
@@ -319,7 +321,7 @@ impl PromptPool {
                 self.dropped_in_a_row += 1;
                 self.set_aside(i, reason);
                 let warn_at = self.params.curriculum.refill_warn.saturating_mul(self.params.groups_per_step);
-                if self.dropped_in_a_row % warn_at.max(1) == 0 {
+                if self.dropped_in_a_row.is_multiple_of(warn_at.max(1)) {
                     tracing::warn!(
                         dropped = self.dropped_in_a_row,
                         last = reason.name(),
@@ -359,15 +361,14 @@ impl PromptPool {
         }
     }
 
-    /// What the tags of each tag set have shown: pseudo-counts of right and wrong answers, at most `tag_prior` together.
+    /// What the tags of each tag set have shown.
     fn priors(&self) -> Vec<Prior> {
         let prior = |tags: &Vec<String>| {
             let known: Vec<&Posterior> = tags.iter().filter_map(|tag| self.tags.get(tag)).collect();
             let mean = known.iter().map(|p| p.mean()).sum::<f64>() / known.len().max(1) as f64;
             let evidence = known.iter().map(|p| p.alpha + p.beta - 2.0).fold(0.0, f64::max);
             let strength = evidence.min(self.params.curriculum.tag_prior);
-            let (right, wrong) = (strength * mean, strength * (1.0 - mean));
-            Prior { right, wrong, fresh: self.weight(1.0 + right, 1.0 + wrong) }
+            Prior { mean, strength, fresh: self.weight(1.0 + strength * mean, 1.0 + strength * (1.0 - mean)) }
         };
         self.tag_sets.iter().map(prior).collect()
     }
@@ -377,10 +378,11 @@ impl PromptPool {
         informative_probability(alpha, beta, self.params.group_size).powf(self.params.curriculum.sharpness)
     }
 
-    /// What is believed about prompt `i`: its own samples, and its tags as a prior.
+    /// What is believed about prompt `i`: its own samples; its tags stand in for those it lacks.
     fn belief(&self, i: usize, priors: &[Prior]) -> (f64, f64) {
         let (own, prior) = (&self.states[i].posterior, &priors[self.tag_set[i]]);
-        (own.alpha + prior.right, own.beta + prior.wrong)
+        let strength = (prior.strength - (own.alpha + own.beta - 2.0)).max(0.0);
+        (own.alpha + strength * prior.mean, own.beta + strength * (1.0 - prior.mean))
     }
 
     fn retired(&self, i: usize) -> bool {

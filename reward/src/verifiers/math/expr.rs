@@ -251,8 +251,13 @@ impl Parser<'_> {
                 } else if p.eat_char('/') || p.eat_command("div") {
                     left = Expr::Quotient(Box::new(left), Box::new(p.signed()?));
                 } else if !matches!(left, Expr::Text(_)) && p.starts_factor() {
+                    let fraction = p.is_command("frac");
                     let right = p.power()?;
-                    left = mixed(left, right).unwrap_or_else(|(a, b)| times(a, b));
+                    left = if fraction && is_mixed(&left, &right) {
+                        Expr::Sum(vec![left, right])
+                    } else {
+                        times(left, right)
+                    };
                 } else {
                     return Some(left);
                 }
@@ -732,16 +737,15 @@ fn times(left: Expr, right: Expr) -> Expr {
 }
 
 /// `2\frac{1}{3}` is a mixed number: an integer before a proper fraction of integers.
-fn mixed(left: Expr, right: Expr) -> Result<Expr, (Expr, Expr)> {
+fn is_mixed(left: &Expr, right: &Expr) -> bool {
     let integer = |e: &Expr| match e {
         Expr::Number(n) if n.decimals().is_none() => Some(n.to_f64()),
         _ => None,
     };
-    if let (Some(_), Expr::Quotient(num, den)) = (integer(&left), &right)
-        && let (Some(num), Some(den)) = (integer(num), integer(den))
-        && num < den
-    {
-        return Ok(Expr::Sum(vec![left, right]));
+    match right {
+        Expr::Quotient(num, den) => {
+            integer(left).is_some() && matches!((integer(num), integer(den)), (Some(a), Some(b)) if a < b)
+        }
+        _ => false,
     }
-    Err((left, right))
 }

@@ -244,8 +244,7 @@ fn wordless(expr: &Expr) -> bool {
 fn among(words: &[&str], first: bool) -> Option<Candidate> {
     let clean = |word: &str| tidy(word).trim_end_matches(['!', '?', ')']).to_owned();
     let telling = |word: &&str| word.chars().any(|c| c.is_numeric() || "π√∞½¼¾".contains(c));
-    let anchor =
-        if first { words.iter().position(|w| telling(&w)) } else { words.iter().rposition(|w| telling(&w)) }?;
+    let anchor = if first { words.iter().position(telling) } else { words.iter().rposition(telling) }?;
     let run = |from: usize, to: usize| {
         let mut text = words[from..to].join(" ");
         text.push(' ');

@@ -377,24 +377,7 @@ impl Lexer<'_> {
         } else if TEXT.contains(&name.as_str()) {
             self.text_group()?;
         } else {
-            let name = match name.as_str() {
-                "dfrac" | "tfrac" | "cfrac" => "frac",
-                "leq" | "leqslant" => "le",
-                "geq" | "geqslant" => "ge",
-                "lt" => return Some(self.push(Kind::Char('<'))),
-                "gt" => return Some(self.push(Kind::Char('>'))),
-                "neq" => "ne",
-                "lbrace" => return Some(self.push(Kind::SetOpen)),
-                "rbrace" => return Some(self.push(Kind::SetClose)),
-                "lbrack" => return Some(self.push(Kind::Char('['))),
-                "rbrack" => return Some(self.push(Kind::Char(']'))),
-                "lvert" | "rvert" | "vert" | "mid" => return Some(self.push(Kind::Char('|'))),
-                "varnothing" => "emptyset",
-                "lor" | "vee" => return Some(self.push(Kind::Comma)),
-                "arg" | "det" => return None,
-                other => other,
-            };
-            self.push(Kind::Command(name.to_owned()));
+            self.push(named(&name)?);
         }
         Some(())
     }
@@ -433,6 +416,28 @@ impl Lexer<'_> {
         }
         Some(())
     }
+}
+
+/// What a command stands for, under one name for each meaning; `None` for what no answer holds.
+fn named(name: &str) -> Option<Kind> {
+    let command = |name: &str| Kind::Command(name.to_owned());
+    Some(match name {
+        "lt" => Kind::Char('<'),
+        "gt" => Kind::Char('>'),
+        "lbrace" => Kind::SetOpen,
+        "rbrace" => Kind::SetClose,
+        "lbrack" => Kind::Char('['),
+        "rbrack" => Kind::Char(']'),
+        "lvert" | "rvert" | "vert" | "mid" => Kind::Char('|'),
+        "lor" | "vee" => Kind::Comma,
+        "dfrac" | "tfrac" | "cfrac" => command("frac"),
+        "leq" | "leqslant" => command("le"),
+        "geq" | "geqslant" => command("ge"),
+        "neq" => command("ne"),
+        "varnothing" => command("emptyset"),
+        "arg" | "det" => return None,
+        other => command(other),
+    })
 }
 
 /// Index of the brace that closes the one `chars` starts with.

@@ -124,6 +124,7 @@ fn forms_the_oracle_leaves_out() {
     wrong("2x > 4", "x < 2");
     right(r"\log_2 8", "3");
     right(r"\binom{5}{2}", "10");
+    right(r"\frac{2}{3}", "2(1/3)");
     right("5!", "120");
     right(r"\sin 30^\circ", r"\frac{1}{2}");
     right(r"|x-1|", r"|1-x|");

@@ -82,7 +82,7 @@ pub(crate) fn split(text: &str) -> Option<(&str, Unit)> {
         ]
         .contains(&w.to_lowercase().as_str())
     };
-    if words.iter().any(|w| linking(&w)) {
+    if words.iter().any(linking) {
         return None;
     }
     let plausible = if name.len() == 1 {
