@@ -345,8 +345,11 @@ mod tests {
     /// Puts one whole group in; `None`: it became ready.
     fn fate(members: [Arrival; 3]) -> (Option<DropReason>, Ledger, GroupSummary) {
         let mut assembly = Assembly::new(RULES);
-        let ended: Vec<SettledGroup> = members.into_iter().filter_map(|member| assembly.insert(member)).collect();
-        let group = ended.first().map_or_else(|| assembly.ready()[&TaskId(0)].clone(), |settled| settled.group.clone());
+        let ended: Vec<SettledGroup> =
+            members.into_iter().filter_map(|member| assembly.insert(member)).collect();
+        let group = ended
+            .first()
+            .map_or_else(|| assembly.ready()[&TaskId(0)].clone(), |settled| settled.group.clone());
         (ended.first().map(|settled| settled.reason), *assembly.ledger(), group.summary())
     }
 
@@ -357,18 +360,29 @@ mod tests {
         let (reason, ledger, summary) = fate([sample(0, 1.0), away.clone(), sample(2, 1.0)]);
         assert_eq!(reason, Some(DropReason::ZeroSignal));
         assert_eq!((summary.scored, summary.reward_mean), (2, Some(1.0)));
-        assert_eq!((ledger.dropped.get(DropReason::ZeroSignal), ledger.dropped.get(DropReason::Unscored)), (2, 1));
+        assert_eq!(
+            (ledger.dropped.get(DropReason::ZeroSignal), ledger.dropped.get(DropReason::Unscored)),
+            (2, 1)
+        );
         let (reason, ledger, _) = fate([sample(0, 1.0), away.clone(), sample(2, 0.0)]);
         assert_eq!((reason, ledger.held()), (None, 3));
     }
 
     #[test]
     fn too_few_verdicts_drop_the_group_for_what_is_missing() {
-        let away = |index| Arrival::Scored(Box::new(unscored(scored(0, index, PolicyVersion::default(), 0.0))));
+        let away =
+            |index| Arrival::Scored(Box::new(unscored(scored(0, index, PolicyVersion::default(), 0.0))));
         let (reason, ledger, summary) = fate([away(0), away(1), sample(2, 1.0)]);
-        assert_eq!((reason, ledger.dropped.get(DropReason::Unscored), ledger.held()), (Some(DropReason::Unscored), 3, 0));
+        assert_eq!(
+            (reason, ledger.dropped.get(DropReason::Unscored), ledger.held()),
+            (Some(DropReason::Unscored), 3, 0)
+        );
         assert_eq!(summary.reward_mean, Some(1.0));
-        let gone = |index| Arrival::Abandoned { rollout: TaskId(0).rollout(index), prompt: PromptId([1; 16]), group_size: 3 };
+        let gone = |index| Arrival::Abandoned {
+            rollout: TaskId(0).rollout(index),
+            prompt: PromptId([1; 16]),
+            group_size: 3,
+        };
         let (reason, ledger, summary) = fate([gone(0), gone(1), gone(2)]);
         assert_eq!((reason, ledger.dropped.get(DropReason::Invalid)), (Some(DropReason::Invalid), 3));
         assert_eq!((summary.prompt, summary.reward_mean), (Some(PromptId([1; 16])), None));

@@ -244,7 +244,9 @@ impl Learner {
         let mut steps = 0;
         journal::read(&*disk, &folder, from, &mut |at, record| {
             match record {
-                Record::Opened(opened) if self.policy().step() < until => self.check_opened(&folder, at, news, &opened)?,
+                Record::Opened(opened) if self.policy().step() < until => {
+                    self.check_opened(&folder, at, news, &opened)?
+                }
                 Record::Consumed(scored) => self.accept_once(Arrival::Scored(scored), at),
                 Record::Bad(bad) => self.accept_once(Arrival::Bad(bad.rollout), at),
                 Record::Abandoned(gone) => self.accept_once(
@@ -356,7 +358,12 @@ impl Learner {
         }
         let from_step = learner.policy().step();
         let steps = learner.replay(from, news, until.unwrap_or(u64::MAX))?;
-        Ok(Replayed { from_step, steps, step: learner.policy().step(), weights: learner.policy().digest().to_string() })
+        Ok(Replayed {
+            from_step,
+            steps,
+            step: learner.policy().step(),
+            weights: learner.policy().digest().to_string(),
+        })
     }
 
     // --- the loop's steps ------------------------------------------------------------------------
@@ -392,6 +399,7 @@ impl Learner {
             return Ok(None);
         };
         let trained = self.train(&tasks)?;
+        self.checkpoints.check_epoch(self.epoch)?;
         let mut journal = self.lock_journal();
         journal.append(&Record::StepFormed(trained.record))?;
         journal.sync()?;
@@ -458,7 +466,7 @@ impl Learner {
             ledger: *self.assembly.ledger(),
             overtaking: self.overtaking.clone(),
             // Rollouts that are in the journal but not here yet lie after the last one that is.
-            replay_from: held_from.unwrap_or(end),
+            replay_from: held_from.unwrap_or(end).min(self.last_accepted),
             journal_end: end,
             outcomes: self.recent_outcomes.iter().cloned().collect(),
             refused_in_a_row: self.refused_in_a_row,

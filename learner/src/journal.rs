@@ -419,10 +419,13 @@ mod tests {
     }
 
     fn bad_ids(folder: &Path) -> Vec<u64> {
-        let ids = contents(folder, Position::default()).unwrap().into_iter().filter_map(|(_, record)| match record {
-            Record::Bad(bad) => Some(bad.rollout.0),
-            _ => None,
-        });
+        let ids =
+            contents(folder, Position::default()).unwrap().into_iter().filter_map(
+                |(_, record)| match record {
+                    Record::Bad(bad) => Some(bad.rollout.0),
+                    _ => None,
+                },
+            );
         ids.collect()
     }
 

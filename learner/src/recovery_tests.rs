@@ -59,8 +59,8 @@ fn drive(
         Ok(())
     };
     steps(&mut learner)?;
-    // Deliveries come in groups of three, like fetches; the journal runs ahead of training.
-    for fetched in script.chunks(3) {
+    // Deliveries come several at once and are journalled together: the journal runs ahead of training.
+    for fetched in script.chunks(7) {
         let mut placed = Vec::new();
         for arrival in fetched.iter().filter(|arrival| seen.insert(arrival.rollout().0)) {
             let record = match arrival.clone() {
@@ -70,8 +70,10 @@ fn drive(
             placed.push((journal.lock().unwrap().append(&record)?, arrival.clone()));
         }
         journal.lock().unwrap().sync()?;
-        placed.into_iter().for_each(|(at, arrival)| learner.accept(arrival, at));
-        steps(&mut learner)?;
+        for (at, arrival) in placed {
+            learner.accept(arrival, at);
+            steps(&mut learner)?;
+        }
     }
     learner.checkpoint(true)?;
     assert!(learner.finished(), "the script holds enough groups");
@@ -125,6 +127,27 @@ fn a_power_cut_at_any_file_operation_changes_no_bit_and_trains_nothing_twice() {
 }
 
 #[test]
+fn rollouts_journalled_but_not_yet_taken_at_a_checkpoint_are_not_forgotten() {
+    let mut config = config(9);
+    config.checkpoint_every = 1;
+    let dir = tempfile::tempdir().unwrap();
+    let (mut learner, _) = start(&config, dir.path(), whole()).unwrap();
+    let mut placed = Vec::new();
+    for arrival in (0..4).flat_map(|task| (0..3).map(move |index| crate::testing::arrival(task, index))) {
+        let Arrival::Scored(scored) = arrival.clone() else { unreachable!("all are scored") };
+        placed.push((learner.journal().lock().unwrap().append(&Record::Consumed(scored)).unwrap(), arrival));
+    }
+    learner.journal().lock().unwrap().sync().unwrap();
+    placed.into_iter().take(6).for_each(|(at, arrival)| learner.accept(arrival, at));
+    assert!(learner.try_step().unwrap().is_some());
+    learner.checkpoint(false).unwrap();
+    drop(learner);
+    let (mut learner, recovery) = start(&config, dir.path(), whole()).unwrap();
+    assert_eq!(recovery, Recovery { checkpoint_step: Some(1), replayed_steps: 0, held: 6 });
+    assert!(learner.try_step().unwrap().is_some());
+}
+
+#[test]
 fn two_power_cuts_are_no_worse_than_one() {
     let (config, script) = (config(7), script(22));
     let (expected, operations) = uninterrupted(&config, &script);
@@ -134,11 +157,7 @@ fn two_power_cuts_are_no_worse_than_one() {
             let at = freewheel_types::CounterRng::new(seed, stream).below(0, operations as u64) as usize;
             drive(&config, dir.path(), Arc::new(FaultyDisk::new(Some((at, Fault::Crash)))), &script).ok();
         }
-        assert_eq!(
-            drive(&config, dir.path(), whole(), &script).unwrap(),
-            expected,
-            "seed {seed}"
-        );
+        assert_eq!(drive(&config, dir.path(), whole(), &script).unwrap(), expected, "seed {seed}");
     }
 }
 
@@ -152,11 +171,7 @@ fn an_io_error_ends_the_learner_or_costs_a_checkpoint_but_never_a_rollout() {
         if let Ok(outcome) = drive(&config, dir.path(), faulty, &script) {
             assert_eq!(outcome, expected);
         }
-        assert_eq!(
-            drive(&config, dir.path(), whole(), &script).unwrap(),
-            expected,
-            "EIO at {at}"
-        );
+        assert_eq!(drive(&config, dir.path(), whole(), &script).unwrap(), expected, "EIO at {at}");
     }
 }
 

@@ -29,7 +29,9 @@ use crate::assembly::{Arrival, Ledger};
 use crate::checkpoint::{Checkpoints, ModelWriter};
 use crate::config::LearnerConfig;
 use crate::consumed::IdSet;
-use crate::core::{CurriculumSource, Learner, LearnerParts, Recovery, Replayed, SharedJournal, checkpoint_dir};
+use crate::core::{
+    CurriculumSource, Learner, LearnerParts, Recovery, Replayed, SharedJournal, checkpoint_dir,
+};
 use crate::disk::{Disk, SystemDisk};
 use crate::intake::{Door, Intake, Reading};
 use crate::journal::Position;
@@ -122,7 +124,13 @@ pub async fn run(
         run_dir: run_dir.clone(),
         disk: disk.clone(),
     };
-    let build = move || LearnerParts { group_size, max_new_tokens, curriculum, metrics, ..parts(config, model, run_dir, disk) };
+    let build = move || LearnerParts {
+        group_size,
+        max_new_tokens,
+        curriculum,
+        metrics,
+        ..parts(config, model, run_dir, disk)
+    };
     run_with(Box::new(build), outside, shutdown).await
 }
 
@@ -139,7 +147,8 @@ struct HuggingFaceWriter {
 impl ModelWriter for HuggingFaceWriter {
     fn write(&self, dir: &Path, weights: &Params) -> Result<(), LearnerError> {
         let sink = &mut |name: &str, pieces: &[&[u8]]| {
-            self.disk.write(&dir.join(name), &mut |out| pieces.iter().try_for_each(|piece| out.write_all(piece)))
+            self.disk
+                .write(&dir.join(name), &mut |out| pieces.iter().try_for_each(|piece| out.write_all(piece)))
         };
         freewheel_model::save_into(&self.model, weights, &SaveOptions::default(), sink)
             .map_err(LearnerError::disk(dir, "write the model"))

@@ -10,12 +10,13 @@ use freewheel_model::{Family, ModelSpec, Params, delta};
 use freewheel_queue::memory::{MemoryQueue, MemoryStore};
 use freewheel_queue::{PolicyStore, PutOutcome, QueueConfig, RolloutQueue, RunControl};
 use freewheel_types::{
-    ActorId, CounterRng, Digest, DropReason, GroupFate, PolicyVersion, Prompt, PromptBody, PromptId, RunId, ScoredRollout, Task,
-    TaskId, Verdict, VersionSpan, WeightsDtype,
+    ActorId, CounterRng, Digest, DropReason, GroupFate, PolicyVersion, Prompt, PromptBody, PromptId, RunId,
+    ScoredRollout, Task, TaskId, Verdict, VersionSpan, WeightsDtype,
 };
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
+use crate::LearnerError;
 use crate::config::LearnerConfig;
 use crate::core::LearnerParts;
 use crate::disk::SystemDisk;
@@ -23,7 +24,6 @@ use crate::metrics::MemoryMetrics;
 use crate::policy::Policy;
 use crate::role::{LearnerEnd, LearnerSummary, Outside, run_with};
 use crate::testing::{self, Bigram, VOCAB};
-use crate::LearnerError;
 
 const GROUP: u32 = 6;
 
@@ -75,7 +75,8 @@ impl Run {
         let build = move || {
             let parts = testing::parts(&config, &dir, Arc::new(SystemDisk));
             let params = initial();
-            let policy = Policy::new(Box::new(Bigram::new(&params)), params, config.optimizer(), Threads::single());
+            let policy =
+                Policy::new(Box::new(Bigram::new(&params)), params, config.optimizer(), Threads::single());
             LearnerParts { group_size: GROUP, policy, metrics, ..parts }
         };
         run_with(Box::new(build), self.outside(), shutdown).await
@@ -83,7 +84,11 @@ impl Run {
 
     fn column(&self, key: &str) -> Vec<f64> {
         let value = |line: &serde_json::Map<String, Value>| line.get(key).and_then(Value::as_f64);
-        self.metrics.lines().iter().map(|line| value(line).unwrap_or_else(|| panic!("{key} in {line:?}"))).collect()
+        self.metrics
+            .lines()
+            .iter()
+            .map(|line| value(line).unwrap_or_else(|| panic!("{key} in {line:?}")))
+            .collect()
     }
 }
 
@@ -163,7 +168,8 @@ fn sample(table: &Bigram, task: &Task, index: u32, version: PolicyVersion) -> Sc
     }
     rollout.versions = vec![VersionSpan { version, tokens: 2 }];
     let fives = rollout.output_ids.iter().filter(|&&id| id == 5).count() as f32;
-    scored.reward.verdict = Verdict::Scored { reward: fives / 2.0, correct: Some(fives == 2.0), gated_by: None };
+    scored.reward.verdict =
+        Verdict::Scored { reward: fives / 2.0, correct: Some(fives == 2.0), gated_by: None };
     scored
 }
 
@@ -178,7 +184,10 @@ async fn whole_run(max_staleness: u64) -> (Run, LearnerSummary, BTreeSet<TaskId>
     let run = Run::new(config(30, max_staleness));
     let budget = (max_staleness + 1) * 4;
     let actor = tokio::spawn(pool_and_actor(run.queue.clone(), run.store.clone(), budget));
-    let summary = tokio::time::timeout(Duration::from_secs(60), run.learner(CancellationToken::new())).await.unwrap().unwrap();
+    let summary = tokio::time::timeout(Duration::from_secs(60), run.learner(CancellationToken::new()))
+        .await
+        .unwrap()
+        .unwrap();
     (run, summary, actor.await.unwrap())
 }
 
@@ -190,7 +199,11 @@ async fn the_synchronous_loop_learns_and_every_token_agrees_to_the_bit() {
     assert_eq!(run.metrics.lines().len(), 30);
     assert_eq!(run.column("staleness/max"), [0.0; 30]);
     assert_eq!(run.column("mismatch/same_version_abs_max"), [0.0; 30]);
-    assert_eq!(run.column("mismatch/logprob_abs_max"), [0.0; 30], "all tokens are of the version being trained");
+    assert_eq!(
+        run.column("mismatch/logprob_abs_max"),
+        [0.0; 30],
+        "all tokens are of the version being trained"
+    );
     assert!(run.column("mismatch/same_version_tokens").iter().all(|&n| n > 0.0));
     let rewards = run.column("reward/mean");
     let mean = |part: &[f64]| part.iter().sum::<f64>() / part.len() as f64;
@@ -241,7 +254,8 @@ async fn a_learner_that_stops_and_comes_back_goes_on_where_it_was() {
 fn replays_to_the_same_weights(dir: &Path, config: &LearnerConfig, summary: &LearnerSummary) {
     let parts = || {
         let params = initial();
-        let policy = Policy::new(Box::new(Bigram::new(&params)), params, config.optimizer(), Threads::single());
+        let policy =
+            Policy::new(Box::new(Bigram::new(&params)), params, config.optimizer(), Threads::single());
         LearnerParts { group_size: GROUP, policy, ..testing::parts(config, dir, Arc::new(SystemDisk)) }
     };
     let replayed = crate::core::Learner::repeat_run(parts(), None).unwrap();

@@ -327,8 +327,9 @@ mod tests {
     use crate::testing::{Bigram, params};
 
     fn run(config: &SftConfig) -> (SftSummary, String, Vec<f64>) {
-        let examples: Vec<TokenisedExample> =
-            (0..4).map(|i| TokenisedExample { prompt_ids: vec![i], output_ids: vec![i + 1, i + 2, 7] }).collect();
+        let examples: Vec<TokenisedExample> = (0..4)
+            .map(|i| TokenisedExample { prompt_ids: vec![i], output_ids: vec![i + 1, i + 2, 7] })
+            .collect();
         let params = params(WeightsDtype::Bf16);
         let trainer = Box::new(Bigram::new(&params));
         let mut policy = Policy::new(trainer, params, config.optimizer(), Threads::single());
@@ -370,7 +371,10 @@ mod tests {
     fn problems_name_their_section() {
         let bad = SftConfig { steps: 5, warmup_steps: 9, beta2: 1.0, ..Default::default() };
         let problems = bad.problems().join("\n");
-        assert!(problems.contains("sft.warmup_steps (9)") && problems.contains("sft.beta2 is 1"), "{problems}");
+        assert!(
+            problems.contains("sft.warmup_steps (9)") && problems.contains("sft.beta2 is 1"),
+            "{problems}"
+        );
     }
 
     proptest! {
