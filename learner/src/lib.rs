@@ -43,7 +43,7 @@ mod role_tests;
 #[cfg(test)]
 mod testing;
 
-pub use config::{LearnerConfig, TrainingConfig};
 pub use crate::core::{CurriculumSource, Recovery, Replayed};
+pub use config::{LearnerConfig, TrainingConfig};
 pub use error::LearnerError;
 pub use role::{LearnerDeps, LearnerEnd, LearnerSummary, RunShape, replay, run};

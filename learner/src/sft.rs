@@ -222,7 +222,7 @@ fn tokenise(
     Ok(tokenised)
 }
 
-/// The loop on tokenised examples, over any [`PolicyTrainer`].
+/// The loop on tokenised examples, over any `PolicyTrainer`.
 ///
 /// # Errors
 /// If loss or gradient stop being finite.

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use freewheel_kernels::Threads;
 use freewheel_model::{
-    BatchSeq, ForwardBatch, KvCache, LoadedModel, ModelError, PolicyWeights, Purpose, Tape, Target, TrainBatch, load,
+    BatchSeq, ForwardBatch, KvCache, LoadedModel, ModelError, PolicyWeights, Purpose, Tape, Target,
+    TrainBatch, load,
 };
 use freewheel_tests::fixtures;
 use freewheel_types::{PolicyVersion, SamplingParams, WeightsDtype};
@@ -52,7 +53,8 @@ impl Oracle {
         let lengths: Vec<usize> = usizes(&self.golden["lengths"]);
         let ids = self.i64("input_ids");
         let width = ids.len() / lengths.len();
-        let row = |(row, &len): (usize, &usize)| ids[row * width..][..len].iter().map(|&id| id as u32).collect();
+        let row =
+            |(row, &len): (usize, &usize)| ids[row * width..][..len].iter().map(|&id| id as u32).collect();
         lengths.iter().enumerate().map(row).collect()
     }
 }
@@ -72,8 +74,9 @@ fn max_diff(a: &[f32], b: &[f32]) -> f32 {
 /// Every causal language model of the index that this build supports; the others are named.
 fn oracles() -> Vec<(Oracle, LoadedModel)> {
     let root = fixtures("models");
-    let index: Value = serde_json::from_slice(&std::fs::read(root.join("index.json")).expect("models/index.json"))
-        .expect("models/index.json parses");
+    let index: Value =
+        serde_json::from_slice(&std::fs::read(root.join("index.json")).expect("models/index.json"))
+            .expect("models/index.json parses");
     let mut found = Vec::new();
     for entry in index.as_array().expect("a list") {
         let name = entry["name"].as_str().expect("a name");
@@ -84,7 +87,9 @@ fn oracles() -> Vec<(Oracle, LoadedModel)> {
         }
         match load(&dir, Some(WeightsDtype::F32)) {
             Ok(model) => found.push((Oracle::read(dir), model)),
-            Err(ModelError::Unsupported { what, .. }) => println!("skipped {name}: {what} is not supported yet"),
+            Err(ModelError::Unsupported { what, .. }) => {
+                println!("skipped {name}: {what} is not supported yet")
+            }
             Err(error) => panic!("{name}: {error}"),
         }
     }
@@ -130,7 +135,8 @@ fn oracles_logits_and_log_probs() {
         println!("{name}: max logit error {error:e}");
         assert!(error <= TOLERANCE, "{name}: logits differ by {error}");
 
-        let found = run.tape.log_probs(&Threads::single(), &weights, &run.targets, &SamplingParams::default());
+        let found =
+            run.tape.log_probs(&Threads::single(), &weights, &run.targets, &SamplingParams::default());
         let golden = oracle.f32("logprobs").expect("golden logprobs");
         let width = golden.len() / sequences.len();
         let wanted: Vec<f32> = sequences
@@ -181,7 +187,11 @@ fn oracles_gradients() {
             let Some(golden) = oracle.f32(&format!("grad/{}", tensor.name)) else { continue };
             let largest = golden.iter().fold(0.0f32, |a, x| a.max(x.abs()));
             let error = max_diff(&grads[tensor.range()], &golden);
-            assert!(error <= 2e-4 * largest + 1e-7, "{name}: {} differs by {error}, largest {largest}", tensor.name);
+            assert!(
+                error <= 2e-4 * largest + 1e-7,
+                "{name}: {} differs by {error}, largest {largest}",
+                tensor.name
+            );
             worst.insert(tensor.name.clone(), error / largest);
         }
         assert!(worst.len() >= 5, "{name}: only {} gradients were compared", worst.len());
@@ -211,7 +221,8 @@ fn continue_greedily(weights: &PolicyWeights, prompt: &[u32], count: usize) -> V
     let mut done = 0;
     while sequence.len() < prompt.len() + count {
         let seqs = [BatchSeq { rows: sequence.len() - done, position: done, pages: &pages }];
-        let batch = ForwardBatch { tokens: &sequence[done..], seqs: &seqs, logit_rows: &[sequence.len() - done - 1] };
+        let batch =
+            ForwardBatch { tokens: &sequence[done..], seqs: &seqs, logit_rows: &[sequence.len() - done - 1] };
         let out = weights.forward(&Threads::single(), &mut kv, &batch);
         done = sequence.len();
         sequence.push(freewheel_kernels::softmax::argmax(&out.logits).expect("a vocabulary") as u32);
@@ -226,7 +237,8 @@ fn oracles_of_bf16_checkpoints_stay_near_in_bf16() {
         assert_eq!(model.params.dtype(), WeightsDtype::Bf16);
         let weights = weights(&model, Purpose::Sampling);
         let run = forward(&weights, &oracle.sequences());
-        let found = run.tape.log_probs(&Threads::single(), &weights, &run.targets, &SamplingParams::default());
+        let found =
+            run.tape.log_probs(&Threads::single(), &weights, &run.targets, &SamplingParams::default());
         let mean = -found.logprobs.iter().map(|x| f64::from(*x)).sum::<f64>() / found.logprobs.len() as f64;
         let golden = oracle.golden["mean_token_nll"].as_f64().expect("a number");
         // bf16 activations: a few thousandths of a nat on average, never a different distribution.

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use freewheel_kernels::Threads;
 use freewheel_model::sampling::{SampleScratch, log_prob_of};
 use freewheel_model::{
-    Activation, AttentionSpec, BatchSeq, Family, FfnSpec, ForwardBatch, KvCache, ModelSpec, MoeSpec, ParamData, Params,
-    PolicyWeights, Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target, TemperatureTuning, TensorKind, TrainBatch,
-    Transformer,
+    Activation, AttentionSpec, BatchSeq, Family, FfnSpec, ForwardBatch, KvCache, ModelSpec, MoeSpec,
+    ParamData, Params, PolicyWeights, Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target,
+    TemperatureTuning, TensorKind, TrainBatch, Transformer,
 };
 use freewheel_types::{CounterRng, PolicyVersion, SamplingParams, WeightsDtype};
 
@@ -81,7 +81,10 @@ fn specs() -> Vec<ModelSpec> {
         spec(
             Family::Llama4Text,
             vec![
-                (attention(QkNorm::WeightlessAfterRope, Some(RopeStyle::Interleaved), Some(12), false), dense()),
+                (
+                    attention(QkNorm::WeightlessAfterRope, Some(RopeStyle::Interleaved), Some(12), false),
+                    dense(),
+                ),
                 (attention(QkNorm::None, None, None, false), moe(RouterKind::SigmoidOnInput, 1, Some(24))),
             ],
             false,
@@ -119,10 +122,17 @@ fn pack(model: &Arc<Transformer>, params: &Params, purpose: Purpose, threads: &T
 
 /// Log-probs of one sequence, sampled step by step: prefill of `prompt` tokens in chunks, then one token a step, together with
 /// another sequence that shares the batch.
-fn stepwise(weights: &PolicyWeights, sequence: &[u32], prompt: usize, chunk: usize, other: &[u32]) -> Vec<u32> {
+fn stepwise(
+    weights: &PolicyWeights,
+    sequence: &[u32],
+    prompt: usize,
+    chunk: usize,
+    other: &[u32],
+) -> Vec<u32> {
     let model = weights.model().clone();
     let mut kv = KvCache::new(&model, 40);
-    let (pages_a, pages_b): (Vec<u32>, Vec<u32>) = ((0..20).map(|i| 39 - 2 * i).collect(), (0..20).map(|i| 2 * i).collect());
+    let (pages_a, pages_b): (Vec<u32>, Vec<u32>) =
+        ((0..20).map(|i| 39 - 2 * i).collect(), (0..20).map(|i| 2 * i).collect());
     let mut scratch = SampleScratch::default();
     let (mut done, mut done_other, mut bits) = (0, 0, Vec::new());
     while done < sequence.len() - 1 {
@@ -170,7 +180,10 @@ fn prefill_decode_and_training_give_the_same_bits() {
                     .collect();
                 for (prompt, chunk) in [(1, 1), (20, 20), (33, 7), (49, 16)] {
                     let sampled = stepwise(&weights, &a, prompt, chunk, &b);
-                    assert_eq!(sampled, trained, "spec {index} {dtype:?} prompt {prompt} in chunks of {chunk}");
+                    assert_eq!(
+                        sampled, trained,
+                        "spec {index} {dtype:?} prompt {prompt} in chunks of {chunk}"
+                    );
                 }
             }
         }
@@ -181,7 +194,8 @@ fn prefill_decode_and_training_give_the_same_bits() {
 fn replaying_the_routers_own_choice_changes_nothing() {
     for spec in specs().into_iter().filter(|spec| spec.moe_layers() > 0) {
         let model = Transformer::new(spec);
-        let weights = pack(&model, &params(&model, 5, WeightsDtype::F32), Purpose::Training, &Threads::single());
+        let weights =
+            pack(&model, &params(&model, 5, WeightsDtype::F32), Purpose::Training, &Threads::single());
         let sequence = tokens(3, 30);
         let targets = targets_of(&sequence, &[30]);
         let run = |replay: Option<&[u16]>| {
@@ -206,12 +220,14 @@ fn gradients_are_those_of_finite_differences() {
         let lengths = [23, 17];
         let targets = targets_of(&packed, &lengths);
         let sampling = SamplingParams { temperature: 0.8, ..SamplingParams::default() };
-        let d_logprobs: Vec<f32> = (0..targets.len()).map(|i| CounterRng::new(1, 2).normal(i as u64) as f32).collect();
+        let d_logprobs: Vec<f32> =
+            (0..targets.len()).map(|i| CounterRng::new(1, 2).normal(i as u64) as f32).collect();
         let d_entropies: Vec<f32> = d_logprobs.iter().map(|d| 0.3 * d).collect();
         let threads = Threads::single();
         let weights = pack(&model, &start, Purpose::Training, &threads);
         // Experts are held fixed, so that the loss is smooth.
-        let tape = weights.forward_train(&threads, &TrainBatch { tokens: &packed, lengths: &lengths, replay: None });
+        let tape =
+            weights.forward_train(&threads, &TrainBatch { tokens: &packed, lengths: &lengths, replay: None });
         let experts = tape.experts().to_vec();
         let mut grads = vec![0.0; model.layout().total];
         tape.backward(&threads, &weights, &targets, &sampling, &d_logprobs, Some(&d_entropies), &mut grads);
@@ -220,7 +236,8 @@ fn gradients_are_those_of_finite_differences() {
             let moved = Params { layout: model.layout().clone(), data: ParamData::F32(values) };
             let weights = pack(&model, &moved, Purpose::Sampling, &threads);
             let batch = TrainBatch { tokens: &packed, lengths: &lengths, replay: Some(&experts) };
-            let found = weights.forward_train(&threads, &batch).log_probs(&threads, &weights, &targets, &sampling);
+            let found =
+                weights.forward_train(&threads, &batch).log_probs(&threads, &weights, &targets, &sampling);
             let each = d_logprobs.iter().zip(&found.logprobs).chain(d_entropies.iter().zip(&found.entropies));
             each.map(|(d, x)| f64::from(*d) * f64::from(*x)).sum::<f64>()
         };
@@ -243,7 +260,11 @@ fn gradients_are_those_of_finite_differences() {
             };
             let numeric = (moved(1.0) - moved(-1.0)) / (2.0 * step);
             let error = (numeric - norm).abs();
-            assert!(error <= 0.02 * norm + 2e-2, "spec {index}: {} moves by {numeric}, gradient says {norm}", tensor.name);
+            assert!(
+                error <= 0.02 * norm + 2e-2,
+                "spec {index}: {} moves by {numeric}, gradient says {norm}",
+                tensor.name
+            );
         }
     }
 }

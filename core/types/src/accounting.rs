@@ -76,8 +76,7 @@ pub struct Accounting {
 impl Accounting {
     /// `issued - (trained + dropped + queued + in_flight)`: 0, or something was lost (> 0) or counted twice (< 0).
     pub fn imbalance(&self) -> i64 {
-        self.issued as i64
-            - (self.trained + self.dropped.total() + self.queued + self.in_flight) as i64
+        self.issued as i64 - (self.trained + self.dropped.total() + self.queued + self.in_flight) as i64
     }
 }
 
@@ -87,7 +86,8 @@ mod tests {
 
     #[test]
     fn a_lost_rollout_shows_as_a_positive_imbalance() {
-        let mut accounting = Accounting { issued: 10, trained: 4, queued: 2, in_flight: 1, ..Default::default() };
+        let mut accounting =
+            Accounting { issued: 10, trained: 4, queued: 2, in_flight: 1, ..Default::default() };
         accounting.dropped.add(DropReason::Stale, 2);
         assert_eq!(accounting.imbalance(), 1);
         accounting.dropped.add(DropReason::ZeroSignal, 1);

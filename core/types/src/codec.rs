@@ -252,7 +252,12 @@ mod tests {
     use super::*;
     use crate::{PolicyVersion, PromptBody, PromptId, TaskId, Verdict};
 
-    fn sample(prompt_ids: Vec<u32>, output: Vec<(u32, f32)>, experts: Vec<u16>, text: String) -> ScoredRollout {
+    fn sample(
+        prompt_ids: Vec<u32>,
+        output: Vec<(u32, f32)>,
+        experts: Vec<u16>,
+        text: String,
+    ) -> ScoredRollout {
         let tokens = output.len() as u32;
         let (output_ids, behaviour_logprobs) = output.into_iter().unzip();
         ScoredRollout {

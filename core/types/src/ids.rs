@@ -31,10 +31,7 @@ impl FromStr for RunId {
 
     fn from_str(value: &str) -> Result<Self, TypesError> {
         let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"._-".contains(&b);
-        let starts_well = value
-            .bytes()
-            .next()
-            .is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+        let starts_well = value.bytes().next().is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
         if !starts_well || value.len() > 63 || !value.bytes().all(allowed) || value.contains("..") {
             return Err(TypesError::BadName {
                 kind: "run name",

@@ -72,11 +72,8 @@ impl Prompt {
     pub fn question(&self) -> &str {
         match &self.body {
             PromptBody::Text(text) => text,
-            PromptBody::Messages(turns) => turns
-                .iter()
-                .rev()
-                .find(|turn| turn.role == "user")
-                .map_or("", |turn| match &turn.content {
+            PromptBody::Messages(turns) => {
+                turns.iter().rev().find(|turn| turn.role == "user").map_or("", |turn| match &turn.content {
                     MessageContent::Text(text) => text,
                     MessageContent::Parts(parts) => parts
                         .iter()
@@ -85,7 +82,8 @@ impl Prompt {
                             ContentPart::Image(_) => None,
                         })
                         .unwrap_or(""),
-                }),
+                })
+            }
         }
     }
 }

@@ -114,11 +114,8 @@ impl Rollout {
                 limit: format!("1 to {MAX_GROUP_SIZE}, above the sample index"),
             });
         }
-        let mismatch = |what, got: usize| TypesError::Mismatch {
-            what,
-            expected: t.to_string(),
-            got: got.to_string(),
-        };
+        let mismatch =
+            |what, got: usize| TypesError::Mismatch { what, expected: t.to_string(), got: got.to_string() };
         if self.behaviour_logprobs.len() != t {
             return Err(mismatch("length of behaviour_logprobs", self.behaviour_logprobs.len()));
         }

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! The step loop holds a [`Loss`] and never asks which algorithm it runs; a new objective is one small file with a
-//! [`PolicyLoss`] and one row in [`recipes`]. All arithmetic is f64 and per sequence, with batch-wide constants
+//! [`PolicyLoss`] and one row in `recipes`. All arithmetic is f64 and per sequence, with batch-wide constants
 //! ([`BatchTotals`], [`BatchStats`]) known before the first micro-batch: any split of a batch gives the same bits per sequence.
 //! Knows no model, no optimiser and no reward; refuses nothing (a NaN log-prob of a live token gives a NaN loss, which the
 //! step loop must refuse).
