@@ -3,28 +3,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use freewheel_actor::{ActorError, CpuBackend, Engine, EngineConfig, PolicyLoader, PromptCodec, TextDecoder};
+use freewheel_actor::{CpuBackend, CpuLoader, Engine, EngineConfig};
 use freewheel_kernels::Threads;
-use freewheel_model::{LoadedModel, Params, PolicyWeights, Purpose, Tokenizer, Transformer};
-use freewheel_types::{Digest, PolicyVersion, PromptBody, WeightsDtype, WeightsPayload};
+use freewheel_model::{LoadedModel, PolicyWeights, Purpose};
+use freewheel_types::{PolicyVersion, WeightsDtype};
 
 use crate::cli::fail::Explain as _;
-
-/// A tokenizer behind the actor's two interfaces.
-#[derive(Clone, Debug)]
-pub struct Codec(pub Arc<Tokenizer>);
-
-impl TextDecoder for Codec {
-    fn decode(&self, ids: &[u32]) -> String {
-        self.0.decode(ids)
-    }
-}
-
-impl PromptCodec for Codec {
-    fn encode_prompt(&self, prompt: &PromptBody) -> Result<Vec<u32>, ActorError> {
-        Ok(self.0.encode_prompt(prompt)?)
-    }
-}
 
 /// Opens a model: a folder in Hugging Face layout or a GGUF file.
 ///
@@ -72,68 +56,10 @@ pub fn engine(
         threads,
     );
     let backend = CpuBackend::new(Arc::new(weights), threads.clone());
-    Engine::new(backend, Arc::new(Codec(loaded.tokenizer.clone())), config).input()
+    Engine::new(backend, loaded.tokenizer.clone(), config).input()
 }
 
-/// Weights from the policy store, for engines on processor cores.
-pub struct CpuLoader {
-    model: Arc<Transformer>,
-    shadow: Params,
-    version: Option<PolicyVersion>,
-    tokenizer: Digest,
-    threads: Threads,
-}
-
-impl CpuLoader {
-    /// A loader for the model `loaded`; its values do not matter, the first frame replaces them.
-    pub fn new(loaded: &LoadedModel, threads: Threads) -> Self {
-        Self {
-            model: loaded.model.clone(),
-            shadow: loaded.params.clone(),
-            version: None,
-            tokenizer: loaded.tokenizer.digest(),
-            threads,
-        }
-    }
-
-    /// The newest version applied.
-    pub fn version(&self) -> Option<PolicyVersion> {
-        self.version
-    }
-}
-
-impl PolicyLoader for CpuLoader {
-    type Backend = CpuBackend;
-
-    fn apply(&mut self, payload: &WeightsPayload) -> Result<(), ActorError> {
-        let version = payload.manifest.version;
-        let bad = |what: String| ActorError::BadWeights { version, what };
-        if payload.manifest.tokenizer_digest != self.tokenizer {
-            return Err(bad("the learner's tokenizer is another one than model.path holds here".into()));
-        }
-        // If this fails half-way the shadow copy is of no use: the next fetch then starts from a key frame.
-        let current = self.version.take();
-        freewheel_model::delta::apply_frame(&mut self.shadow, current, payload)
-            .map_err(|error| bad(error.to_string()))?;
-        self.version = Some(version);
-        Ok(())
-    }
-
-    fn pack(
-        &mut self,
-        version: PolicyVersion,
-        spare: Option<PolicyWeights>,
-    ) -> Result<Arc<PolicyWeights>, ActorError> {
-        Ok(Arc::new(match spare {
-            Some(mut weights) => {
-                weights.repack(&self.shadow, version, &self.threads);
-                weights
-            }
-            None => PolicyWeights::pack(&self.model, &self.shadow, version, Purpose::Sampling, &self.threads),
-        }))
-    }
-
-    fn backend(&mut self, weights: Arc<PolicyWeights>) -> CpuBackend {
-        CpuBackend::new(weights, self.threads.clone())
-    }
+/// What turns published payloads into weights for engines over `model`.
+pub fn loader(model: &LoadedModel, threads: Threads) -> CpuLoader {
+    CpuLoader::new(model.model.clone(), model.params.clone(), model.tokenizer.digest(), threads)
 }

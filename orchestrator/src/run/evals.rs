@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use freewheel_actor::{CpuBackend, Engine, PolicyLoader as _};
+use freewheel_actor::{CpuBackend, CpuLoader, Engine, PolicyLoader as _};
+use freewheel_model::Tokenizer;
 use freewheel_queue::{PolicyStore, QueueError};
 use freewheel_reward::RewardStack;
 use freewheel_types::PolicyVersion;
@@ -13,7 +14,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::evaluation::{EvalReport, EvalSet, evaluate};
 use crate::folder::{RunMetrics, StepLine};
-use crate::policy::{Codec, CpuLoader};
 
 /// What the evaluator works with.
 pub struct EvalDeps {
@@ -24,7 +24,7 @@ pub struct EvalDeps {
     /// Bounds of the engine.
     pub engine: freewheel_actor::EngineConfig,
     /// Text for the engine.
-    pub codec: Codec,
+    pub codec: Arc<Tokenizer>,
     /// What is asked.
     pub set: EvalSet,
     /// Who judges.
@@ -46,11 +46,12 @@ pub async fn follow(deps: EvalDeps, done: CancellationToken) -> anyhow::Result<O
     let EvalDeps { store, mut loader, engine: config, codec, set, stack, metrics, every, evaluated } = deps;
     let set = Arc::new(set);
     let mut engine: Option<Engine<CpuBackend>> = None;
+    let mut pulled: Option<PolicyVersion> = None;
     let mut next_step = evaluated.map_or(0, |step| step + every.max(1));
     let mut last: Option<EvalReport> = None;
     loop {
         let over = done.is_cancelled();
-        let Some(version) = newest(&*store, loader.version(), &done).await else {
+        let Some(version) = newest(&*store, pulled, &done).await else {
             if over {
                 return Ok(last);
             } else {
@@ -71,7 +72,7 @@ pub async fn follow(deps: EvalDeps, done: CancellationToken) -> anyhow::Result<O
             }
             continue;
         }
-        if !pull(&*store, &mut loader).await? {
+        if !pull(&*store, &mut loader, &mut pulled).await? {
             continue;
         }
         let (set_, stack_, codec_) = (set.clone(), stack.clone(), codec.clone());
@@ -79,7 +80,7 @@ pub async fn follow(deps: EvalDeps, done: CancellationToken) -> anyhow::Result<O
         let began = Instant::now();
         // The engine computes: not on an async thread.
         let (report, held, back) = tokio::task::spawn_blocking(move || -> anyhow::Result<_> {
-            let version = loader.version().context("a pulled version")?;
+            let version = pulled.context("a pulled version")?;
             let mut held = held;
             let spare =
                 held.as_mut().and_then(|engine| engine.take_retired().pop()).and_then(Arc::into_inner);
@@ -89,7 +90,7 @@ pub async fn follow(deps: EvalDeps, done: CancellationToken) -> anyhow::Result<O
                     engine.swap(weights);
                     engine
                 }
-                None => Engine::new(loader.backend(weights), Arc::new(codec_), config)?,
+                None => Engine::new(loader.backend(weights), codec_, config)?,
             };
             let report = evaluate(&mut engine, &stack_, &set_)?;
             Ok((report, engine, loader))
@@ -137,8 +138,12 @@ async fn newest(
 }
 
 /// Brings the loader up to date. `false`: try again.
-async fn pull(store: &dyn PolicyStore, loader: &mut CpuLoader) -> anyhow::Result<bool> {
-    let payloads = match store.fetch(loader.version()).await {
+async fn pull(
+    store: &dyn PolicyStore,
+    loader: &mut CpuLoader,
+    pulled: &mut Option<PolicyVersion>,
+) -> anyhow::Result<bool> {
+    let payloads = match store.fetch(*pulled).await {
         Ok(payloads) => payloads,
         Err(QueueError::Config(what)) => anyhow::bail!(what),
         Err(error) => {
@@ -149,6 +154,7 @@ async fn pull(store: &dyn PolicyStore, loader: &mut CpuLoader) -> anyhow::Result
     };
     for payload in &payloads {
         loader.apply(payload)?;
+        *pulled = Some(payload.manifest.version);
     }
-    Ok(loader.version().is_some())
+    Ok(pulled.is_some())
 }

@@ -33,7 +33,6 @@ use crate::cli::fail::Failure;
 use crate::config::Loaded;
 use crate::evaluation::{EvalReport, EvalSet};
 use crate::folder::{IfExists, RunFile, RunFolder, RunMetrics, RunState, names};
-use crate::policy::{Codec, CpuLoader};
 use crate::signals::Signals;
 use evals::EvalDeps;
 use roles::Links;
@@ -180,9 +179,9 @@ fn start_eval(
     let last = folder.last_line(names::EVAL).and_then(|line| line.get("step")?.as_u64());
     let deps = EvalDeps {
         store: links.store.clone(),
-        loader: CpuLoader::new(&prepared.model, crate::policy::threads(threads)),
+        loader: crate::policy::loader(&prepared.model, crate::policy::threads(threads)),
         engine: prepared.loaded.config.actor.engine(),
-        codec: Codec(prepared.model.tokenizer.clone()),
+        codec: prepared.model.tokenizer.clone(),
         set,
         stack: prepared.stack.clone(),
         metrics: metrics.clone(),

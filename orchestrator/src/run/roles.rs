@@ -18,7 +18,6 @@ use tokio_util::sync::CancellationToken;
 use super::tap::TappedQueue;
 use crate::config::{Loaded, pool_params};
 use crate::folder::{RunMetrics, SampleLog, names};
-use crate::policy::{Codec, CpuLoader};
 use crate::prompts::{PoolDeps, PoolLog, PoolMetrics, PoolRecord};
 
 /// Name of the pool's log in a run's folder.
@@ -51,8 +50,8 @@ pub async fn actor(
         actor: ActorId(name.clone()),
         queue: links.queue,
         store: links.store,
-        loader: CpuLoader::new(model, crate::policy::threads(threads)),
-        codec: Arc::new(Codec(model.tokenizer.clone())),
+        loader: crate::policy::loader(model, crate::policy::threads(threads)),
+        codec: model.tokenizer.clone(),
         eos_ids: model.generation.eos_ids.clone(),
         lease: Duration::from_secs_f64(loaded.config.queue.lease_s),
         metrics,
