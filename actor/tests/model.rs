@@ -10,7 +10,7 @@ use freewheel_kernels::Threads;
 use freewheel_model::delta::{delta_frame, key_frame};
 use freewheel_model::{
     Activation, AttentionSpec, Family, FfnSpec, ModelSpec, MoeSpec, ParamData, Params, PolicyWeights,
-    Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target, TensorKind, TrainBatch, Transformer,
+    Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target, TensorKind, TrainBatch, TrainSeq, Transformer,
 };
 use freewheel_types::{CounterRng, Digest, PolicyVersion, SamplingParams, TaskId, WeightsDtype};
 
@@ -122,7 +122,7 @@ fn behaviour_logprobs_and_experts_are_those_of_training_to_the_bit() {
         let training = pack(Purpose::Training);
         for sample in &done {
             let ids = [&sample.prompt_ids[..], &sample.output_ids[..]].concat();
-            let batch = TrainBatch { tokens: &ids, lengths: &[ids.len()], replay: None };
+            let batch = TrainBatch { tokens: &ids, seqs: &[TrainSeq::whole(ids.len())], replay: None };
             let tape = training.forward_train(&threads, &batch);
             let first = sample.prompt_ids.len();
             let targets: Vec<Target> =

@@ -1,8 +1,12 @@
 //! Micro-batches: whole sequences, side by side, within a token budget, without padding.
 //!
+//! The prompt of a group is computed once a micro-batch: rollouts that follow another one of the same prompt are packed
+//! as branches of it.
+//!
 //! Sequences are taken in the order given, so the split is a function of the batch alone. A sequence is never cut:
 //! sequence-level objectives see all of it. One longer than the budget gets a micro-batch of its own.
 
+use freewheel_model::TrainSeq;
 use freewheel_types::SamplingParams;
 
 use crate::trainer::{PackedBatch, PackedSequence, PackedTarget};
@@ -27,48 +31,88 @@ impl TrainSequence<'_> {
     }
 }
 
-/// Splits `sequences` into micro-batches of at most `budget` tokens (or one sequence). Sequences drawn with another
+/// Splits `sequences` into micro-batches of at most `budget` rows (or one sequence). Sequences drawn with another
 /// transform, or with and without recorded experts, do not share a micro-batch.
 pub fn pack(sequences: &[TrainSequence<'_>], budget: usize) -> Vec<PackedBatch> {
     let mut batches: Vec<PackedBatch> = Vec::new();
+    let mut trunk: Option<Trunk> = None;
     for (index, sequence) in sequences.iter().enumerate() {
+        let shared = trunk.filter(|trunk| shares_prompt(&sequences[trunk.index], sequence));
+        let rows = sequence.rows() - shared.map_or(0, |_| sequence.prompt_ids.len());
         let fits = batches.last().is_some_and(|batch| {
-            batch.tokens.len() + sequence.rows() <= budget
+            batch.tokens.len() + rows <= budget
                 && batch.sampling == sequence.sampling
                 && batch.replay.is_some() == sequence.experts.is_some()
         });
         if !fits {
             batches.push(PackedBatch {
                 tokens: Vec::new(),
-                lengths: Vec::new(),
+                seqs: Vec::new(),
                 replay: sequence.experts.map(|_| Vec::new()),
                 targets: Vec::new(),
                 sampling: sequence.sampling,
                 sequences: Vec::new(),
             });
         }
-        push(batches.last_mut().expect("one was just added"), index, sequence);
+        let batch = batches.last_mut().expect("one was just added");
+        match shared.filter(|_| fits) {
+            Some(trunk) => push_branch(batch, index, sequence, trunk),
+            None => trunk = Some(push_whole(batch, index, sequence)),
+        }
     }
     batches
 }
 
-fn push(batch: &mut PackedBatch, index: usize, sequence: &TrainSequence<'_>) {
-    assert!(
-        !sequence.prompt_ids.is_empty() && !sequence.output_ids.is_empty(),
-        "checked when it was received"
-    );
+/// The sequence of a micro-batch that others may branch off from.
+#[derive(Clone, Copy)]
+struct Trunk {
+    /// Its place in the list that is packed.
+    index: usize,
+    first_row: usize,
+}
+
+/// Whether the prompt's rows of `trunk` are also those of `sequence`.
+fn shares_prompt(trunk: &TrainSequence<'_>, sequence: &TrainSequence<'_>) -> bool {
+    let prompt = sequence.prompt_ids;
+    let prompt_experts = |of: &TrainSequence<'_>| -> Option<Vec<u16>> {
+        let experts = of.experts?;
+        Some(experts[..experts.len() / of.rows() * prompt.len()].to_vec())
+    };
+    trunk.prompt_ids == prompt && prompt_experts(trunk) == prompt_experts(sequence)
+}
+
+fn push_whole(batch: &mut PackedBatch, index: usize, sequence: &TrainSequence<'_>) -> Trunk {
     let first_row = batch.tokens.len();
-    let first_target = batch.targets.len();
-    let inputs = &sequence.output_ids[..sequence.output_ids.len() - 1];
-    batch.tokens.extend(sequence.prompt_ids.iter().chain(inputs));
-    batch.lengths.push(sequence.rows());
-    if let (Some(replay), Some(experts)) = (&mut batch.replay, sequence.experts) {
-        replay.extend(experts);
+    let prompt = sequence.prompt_ids.len();
+    batch.tokens.extend(sequence.prompt_ids);
+    push_rows(batch, index, sequence, 0, first_row + prompt - 1);
+    Trunk { index, first_row }
+}
+
+fn push_branch(batch: &mut PackedBatch, index: usize, sequence: &TrainSequence<'_>, trunk: Trunk) {
+    let prompt = sequence.prompt_ids.len();
+    push_rows(batch, index, sequence, prompt, trunk.first_row + prompt - 1);
+}
+
+/// Adds the rows of the completion, after those of the prompt if `position` is 0; `before` is the prompt's last row.
+fn push_rows(
+    batch: &mut PackedBatch,
+    index: usize,
+    sequence: &TrainSequence<'_>,
+    position: usize,
+    before: usize,
+) {
+    let output = sequence.output_ids;
+    let (first, first_target) = (batch.tokens.len(), batch.targets.len());
+    batch.tokens.extend(&output[..output.len() - 1]);
+    if sequence.rows() > position {
+        batch.seqs.push(TrainSeq { position, rows: sequence.rows() - position });
     }
-    let first = first_row + sequence.prompt_ids.len() - 1;
-    batch.targets.extend(
-        sequence.output_ids.iter().enumerate().map(|(t, &token)| PackedTarget { row: first + t, token }),
-    );
+    if let (Some(replay), Some(experts)) = (&mut batch.replay, sequence.experts) {
+        replay.extend(&experts[experts.len() / sequence.rows() * position..]);
+    }
+    let rows = std::iter::once(before).chain(first..);
+    batch.targets.extend(output.iter().zip(rows).map(|(&token, row)| PackedTarget { row, token }));
     batch.sequences.push(PackedSequence { index, targets: first_target..batch.targets.len() });
 }
 
@@ -78,41 +122,85 @@ mod tests {
 
     use super::*;
 
+    fn sequence<'a>(
+        ids: &'a [u32],
+        first: usize,
+        prompt: usize,
+        output: usize,
+        hot: bool,
+    ) -> TrainSequence<'a> {
+        TrainSequence {
+            prompt_ids: &ids[first..first + prompt],
+            output_ids: &ids[first + prompt..first + prompt + output],
+            experts: None,
+            sampling: SamplingParams { temperature: if hot { 1.0 } else { 0.5 }, ..Default::default() },
+        }
+    }
+
     proptest! {
         #[test]
-        fn every_token_is_predicted_once_by_the_row_before_it(
-            shapes in prop::collection::vec((1usize..9, 1usize..9, any::<bool>()), 1..20),
+        fn every_token_is_predicted_once_from_its_own_prefix(
+            shapes in prop::collection::vec((0usize..3, 1usize..4, 1usize..9, any::<bool>()), 1..20),
             budget in 1usize..40,
         ) {
             let ids: Vec<u32> = (0..20).collect();
-            let sequences: Vec<TrainSequence> = shapes.iter().map(|&(p, t, hot)| TrainSequence {
-                prompt_ids: &ids[..p],
-                output_ids: &ids[p..p + t],
-                experts: None,
-                sampling: SamplingParams { temperature: if hot { 1.0 } else { 0.5 }, ..Default::default() },
-            }).collect();
+            let sequences: Vec<TrainSequence> =
+                shapes.iter().map(|&(first, p, t, hot)| sequence(&ids, first, p, t, hot)).collect();
             let batches = pack(&sequences, budget);
             let mut seen = 0;
             for batch in &batches {
                 prop_assert!(batch.tokens.len() <= budget || batch.sequences.len() == 1);
-                prop_assert_eq!(batch.lengths.iter().sum::<usize>(), batch.tokens.len());
-                let mut first_row = 0;
-                for (packed, &rows) in batch.sequences.iter().zip(&batch.lengths) {
+                // What every row of the batch has before it, branches included.
+                let mut prefixes: Vec<Vec<u32>> = Vec::new();
+                let mut trunk = 0;
+                for seq in &batch.seqs {
+                    let first = prefixes.len();
+                    if seq.position == 0 { trunk = first }
+                    for i in 0..seq.rows {
+                        let before = match (i, seq.position) {
+                            (0, 0) => Vec::new(),
+                            (0, position) => prefixes[trunk + position - 1].clone(),
+                            _ => prefixes[first + i - 1].clone(),
+                        };
+                        prefixes.push([before, vec![batch.tokens[first + i]]].concat());
+                    }
+                }
+                prop_assert_eq!(prefixes.len(), batch.tokens.len());
+                for packed in &batch.sequences {
                     prop_assert_eq!(packed.index, seen, "order is kept");
                     let source = &sequences[packed.index];
                     prop_assert_eq!(batch.sampling, source.sampling);
                     let targets = &batch.targets[packed.targets.clone()];
                     prop_assert_eq!(targets.len(), source.output_ids.len());
-                    for target in targets {
-                        // In this data every token is its predecessor plus one.
-                        prop_assert_eq!(batch.tokens[target.row] + 1, target.token);
-                        prop_assert!((first_row..first_row + rows).contains(&target.row));
+                    for (i, target) in targets.iter().enumerate() {
+                        prop_assert_eq!(target.token, source.output_ids[i]);
+                        let prefix = [source.prompt_ids, &source.output_ids[..i]].concat();
+                        prop_assert_eq!(&prefixes[target.row], &prefix);
                     }
-                    first_row += rows;
                     seen += 1;
                 }
             }
             prop_assert_eq!(seen, sequences.len());
         }
+    }
+
+    #[test]
+    fn a_group_computes_its_prompt_once() {
+        let ids: Vec<u32> = (0..20).collect();
+        let group: Vec<_> = [4, 1, 6].map(|output| sequence(&ids, 0, 5, output, true)).to_vec();
+        let [batch] = &pack(&group, 100)[..] else { panic!("one micro-batch") };
+        assert_eq!(batch.tokens.len(), 5 + 3 + 5, "a completion's last token is no input");
+        let branch = TrainSeq { position: 5, rows: 5 };
+        assert_eq!(batch.seqs, [TrainSeq::whole(8), branch], "one token is predicted from the prompt alone");
+    }
+
+    #[test]
+    fn prompts_routed_otherwise_are_not_shared() {
+        let ids: Vec<u32> = (0..20).collect();
+        let (one, other) = (vec![1u16; 8], [vec![1; 4], vec![2; 4]].concat());
+        let with = |experts| TrainSequence { experts, ..sequence(&ids, 0, 5, 4, true) };
+        let rows = |a, b| pack(&[with(Some(a)), with(Some(b))], 100)[0].tokens.len();
+        assert_eq!(rows(&one, &one), 8 + 3);
+        assert_eq!(rows(&one, &other), 8 + 8);
     }
 }

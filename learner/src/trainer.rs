@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use freewheel_model::{ParamLayout, Params};
+use freewheel_model::{ParamLayout, Params, TrainSeq};
 use freewheel_types::{PolicyVersion, SamplingParams};
 
 /// Sequences of one micro-batch, packed without padding.
@@ -13,8 +13,8 @@ pub struct PackedBatch {
     /// Input tokens of all sequences, one after the other. A sequence's last sampled token is not among them: nothing
     /// is predicted from it.
     pub tokens: Vec<u32>,
-    /// Input tokens of each sequence.
-    pub lengths: Vec<usize>,
+    /// Rows of each sequence; a branch leaves out the prompt, which it shares with the sequence it branches off from.
+    pub seqs: Vec<TrainSeq>,
     /// Experts to use, `[tokens, moe_layers, top_k]`; `None` lets the router choose.
     pub replay: Option<Vec<u16>>,
     /// What is predicted: for each sequence in order, its completion tokens in order.

@@ -24,8 +24,7 @@ impl TransformerTrainer {
     }
 
     fn forward(&self, batch: &PackedBatch) -> (Tape, Vec<Target>, TokenLogProbs) {
-        let train =
-            TrainBatch { tokens: &batch.tokens, lengths: &batch.lengths, replay: batch.replay.as_deref() };
+        let train = TrainBatch { tokens: &batch.tokens, seqs: &batch.seqs, replay: batch.replay.as_deref() };
         let tape = self.weights.forward_train(&self.threads, &train);
         let targets: Vec<Target> =
             batch.targets.iter().map(|t| Target { row: t.row, token: t.token }).collect();

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use freewheel_kernels::Threads;
 use freewheel_model::{
     BatchSeq, ForwardBatch, KvCache, LoadedModel, ModelError, PolicyWeights, Purpose, Tape, Target,
-    TrainBatch, load,
+    TrainBatch, TrainSeq, load,
 };
 use freewheel_tests::fixtures;
 use freewheel_types::{PolicyVersion, SamplingParams, WeightsDtype};
@@ -109,8 +109,8 @@ struct Forward {
 
 fn forward(weights: &PolicyWeights, sequences: &[Vec<u32>]) -> Forward {
     let tokens = sequences.concat();
-    let lengths: Vec<usize> = sequences.iter().map(Vec::len).collect();
-    let batch = TrainBatch { tokens: &tokens, lengths: &lengths, replay: None };
+    let seqs: Vec<_> = sequences.iter().map(|s| TrainSeq::whole(s.len())).collect();
+    let batch = TrainBatch { tokens: &tokens, seqs: &seqs, replay: None };
     let tape = weights.forward_train(&Threads::single(), &batch);
     let mut targets = Vec::new();
     let mut first = 0;

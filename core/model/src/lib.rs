@@ -40,6 +40,6 @@ pub use template::RenderOptions;
 pub use tokenizer::{ChatIds, DecodeStream, Tokenizer};
 pub use transformer::{
     BatchSeq, ForwardBatch, ForwardOutput, KvCache, LogProbs, PolicyWeights, Purpose, Tape, Target,
-    TrainBatch, Transformer,
+    TrainBatch, TrainSeq, Transformer,
 };
 pub use upcycle::{UpcycleOptions, upcycle};

@@ -7,7 +7,7 @@ use freewheel_model::sampling::{SampleScratch, log_prob_of};
 use freewheel_model::{
     Activation, AttentionSpec, BatchSeq, Family, FfnSpec, ForwardBatch, KvCache, ModelSpec, MoeSpec,
     ParamData, Params, PolicyWeights, Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target,
-    TemperatureTuning, TensorKind, TrainBatch, Transformer,
+    TemperatureTuning, TensorKind, TrainBatch, TrainSeq, Transformer,
 };
 use freewheel_types::{CounterRng, PolicyVersion, SamplingParams, WeightsDtype};
 
@@ -106,6 +106,10 @@ fn tokens(seed: u64, n: usize) -> Vec<u32> {
     (0..n as u64).map(|i| CounterRng::new(seed, 1).below(i, VOCAB as u64) as u32).collect()
 }
 
+fn whole(lengths: &[usize]) -> Vec<TrainSeq> {
+    lengths.iter().map(|&rows| TrainSeq::whole(rows)).collect()
+}
+
 fn targets_of(tokens: &[u32], lengths: &[usize]) -> Vec<Target> {
     let mut first = 0;
     let mut targets = Vec::new();
@@ -168,7 +172,7 @@ fn prefill_decode_and_training_give_the_same_bits() {
             let weights = pack(&model, &params, Purpose::Sampling, &Threads::single());
             let (a, b) = (tokens(1, 50), tokens(2, 61));
             let packed = [&b[..], &a[..], &b[..7]].concat();
-            let batch = TrainBatch { tokens: &packed, lengths: &[61, 50, 7], replay: None };
+            let batch = TrainBatch { tokens: &packed, seqs: &whole(&[61, 50, 7]), replay: None };
             for threads in [Threads::single(), Threads::new(2)] {
                 let tape = weights.forward_train(&threads, &batch);
                 let targets: Vec<_> = (0..49).map(|i| Target { row: 61 + i, token: a[i + 1] }).collect();
@@ -199,7 +203,7 @@ fn replaying_the_routers_own_choice_changes_nothing() {
         let sequence = tokens(3, 30);
         let targets = targets_of(&sequence, &[30]);
         let run = |replay: Option<&[u16]>| {
-            let batch = TrainBatch { tokens: &sequence, lengths: &[30], replay };
+            let batch = TrainBatch { tokens: &sequence, seqs: &whole(&[30]), replay };
             let tape = weights.forward_train(&Threads::single(), &batch);
             let found = tape.log_probs(&Threads::single(), &weights, &targets, &SamplingParams::default());
             (tape.experts().to_vec(), found)
@@ -208,6 +212,56 @@ fn replaying_the_routers_own_choice_changes_nothing() {
         assert_eq!(run(Some(&experts)), (experts.clone(), free.clone()));
         let other: Vec<u16> = experts.iter().map(|e| (e + 1) % 5).collect();
         assert_ne!(run(Some(&other)).1, free, "replayed experts were ignored");
+    }
+}
+
+#[test]
+fn branches_give_the_bits_of_whole_sequences_and_the_sum_of_their_gradients() {
+    for (index, spec) in specs().into_iter().enumerate() {
+        let model = Transformer::new(spec);
+        let weights =
+            pack(&model, &params(&model, 23, WeightsDtype::F32), Purpose::Training, &Threads::single());
+        let prompt = tokens(6, 21);
+        let outputs = [tokens(7, 12), tokens(8, 30), tokens(9, 1)];
+        let threads = Threads::new(2);
+        let run = |batch: &[u32], seqs: &[TrainSeq], targets: &[Target], replay: Option<&[u16]>| {
+            let sampling = SamplingParams::default();
+            let tape = weights.forward_train(&threads, &TrainBatch { tokens: batch, seqs, replay });
+            let found = tape.log_probs(&threads, &weights, targets, &sampling);
+            let experts = tape.experts().to_vec();
+            let d: Vec<f32> = targets.iter().map(|t| 0.1 + (t.token % 7) as f32).collect();
+            let mut grads = vec![0.0; model.layout().total];
+            tape.backward(&threads, &weights, targets, &sampling, &d, None, &mut grads);
+            (found, grads, experts)
+        };
+        let targets_from = |before: usize, first: usize, output: &[u32]| -> Vec<Target> {
+            let rows = std::iter::once(before).chain(first..);
+            output.iter().zip(rows).map(|(&token, row)| Target { row, token }).collect()
+        };
+        let (mut apart_logprobs, mut apart_grads) = (Vec::new(), vec![0.0; model.layout().total]);
+        let (mut packed, mut seqs, mut targets) = (prompt.clone(), Vec::new(), Vec::new());
+        for (i, output) in outputs.iter().enumerate() {
+            let inputs = &output[..output.len() - 1];
+            let whole = [&prompt[..], inputs].concat();
+            let whole_seq = [TrainSeq::whole(whole.len())];
+            let (found, grads, _) = run(&whole, &whole_seq, &targets_from(20, 21, output), None);
+            apart_logprobs.extend(found.logprobs);
+            apart_grads.iter_mut().zip(grads).for_each(|(sum, x)| *sum += x);
+            targets.extend(targets_from(20, packed.len(), output));
+            packed.extend(inputs);
+            match (i, inputs.len()) {
+                (0, _) => seqs.push(whole_seq[0]),
+                (_, 0) => {}
+                (_, rows) => seqs.push(TrainSeq { position: 21, rows }),
+            }
+        }
+        let (found, grads, experts) = run(&packed, &seqs, &targets, None);
+        assert_eq!(found.logprobs, apart_logprobs, "spec {index}");
+        assert_eq!(run(&packed, &seqs, &targets, Some(&experts)).1, grads, "spec {index}: replay");
+        let scale = apart_grads.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+        for (i, (a, b)) in grads.iter().zip(&apart_grads).enumerate() {
+            assert!((a - b).abs() <= 1e-5 * scale, "spec {index}: gradient {i} is {a}, apart {b}");
+        }
     }
 }
 
@@ -226,8 +280,8 @@ fn gradients_are_those_of_finite_differences() {
         let threads = Threads::single();
         let weights = pack(&model, &start, Purpose::Training, &threads);
         // Experts are held fixed, so that the loss is smooth.
-        let tape =
-            weights.forward_train(&threads, &TrainBatch { tokens: &packed, lengths: &lengths, replay: None });
+        let tape = weights
+            .forward_train(&threads, &TrainBatch { tokens: &packed, seqs: &whole(&lengths), replay: None });
         let experts = tape.experts().to_vec();
         let mut grads = vec![0.0; model.layout().total];
         tape.backward(&threads, &weights, &targets, &sampling, &d_logprobs, Some(&d_entropies), &mut grads);
@@ -235,7 +289,7 @@ fn gradients_are_those_of_finite_differences() {
         let objective = |values: Vec<f32>| {
             let moved = Params { layout: model.layout().clone(), data: ParamData::F32(values) };
             let weights = pack(&model, &moved, Purpose::Sampling, &threads);
-            let batch = TrainBatch { tokens: &packed, lengths: &lengths, replay: Some(&experts) };
+            let batch = TrainBatch { tokens: &packed, seqs: &whole(&lengths), replay: Some(&experts) };
             let found =
                 weights.forward_train(&threads, &batch).log_probs(&threads, &weights, &targets, &sampling);
             let each = d_logprobs.iter().zip(&found.logprobs).chain(d_entropies.iter().zip(&found.entropies));

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use freewheel_actor::{EngineConfig, Finished, InFlight, Request, SampleSpec, StopSpec};
 use freewheel_kernels::{Precision, Threads, measure};
-use freewheel_model::{LoadedModel, PolicyWeights, Purpose, Target, TrainBatch};
+use freewheel_model::{LoadedModel, PolicyWeights, Purpose, Target, TrainBatch, TrainSeq};
 use freewheel_types::{CounterRng, PolicyVersion, SamplingParams, TaskId, WeightsDtype};
 use serde_json::{Value, json};
 
@@ -245,7 +245,7 @@ fn train(
     let version = PolicyVersion::default();
     let weights = PolicyWeights::pack(&loaded.model, &loaded.params, version, Purpose::Training, threads);
     let tokens = ids(loaded, 0, batch * args.length);
-    let lengths = vec![args.length; batch];
+    let seqs = vec![TrainSeq::whole(args.length); batch];
     let targets: Vec<Target> = (0..tokens.len())
         .filter(|row| (row + 1) % args.length != 0)
         .map(|row| Target { row, token: tokens[row + 1] })
@@ -254,8 +254,7 @@ fn train(
     let gradient = vec![-1.0 / targets.len().max(1) as f32; targets.len()];
     let mut grads = vec![0.0; loaded.model.layout().total];
     let mut once = || {
-        let tape =
-            weights.forward_train(threads, &TrainBatch { tokens: &tokens, lengths: &lengths, replay: None });
+        let tape = weights.forward_train(threads, &TrainBatch { tokens: &tokens, seqs: &seqs, replay: None });
         let found = tape.log_probs(threads, &weights, &targets, &sampling);
         tape.backward(threads, &weights, &targets, &sampling, &gradient, None, &mut grads);
         found.logprobs.first().copied()

@@ -1,7 +1,8 @@
 //! The backward pass: probabilities are computed again from the saved log-sum-exp (Dao 2023, FlashAttention-2).
 //!
-//! One task a (sequence, key-value head): key blocks ascending, and for each the queries that see it, by row, then
-//! head. dk and dv thus add queries in ascending order, dq adds key blocks in ascending order.
+//! One task a (family, key-value head), a family being a sequence from position 0 and the branches that continue its
+//! first rows: key blocks of the trunk ascending, then each branch's own; and for each block the queries that see it, by
+//! sequence, row, then head. dk and dv thus add queries in ascending order, dq adds key blocks in ascending order.
 
 use super::forward::{accumulate_full, accumulate_part, hide, scores};
 use super::{AttentionSeq, AttentionShape, KV_BLOCK};
@@ -15,8 +16,11 @@ use std::cell::RefCell;
 /// overwritten in the rows of `seqs`. `out` and `lse` are what the forward pass gave; the pages hold its keys and
 /// values.
 ///
+/// A sequence at position p > 0 is a *branch*: it continues the first p rows of the last sequence before it that starts
+/// at 0, its *trunk*. Its whole pages of those rows are the trunk's own, a partial one is a copy.
+///
 /// # Panics
-/// When a length does not fit the shapes, or a sequence does not start at position 0.
+/// When a length does not fit the shapes, or a branch has no trunk of at least p rows.
 #[allow(clippy::too_many_arguments)]
 pub fn attention_backward(
     threads: &Threads,
@@ -46,14 +50,25 @@ pub fn attention_backward(
         "attention_backward: dk, dv are [T, kv_heads*head_dim]"
     );
     assert_eq!(lse.len(), rows * shape.heads, "attention_backward: lse is [T, heads]");
-    assert!(seqs.iter().all(|seq| seq.position == 0), "attention_backward: sequences start at position 0");
+    let families = families(seqs);
     let input = Input { shape: *shape, q, k_pages, v_pages, out, lse, dout };
     let output = Output { dq: SharedMut::new(dq), dk: SharedMut::new(dk), dv: SharedMut::new(dv) };
-    threads.for_each(seqs.len() * shape.kv_heads, &|task| {
+    threads.for_each(families.len() * shape.kv_heads, &|task| {
         let mut scratch = SCRATCH.take();
-        run_task(&input, &seqs[task / shape.kv_heads], task % shape.kv_heads, &output, &mut scratch);
+        run_task(&input, families[task / shape.kv_heads], task % shape.kv_heads, &output, &mut scratch);
         SCRATCH.set(scratch);
     });
+}
+
+/// Every trunk with the branches that follow it.
+fn families<'a, 'b>(seqs: &'b [AttentionSeq<'a>]) -> Vec<&'b [AttentionSeq<'a>]> {
+    let families: Vec<_> = seqs.chunk_by(|_, next| next.position > 0).collect();
+    for family in &families {
+        let (trunk, branches) = (&family[0], &family[1..]);
+        let fits = trunk.position == 0 && branches.iter().all(|branch| branch.position <= trunk.rows);
+        assert!(fits, "attention_backward: a branch continues rows that its trunk does not have");
+    }
+    families
 }
 
 struct Input<'a> {
@@ -90,52 +105,122 @@ struct Scratch {
 thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
 
 simd! {
-    fn run_task<S>(input: &Input, seq: &AttentionSeq, kv_head: usize, output: &Output, scratch: &mut Scratch) {
-        let AttentionShape { heads, kv_heads, head_dim, mask, .. } = input.shape;
+    fn run_task<S>(
+        input: &Input,
+        family: &[AttentionSeq],
+        kv_head: usize,
+        output: &Output,
+        scratch: &mut Scratch,
+    ) {
+        let AttentionShape { heads, head_dim, .. } = input.shape;
         let group = input.shape.group();
-        let start = |i: usize| ((seq.first_row + i / group) * heads + kv_head * group + i % group) * head_dim;
         scratch.delta.clear();
-        for i in 0..seq.rows * group {
-            let range = start(i)..start(i) + head_dim;
-            scratch.delta.push(dot::<S>(&input.dout[range.clone()], &input.out[range]));
-            // SAFETY: each (row, head) belongs to this task alone.
-            unsafe { output.dq.slice(start(i), head_dim) }.fill(0.0);
+        for seq in family {
+            for i in 0..seq.rows * group {
+                let start = ((seq.first_row + i / group) * heads + kv_head * group + i % group) * head_dim;
+                let range = start..start + head_dim;
+                scratch.delta.push(dot::<S>(&input.dout[range.clone()], &input.out[range]));
+                // SAFETY: each (row, head) belongs to this task alone.
+                unsafe { output.dq.slice(start, head_dim) }.fill(0.0);
+            }
         }
-        for block in 0..seq.rows.div_ceil(KV_BLOCK) {
-            let page = seq.pages[block];
-            let keys = input.shape.head_page(input.k_pages, page, kv_head);
-            turn(keys, head_dim, KV_BLOCK, &mut scratch.keys);
-            turn(input.shape.head_page(input.v_pages, page, kv_head), KV_BLOCK, head_dim, &mut scratch.values);
-            for gradient in [&mut scratch.dk, &mut scratch.dv] {
-                gradient.clear();
-                gradient.resize(head_dim * KV_BLOCK, 0.0);
+        let trunk = &family[0];
+        for block in 0..trunk.rows.div_ceil(KV_BLOCK) {
+            load_block(input, trunk.pages[block], kv_head, scratch);
+            let mut delta = 0;
+            for seq in family {
+                // A branch that starts within the block sees its own copy of it instead.
+                if seq.position == 0 || block < seq.position / KV_BLOCK {
+                    block_queries::<S>(input, seq, kv_head, block, trunk.pages[block], delta, output, scratch);
+                }
+                delta += seq.rows * group;
             }
-            let (first, last) = (block * KV_BLOCK, seq.rows.min((block + 1) * KV_BLOCK) - 1);
-            // First visible keys never fall as positions rise, so the queries that see a block are one run.
-            let sees = |row: usize| mask.first_visible(row) <= last;
-            let mut end = first + 1;
-            while end < seq.rows && sees(end) {
-                end += 1;
+            for row in block * KV_BLOCK..trunk.rows.min((block + 1) * KV_BLOCK) {
+                store_key(input, trunk.first_row + row, kv_head, row % KV_BLOCK, false, output, scratch);
             }
-            let (mut i, end) = (first * group, end * group);
-            while i < end {
-                i += match end - i {
-                    8.. => queries::<S, 8>(input, seq, kv_head, block, i, keys, output, scratch),
-                    4.. => queries::<S, 4>(input, seq, kv_head, block, i, keys, output, scratch),
-                    2.. => queries::<S, 2>(input, seq, kv_head, block, i, keys, output, scratch),
-                    _ => queries::<S, 1>(input, seq, kv_head, block, i, keys, output, scratch),
-                };
-            }
-            for row in first..=last {
-                let at = ((seq.first_row + row) * kv_heads + kv_head) * head_dim;
-                // SAFETY: each (row, key-value head) belongs to this task alone.
-                let (dk, dv) = unsafe { (output.dk.slice(at, head_dim), output.dv.slice(at, head_dim)) };
-                for d in 0..head_dim {
-                    dk[d] = scratch.dk[d * KV_BLOCK + row - first];
-                    dv[d] = scratch.dv[d * KV_BLOCK + row - first];
+        }
+        let mut delta = trunk.rows * group;
+        for branch in &family[1..] {
+            let end = branch.position + branch.rows;
+            for block in branch.position / KV_BLOCK..end.div_ceil(KV_BLOCK) {
+                load_block(input, branch.pages[block], kv_head, scratch);
+                block_queries::<S>(input, branch, kv_head, block, branch.pages[block], delta, output, scratch);
+                for position in block * KV_BLOCK..end.min((block + 1) * KV_BLOCK) {
+                    let shared = position < branch.position;
+                    let row =
+                        if shared { trunk.first_row + position } else { branch.first_row + position - branch.position };
+                    store_key(input, row, kv_head, position % KV_BLOCK, shared, output, scratch);
                 }
             }
+            delta += branch.rows * group;
         }
+    }
+}
+
+/// Turns one page's keys and values and forgets the last one's gradients.
+#[inline(always)]
+fn load_block(input: &Input, page: u32, kv_head: usize, scratch: &mut Scratch) {
+    let head_dim = input.shape.head_dim;
+    turn(input.shape.head_page(input.k_pages, page, kv_head), head_dim, KV_BLOCK, &mut scratch.keys);
+    turn(input.shape.head_page(input.v_pages, page, kv_head), KV_BLOCK, head_dim, &mut scratch.values);
+    for gradient in [&mut scratch.dk, &mut scratch.dv] {
+        gradient.clear();
+        gradient.resize(head_dim * KV_BLOCK, 0.0);
+    }
+}
+
+/// All queries of `seq` that see `block`; `delta` is where the sequence's part of `scratch.delta` starts.
+#[inline(always)]
+#[expect(clippy::too_many_arguments, reason = "a plain function, so that the instruction set is kept")]
+fn block_queries<S: Lanes>(
+    input: &Input,
+    seq: &AttentionSeq,
+    kv_head: usize,
+    block: usize,
+    page: u32,
+    delta: usize,
+    output: &Output,
+    scratch: &mut Scratch,
+) {
+    let group = input.shape.group();
+    let keys = input.shape.head_page(input.k_pages, page, kv_head);
+    let past = seq.position + seq.rows;
+    let (first, last) = ((block * KV_BLOCK).max(seq.position), past.min((block + 1) * KV_BLOCK) - 1);
+    // First visible keys never fall as positions rise, so the queries that see a block are one run.
+    let sees = |position: usize| input.shape.mask.first_visible(position) <= last;
+    let mut end = first;
+    while end < past && sees(end) {
+        end += 1;
+    }
+    let (mut i, end) = ((first - seq.position) * group, (end - seq.position) * group);
+    while i < end {
+        i += match end - i {
+            8.. => queries::<S, 8>(input, seq, kv_head, block, i, delta, keys, output, scratch),
+            4.. => queries::<S, 4>(input, seq, kv_head, block, i, delta, keys, output, scratch),
+            2.. => queries::<S, 2>(input, seq, kv_head, block, i, delta, keys, output, scratch),
+            _ => queries::<S, 1>(input, seq, kv_head, block, i, delta, keys, output, scratch),
+        };
+    }
+}
+
+/// Writes the gradients of one key and its value to `row`, or adds them to what the trunk's own block gave.
+#[inline(always)]
+fn store_key(
+    input: &Input,
+    row: usize,
+    kv_head: usize,
+    lane: usize,
+    add: bool,
+    output: &Output,
+    scratch: &Scratch,
+) {
+    let AttentionShape { kv_heads, head_dim, .. } = input.shape;
+    let at = (row * kv_heads + kv_head) * head_dim;
+    // SAFETY: each (row, key-value head) belongs to one task alone.
+    let (dk, dv) = unsafe { (output.dk.slice(at, head_dim), output.dv.slice(at, head_dim)) };
+    for d in 0..head_dim {
+        let (k, v) = (scratch.dk[d * KV_BLOCK + lane], scratch.dv[d * KV_BLOCK + lane]);
+        (dk[d], dv[d]) = if add { (dk[d] + k, dv[d] + v) } else { (k, v) };
     }
 }
 
@@ -149,6 +234,7 @@ fn queries<S: Lanes, const N: usize>(
     kv_head: usize,
     block: usize,
     first: usize,
+    delta: usize,
     keys: &[f32],
     output: &Output,
     scratch: &mut Scratch,
@@ -161,7 +247,7 @@ fn queries<S: Lanes, const N: usize>(
     let mut douts: [&[f32]; N] = [&[]; N];
     for i in 0..N {
         let (row, head) = ((first + i) / group, (first + i) % group);
-        let visible = mask.visible_lanes(row, block);
+        let visible = mask.visible_lanes(seq.position + row, block);
         lanes[i] = (visible.start, visible.end);
         index[i] = (seq.first_row + row) * heads + kv_head * group + head;
         q_rows[i] = &input.q[index[i] * head_dim..][..head_dim];
@@ -172,7 +258,7 @@ fn queries<S: Lanes, const N: usize>(
     let mut ds_lanes = [[0.0; LANES]; N];
     for i in 0..N {
         p[i] = hide(exp(p[i].sub(S::splat(input.lse[index[i]]))), lanes[i], 0.0);
-        let centred = ds[i].sub(S::splat(scratch.delta[first + i]));
+        let centred = ds[i].sub(S::splat(scratch.delta[delta + first + i]));
         ds[i] = hide(p[i].mul(centred).mul(S::splat(scale)), lanes[i], 0.0);
         ds[i].store(&mut ds_lanes[i]);
     }

@@ -183,6 +183,79 @@ fn backward_is_the_derivative() {
     }
 }
 
+#[test]
+fn branches_of_a_trunk_give_the_gradients_of_whole_sequences() {
+    let mut random = Random(5);
+    for mask in MASKS {
+        let shape = shape(4, 2, 24, mask);
+        let (q_width, kv_width) = (4 * 24, 2 * 24);
+        // A trunk of 45 rows; branches continue its first 16, 21 and 45.
+        let (trunk, branches) = (45, [(16, 20), (21, 30), (45, 9)]);
+        let total = trunk + branches.iter().map(|b| b.1).sum::<usize>();
+        let [q, k, v] = rows_of(&mut random, &shape, total);
+        let dout = random.vec(q.len());
+        let pages: [&[u32]; 4] = [&[0, 1, 2], &[0, 3, 4], &[0, 5, 6, 7], &[0, 1, 8, 9]];
+        let mut seqs = vec![AttentionSeq { first_row: 0, rows: trunk, position: 0, pages: pages[0] }];
+        let mut first_row = trunk;
+        for ((position, rows), pages) in branches.into_iter().zip(&pages[1..]) {
+            seqs.push(AttentionSeq { first_row, rows, position, pages });
+            first_row += rows;
+        }
+        // What a branch's first page holds of the trunk is written there too.
+        let copy = |branch: &AttentionSeq<'static>| {
+            let position = branch.position / KV_BLOCK * KV_BLOCK;
+            AttentionSeq { first_row: position, rows: branch.position - position, position, ..*branch }
+        };
+        let writes: Vec<_> = seqs.iter().copied().chain(seqs[1..].iter().map(copy)).collect();
+        let run = |q: &[f32],
+                   k: &[f32],
+                   v: &[f32],
+                   dout: &[f32],
+                   seqs: &[AttentionSeq],
+                   writes: &[AttentionSeq]| {
+            let (mut k_pages, mut v_pages) = dirty_pages(&shape, 10);
+            kv_write(&shape, k, v, writes, &mut k_pages, &mut v_pages);
+            let threads = Threads::new(2);
+            let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; q.len() / 24]);
+            attention(&threads, &shape, q, &k_pages, &v_pages, seqs, &mut out, Some(&mut lse));
+            let (mut dq, mut dk, mut dv) =
+                (vec![f32::NAN; q.len()], vec![f32::NAN; k.len()], vec![f32::NAN; v.len()]);
+            attention_backward(
+                &threads, &shape, q, &k_pages, &v_pages, seqs, &out, &lse, dout, &mut dq, &mut dk, &mut dv,
+            );
+            [out, dq, dk, dv]
+        };
+        let got = run(&q, &k, &v, &dout, &seqs, &writes);
+        let (mut dk, mut dv) = (vec![0.0f64; k.len()], vec![0.0f64; v.len()]);
+        for seq in &seqs {
+            // The same sequence from position 0, the shared rows without a gradient of their own.
+            let rows: Vec<usize> = (0..seq.position).chain(seq.first_row..seq.first_row + seq.rows).collect();
+            let pick = |x: &[f32], width: usize| -> Vec<f32> {
+                rows.iter().flat_map(|&row| &x[row * width..][..width]).copied().collect()
+            };
+            let own = seq.position..seq.position + seq.rows;
+            let mut dout = pick(&dout, q_width);
+            dout[..seq.position * q_width].fill(0.0);
+            let whole =
+                [AttentionSeq { first_row: 0, rows: rows.len(), position: 0, pages: &[4, 2, 3, 1, 0] }];
+            let want =
+                run(&pick(&q, q_width), &pick(&k, kv_width), &pick(&v, kv_width), &dout, &whole, &whole);
+            for (got, want) in got.iter().zip(&want).take(2) {
+                let got = &got[seq.first_row * q_width..][..seq.rows * q_width];
+                assert_same_bits(got, &want[own.start * q_width..own.end * q_width], &format!("{mask:?}"));
+            }
+            for (sum, part) in [(&mut dk, &want[2]), (&mut dv, &want[3])] {
+                for (&row, part) in rows.iter().zip(part.chunks_exact(kv_width)) {
+                    let sum = &mut sum[row * kv_width..][..kv_width];
+                    sum.iter_mut().zip(part).for_each(|(sum, x)| *sum += f64::from(*x));
+                }
+            }
+        }
+        assert_close(&got[2], &dk, 2e-5, &format!("{mask:?} dk"));
+        assert_close(&got[3], &dv, 2e-5, &format!("{mask:?} dv"));
+    }
+}
+
 /// Finite differences of Σ dout·out by q, k and v.
 fn plain_gradient(shape: &AttentionShape, q: &[f64], k: &[f64], v: &[f64], dout: &[f64]) -> Vec<f64> {
     let all = [q, k, v].concat();

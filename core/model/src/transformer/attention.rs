@@ -29,6 +29,8 @@ pub(super) struct Rows<'a> {
     pub positions: &'a [u32],
     /// Sequences in row order with their KV pages.
     pub seqs: &'a [AttentionSeq<'a>],
+    /// Rows once more, for sequences that hold a copy of another's rows in a page of their own.
+    pub copies: &'a [AttentionSeq<'a>],
 }
 
 /// What the backward needs of one attention layer.
@@ -83,7 +85,9 @@ impl AttentionLayer<'_> {
         let (mut q, mut k, v) = self.project(cx, &normed_td, t);
         drop(normed_td);
         let before_norm = self.position(cx, &mut q, &mut k, rows, save);
-        kv_write(&self.shape(), &k, &v, rows.seqs, k_pages, v_pages);
+        for seqs in [rows.seqs, rows.copies] {
+            kv_write(&self.shape(), &k, &v, seqs, k_pages, v_pages);
+        }
         let mut out = cx.pool.take(t * q_width);
         let mut lse = save.then(|| cx.pool.take(t * self.spec.heads));
         attention(cx.threads, &self.shape(), &q, k_pages, v_pages, rows.seqs, &mut out, lse.as_deref_mut());

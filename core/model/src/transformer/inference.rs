@@ -146,7 +146,7 @@ impl PolicyWeights {
     pub fn forward(&self, threads: &Threads, kv: &mut KvCache, batch: &ForwardBatch) -> ForwardOutput {
         let cx = self.context(threads);
         let placed = Placed::new(batch);
-        let rows = Rows { positions: &placed.positions, seqs: &placed.seqs };
+        let rows = Rows { positions: &placed.positions, seqs: &placed.seqs, copies: &[] };
         let mut x_td = self.embed(batch.tokens);
         let mut routings = Vec::new();
         for layer in 0..self.layers.len() {

@@ -17,6 +17,7 @@ mod head;
 mod inference;
 mod mlp;
 mod moe;
+mod places;
 mod tape;
 mod weights;
 
@@ -25,7 +26,7 @@ use std::sync::Arc;
 use freewheel_kernels::rope::RopeTable;
 
 pub use inference::{BatchSeq, ForwardBatch, ForwardOutput, KvCache};
-pub use tape::{LogProbs, Tape, Target, TrainBatch};
+pub use tape::{LogProbs, Tape, Target, TrainBatch, TrainSeq};
 pub use weights::{PolicyWeights, Purpose};
 
 use crate::params::ParamLayout;

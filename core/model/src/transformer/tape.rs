@@ -1,10 +1,11 @@
 //! Training-side forward: packed sequences, with what the backward needs kept layer by layer.
 //!
-//! The same layer functions as in sampling run here; only the metadata differs (every sequence starts at position 0, keys and
-//! values live in pages of their own). Hence a token's log-prob has the bits the sampler reported.
+//! The same layer functions as in sampling run here; only the metadata differs (keys and values live in pages of the
+//! batch). Hence a token's log-prob has the bits the sampler reported. A prompt is computed once for its whole group here
+//! too: its other rollouts are branches of the first.
 
 use freewheel_kernels::Threads;
-use freewheel_kernels::attention::{AttentionSeq, KV_BLOCK};
+use freewheel_kernels::attention::KV_BLOCK;
 use freewheel_kernels::norm::{NormScale, rms_norm};
 use freewheel_kernels::optim::add_assign;
 use freewheel_types::SamplingParams;
@@ -16,16 +17,34 @@ use super::head::{CHUNK, HeadRows};
 use super::inference::interleave;
 use super::mlp::{self, Context};
 use super::moe::Saved as SavedMoe;
+use super::places::Places;
 use super::weights::{FfnWeights, PolicyWeights};
 use crate::sampling::{self, SampleScratch};
+
+/// One sequence of a batch, or what one adds to the sequence it branches off from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TrainSeq {
+    /// Position of its first row: 0, or for a branch the number of rows it takes from the last sequence before it that
+    /// starts at 0.
+    pub position: usize,
+    /// Rows of its own, at least 1.
+    pub rows: usize,
+}
+
+impl TrainSeq {
+    /// A sequence that stands by itself.
+    pub fn whole(rows: usize) -> Self {
+        Self { position: 0, rows }
+    }
+}
 
 /// Sequences to train on, packed without padding.
 #[derive(Clone, Copy, Debug)]
 pub struct TrainBatch<'a> {
-    /// Tokens of all sequences, one after the other `[T]`.
+    /// Tokens of all rows, one sequence after the other `[T]`.
     pub tokens: &'a [u32],
-    /// Length of each sequence; they add up to T.
-    pub lengths: &'a [usize],
+    /// The sequences; their rows add up to T.
+    pub seqs: &'a [TrainSeq],
     /// Experts to use instead of the router's choice `[T, MoE layers, K]` (router replay).
     pub replay: Option<&'a [u16]>,
 }
@@ -52,9 +71,7 @@ pub struct LogProbs {
 #[derive(Debug)]
 pub struct Tape {
     tokens: Vec<u32>,
-    positions: Vec<u32>,
-    lengths: Vec<usize>,
-    pages: Vec<u32>,
+    places: Places,
     layers: Vec<SavedLayer>,
     /// Residual stream after the last layer `[T, D]`.
     x_td: Buf,
@@ -81,20 +98,13 @@ impl PolicyWeights {
     /// Runs whole sequences and keeps what the backward needs.
     ///
     /// # Panics
-    /// If `lengths` do not add up to the tokens, or a token is outside the vocabulary.
+    /// If the sequences do not add up to the tokens, a branch takes rows that are not there, or a token is outside the
+    /// vocabulary.
     pub fn forward_train(&self, threads: &Threads, batch: &TrainBatch) -> Tape {
         let cx = self.context(threads);
-        assert_eq!(
-            batch.lengths.iter().sum::<usize>(),
-            batch.tokens.len(),
-            "lengths must add up to the tokens"
-        );
         let mut tape = Tape {
             tokens: batch.tokens.to_vec(),
-            positions: batch.lengths.iter().flat_map(|&len| 0..len as u32).collect(),
-            lengths: batch.lengths.to_vec(),
-            pages: (0..batch.lengths.iter().map(|len| len.div_ceil(KV_BLOCK)).sum::<usize>() as u32)
-                .collect(),
+            places: Places::new(batch.seqs, batch.tokens.len()),
             layers: Vec::with_capacity(self.layers.len()),
             x_td: self.embed(batch.tokens),
             experts: Vec::new(),
@@ -120,11 +130,11 @@ impl PolicyWeights {
     ) -> SavedLayer {
         let rows = tape.tokens.len();
         let spec = &self.model.spec().layers[layer].0;
-        let page_values = tape.pages.len() * spec.kv_heads * spec.head_dim * KV_BLOCK;
+        let page_values = tape.places.page_count * spec.kv_heads * spec.head_dim * KV_BLOCK;
         // Unwritten slots of a last page are masked, but 0 · NaN is NaN: they must hold numbers.
         let (mut k_pages, mut v_pages) = (cx.pool.zeros(page_values), cx.pool.zeros(page_values));
-        let seqs = attention_seqs(&tape.lengths, &tape.pages);
-        let at = Rows { positions: &tape.positions, seqs: &seqs };
+        let (seqs, copies) = tape.places.seqs();
+        let at = Rows { positions: &tape.places.positions, seqs: &seqs, copies: &copies };
         let attention = self
             .attention_layer(layer)
             .forward(cx, &mut tape.x_td, &at, &mut k_pages, &mut v_pages, true)
@@ -223,9 +233,9 @@ impl Tape {
         for chunk in wanted.chunks(CHUNK) {
             self.head_backward(&cx, weights, chunk, sampling, &mut dx_td, grads);
         }
-        let Self { tokens, positions, lengths, pages, layers, .. } = self;
-        let seqs = attention_seqs(&lengths, &pages);
-        let rows = Rows { positions: &positions, seqs: &seqs };
+        let Self { tokens, places, layers, .. } = self;
+        let (seqs, copies) = places.seqs();
+        let rows = Rows { positions: &places.positions, seqs: &seqs, copies: &copies };
         for (layer, saved) in layers.into_iter().enumerate().rev() {
             weights.layer_backward(&cx, layer, saved, &rows, &mut dx_td, grads);
         }
@@ -310,22 +320,6 @@ impl SavedLayer {
             SavedFfn::Dense(_) => None,
         }
     }
-}
-
-/// Consecutive sequences with consecutive pages.
-fn attention_seqs<'a>(lengths: &[usize], pages: &'a [u32]) -> Vec<AttentionSeq<'a>> {
-    let (mut first_row, mut first_page) = (0, 0);
-    lengths
-        .iter()
-        .map(|&rows| {
-            let count = rows.div_ceil(KV_BLOCK);
-            let seq =
-                AttentionSeq { first_row, rows, position: 0, pages: &pages[first_page..first_page + count] };
-            first_row += rows;
-            first_page += count;
-            seq
-        })
-        .collect()
 }
 
 /// One layer's part of `[T, MoE layers, K]`, for the layers in turn.
