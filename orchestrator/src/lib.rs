@@ -5,6 +5,7 @@
 //! prompts  prompt files, generator, the pool            run      wires the roles: one process, or one each
 //! eval     held-out accuracy on the actor's engine      folder   what a run leaves on disk
 //! report   the HTML report                              doctor   this machine, and what a config needs of it
+//! hub      models by name, downloaded
 //! ```
 //!
 //! Everything numeric lives in the crates below; nothing below knows of anything here.
@@ -14,6 +15,7 @@ pub mod config;
 pub mod cost;
 pub mod evaluation;
 pub mod folder;
+pub mod hub;
 pub mod lines;
 pub mod logging;
 pub mod policy;

@@ -9,28 +9,22 @@ use freewheel_model::{LoadedModel, PolicyWeights, Purpose};
 use freewheel_types::{PolicyVersion, WeightsDtype};
 
 use crate::cli::fail::Explain as _;
+use crate::hub::HubName;
 
-/// Opens a model: a folder in Hugging Face layout or a GGUF file.
+/// Opens a model: a folder in Hugging Face layout, a GGUF file, or a name on the hub.
 ///
 /// # Errors
-/// Whatever is wrong with the files, as bad input (exit code 78).
+/// Whatever is wrong with the files or the download, as bad input (exit code 78).
 pub fn open(path: &Path, dtype: Option<WeightsDtype>) -> anyhow::Result<LoadedModel> {
-    let result = freewheel_model::load(path, dtype);
     if path.exists() {
-        return result.input();
+        return freewheel_model::load(path, dtype).input();
     }
-    // `org/name` where there is no folder `org`.
-    let parent_there = path.parent().is_some_and(Path::exists);
-    let hub_like = path.components().count() == 2 && path.is_relative() && !parent_there;
-    let cure = if hub_like {
-        format!(
-            "download it first, for example `hf download {0} --local-dir {0}`, or give the path of a folder",
-            path.display()
-        )
-    } else {
-        "give a folder with config.json and *.safetensors, or a .gguf file".to_owned()
-    };
-    result.input_hint(cure)
+    match HubName::parse(path) {
+        Some(name) => freewheel_model::load(&name.fetch()?, dtype).input(),
+        None => freewheel_model::load(path, dtype).input_hint(
+            "give a folder with config.json and *.safetensors, a .gguf file, or org/name on the hub",
+        ),
+    }
 }
 
 /// Compute threads for a count in a config or on a command line; 0 takes all cores.

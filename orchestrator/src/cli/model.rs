@@ -12,7 +12,7 @@ use super::fail::Explain as _;
 /// Which model, how it computes.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
-    /// Model: a folder in Hugging Face layout, or a .gguf file.
+    /// Model: a folder in Hugging Face layout, a .gguf file, or org/name on the hub.
     #[arg(long, short)]
     pub model: PathBuf,
     /// Element type to compute with.

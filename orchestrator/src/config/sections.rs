@@ -32,8 +32,9 @@ impl Default for RunSection {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelSection {
-    /// The policy to start from: a folder in Hugging Face layout or a `.gguf` file. Relative paths start at the working
-    /// directory, or at the config file's folder if there is nothing there. Required.
+    /// The policy to start from: a folder in Hugging Face layout, a `.gguf` file, or "org/name" (or "org/name@revision") on
+    /// the Hugging Face hub. Relative paths start at the working directory, or at the config file's folder if there is
+    /// nothing there. Required.
     pub path: String,
     /// Element type of the weights that are sampled, trained and published: "auto" (as stored), "bf16" or "f32".
     /// Default "auto".

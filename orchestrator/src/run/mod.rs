@@ -59,10 +59,14 @@ impl Prepared {
     ///
     /// # Errors
     /// The first input that is unusable; exit code 78.
-    pub fn new(loaded: Loaded) -> anyhow::Result<Self> {
+    pub fn new(mut loaded: Loaded) -> anyhow::Result<Self> {
         let prompts = prepare::training_prompts(&loaded)?;
         let held_out = prepare::held_out_prompts(&loaded)?;
         let model = prepare::model(&loaded)?;
+        if let Some(pinned) = crate::hub::pinned(&loaded.config.model.path, &model.source) {
+            loaded.overrides.push(format!("model.path={pinned}"));
+            loaded.config.model.path = pinned;
+        }
         prepare::check_lengths(&loaded, &model, &prompts)?;
         prepare::check_lengths(&loaded, &model, &held_out)?;
         let eval = prepare::eval_set(&loaded, &model, held_out)?;
