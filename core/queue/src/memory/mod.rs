@@ -1,8 +1,17 @@
 //! The in-memory backend: everything in one process, one lock, same rules as Redis.
 //!
-//! Callers wait on a notification, never inside the lock. Payloads are held encoded, so that byte caps, checks
-//! and damaged entries behave as they do over the network. Nothing here survives the process: the journal and
-//! the checkpoint do.
+//! ```text
+//! issue, put, forward ─► state, under the lock ─► id of the new entry ─► channel ─► whoever waits in a lease or fetch
+//! ```
+//!
+//! **Waking up.** Nobody polls. New entries of a stream are in a flume channel; a call that found nothing waits at its end,
+//! and an entry wakes exactly one waiter. What has no entry wakes everybody by a notification: the run's control flag, a new
+//! learner's epoch. What happens in silence, a lease running out, has a timer: set to the moment the oldest lease ends.
+//! Whatever is received goes back into the state, under the lock, before the call decides what to take; so a call that is
+//! refused or dropped loses nothing.
+//!
+//! Payloads are held encoded, so that byte caps, checks and damaged entries behave as they do over the network. Nothing here
+//! survives the process: the journal and the checkpoint do.
 
 mod state;
 mod store;
@@ -17,6 +26,7 @@ use freewheel_types::{
 };
 use state::State;
 pub use store::MemoryStore;
+use stream::Feed;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -26,16 +36,32 @@ use crate::{
     RolloutQueue, RunControl,
 };
 
-/// How often a waiting call looks again without being told to: leases run out silently.
-const POLL: Duration = Duration::from_millis(20);
-
 /// All streams of one run, in this process.
 pub struct MemoryQueue {
     run: RunId,
     clock: Arc<dyn Clock>,
     state: Mutex<State>,
+    /// Control flag or epoch changed, or something that was received is left over.
     changed: Notify,
 }
+
+/// Where a call looks for news.
+struct Source<A> {
+    feed: fn(&mut State) -> &mut Feed<A>,
+    /// When the first lease runs out, where leases do.
+    runs_out: fn(&State, Duration) -> Option<Duration>,
+}
+
+const TASKS: Source<u64> = Source {
+    feed: |state| &mut state.tasks.new,
+    runs_out: |state, now| Some(state.runs_out(state.tasks.silent_since(), now)),
+};
+const ROLLOUTS: Source<u64> = Source {
+    feed: |state| &mut state.rollouts.new,
+    runs_out: |state, now| Some(state.runs_out(state.rollouts.silent_since(), now)),
+};
+const SCORED: Source<u64> = Source { feed: |state| &mut state.scored.new, runs_out: |_, _| None };
+const OUTCOMES: Source<GroupOutcome> = Source { feed: |state| &mut state.outcomes, runs_out: |_, _| None };
 
 impl MemoryQueue {
     /// An empty queue.
@@ -62,7 +88,7 @@ impl MemoryQueue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the state and wakes whoever waits for it.
+    /// Changes what has no stream of its own and wakes everybody.
     fn change<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
         let result = f(&mut self.lock());
         self.changed.notify_waiters();
@@ -70,19 +96,28 @@ impl MemoryQueue {
     }
 
     /// Takes until something comes, time is up, or the run has finished.
-    async fn take<T>(
+    async fn take<A: Send, T>(
         &self,
+        source: Source<A>,
         wait: Duration,
         mut f: impl FnMut(&mut State, Duration) -> Result<Vec<T>, QueueError> + Send,
     ) -> Result<Vec<T>, QueueError> {
         let deadline = Instant::now() + wait;
+        let receiver = (source.feed)(&mut self.lock()).receiver();
+        let mut received = None;
         loop {
             let notified = self.changed.notified();
             tokio::pin!(notified);
             notified.as_mut().enable();
-            let (items, finished) = {
-                let mut state = self.lock();
-                (f(&mut state, self.clock.now())?, state.control == RunControl::Finished)
+            let (items, finished, quiet) = {
+                let (mut state, now) = (self.lock(), self.clock.now());
+                received.take().into_iter().for_each(|item| (source.feed)(&mut state).hand_in(item));
+                let items = f(&mut state, now);
+                if (source.feed)(&mut state).has_leftovers() {
+                    self.changed.notify_waiters();
+                }
+                let runs_out = (source.runs_out)(&state, now);
+                (items?, state.control == RunControl::Finished, runs_out.map(|at| at.saturating_sub(now)))
             };
             let left = deadline.saturating_duration_since(Instant::now());
             if !items.is_empty() || left.is_zero() {
@@ -91,7 +126,11 @@ impl MemoryQueue {
             if finished {
                 return Err(QueueError::Stopping);
             }
-            let _ = tokio::time::timeout(left.min(POLL), notified).await;
+            tokio::select! {
+                item = receiver.recv_async() => received = item.ok(),
+                () = notified => {}
+                () = tokio::time::sleep(quiet.map_or(left, |quiet| left.min(quiet))) => {}
+            }
         }
     }
 }
@@ -100,16 +139,13 @@ impl MemoryQueue {
 impl RolloutQueue for MemoryQueue {
     async fn issue(&self, task: &Task) -> Result<(), QueueError> {
         let payload = codec::encode_task(task)?;
-        self.change(|state| state.issue(task, payload));
+        self.lock().issue(task, payload);
         Ok(())
     }
 
     async fn outcomes(&self, max: usize, wait: Duration) -> Result<Vec<GroupOutcome>, QueueError> {
-        self.take(wait, |state, _| {
-            let n = max.min(state.outcomes.len());
-            Ok(state.outcomes.drain(..n).collect())
-        })
-        .await
+        let take = |state: &mut State, _| Ok(std::iter::from_fn(|| state.outcomes.pop()).take(max).collect());
+        self.take(OUTCOMES, wait, take).await
     }
 
     async fn lease_tasks(
@@ -118,7 +154,7 @@ impl RolloutQueue for MemoryQueue {
         max: usize,
         wait: Duration,
     ) -> Result<Vec<LeasedTask>, QueueError> {
-        self.take(wait, |state, now| Ok(state.lease_tasks(&actor.0, max, now))).await
+        self.take(TASKS, wait, |state, now| Ok(state.lease_tasks(&actor.0, max, now))).await
     }
 
     async fn extend_task(&self, actor: &ActorId, _task: TaskId, lease: &str) -> Result<bool, QueueError> {
@@ -131,16 +167,16 @@ impl RolloutQueue for MemoryQueue {
 
     async fn put_rollout(&self, rollout: &Rollout) -> Result<PutOutcome, QueueError> {
         let payload = codec::encode_rollout(rollout)?;
-        Ok(self.change(|state| state.put_rollout(rollout.id, payload)))
+        Ok(self.lock().put_rollout(rollout.id, payload))
     }
 
     async fn put_scored(&self, scored: &ScoredRollout) -> Result<PutOutcome, QueueError> {
         let payload = codec::encode_scored(scored)?;
-        Ok(self.change(|state| state.put_scored(scored.rollout.id, payload)))
+        Ok(self.lock().put_scored(scored.rollout.id, payload))
     }
 
     async fn finish_task(&self, _actor: &ActorId, task: TaskId, lease: &str) -> Result<(), QueueError> {
-        self.change(|state| state.finish_task(task, lease))
+        self.lock().finish_task(task, lease)
     }
 
     async fn lease_rollouts(
@@ -149,7 +185,7 @@ impl RolloutQueue for MemoryQueue {
         max: usize,
         wait: Duration,
     ) -> Result<Vec<LeasedRollout>, QueueError> {
-        self.take(wait, |state, now| Ok(state.lease_rollouts(worker, max, now))).await
+        self.take(ROLLOUTS, wait, |state, now| Ok(state.lease_rollouts(worker, max, now))).await
     }
 
     async fn forward_scored(
@@ -159,7 +195,7 @@ impl RolloutQueue for MemoryQueue {
         scored: &ScoredRollout,
     ) -> Result<(), QueueError> {
         let payload = codec::encode_scored(scored)?;
-        self.change(|state| state.forward(lease, scored.rollout.id, payload))
+        self.lock().forward(lease, scored.rollout.id, payload)
     }
 
     async fn acquire_learner(&self, holder: &str, floor: u64) -> Result<Option<u64>, QueueError> {
@@ -176,19 +212,18 @@ impl RolloutQueue for MemoryQueue {
         max: usize,
         wait: Duration,
     ) -> Result<Vec<Delivery>, QueueError> {
-        self.take(wait, |state, now| state.fetch_scored(epoch, max, now)).await
+        self.take(SCORED, wait, |state, now| state.fetch_scored(epoch, max, now)).await
     }
 
     async fn ack_scored(&self, epoch: u64, deliveries: &[String]) -> Result<(), QueueError> {
-        self.change(|state| state.ack_scored(epoch, deliveries))
+        self.lock().ack_scored(epoch, deliveries)
     }
 
     async fn report(&self, epoch: u64, outcome: &GroupOutcome) -> Result<(), QueueError> {
-        self.change(|state| {
-            state.fence(epoch, "reporting an outcome")?;
-            state.outcomes.push_back(outcome.clone());
-            Ok(())
-        })
+        let mut state = self.lock();
+        state.fence(epoch, "reporting an outcome")?;
+        state.outcomes.push(outcome.clone());
+        Ok(())
     }
 
     async fn dead_letter(
@@ -216,14 +251,16 @@ impl RolloutQueue for MemoryQueue {
     }
 
     async fn set_progress(&self, epoch: u64, version: PolicyVersion) -> Result<(), QueueError> {
-        self.change(|state| {
-            state.fence(epoch, "reporting progress")?;
-            state.progress = version;
-            Ok(())
-        })
+        let mut state = self.lock();
+        state.fence(epoch, "reporting progress")?;
+        state.progress = version;
+        Ok(())
     }
 
     async fn progress(&self) -> Result<PolicyVersion, QueueError> {
         Ok(self.lock().progress)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,7 +11,7 @@ use freewheel_types::{
 };
 use roaring::RoaringTreemap;
 
-use super::stream::Stream;
+use super::stream::{Feed, Stream};
 use crate::payload::{self, ScoredEntry};
 use crate::{
     DeadLetter, Delivery, LeasedRollout, LeasedTask, PutOutcome, QueueConfig, QueueCounts, QueueError,
@@ -23,7 +23,7 @@ const DEAD_LETTERS_MAX: usize = 10_000;
 
 /// A task as the stream holds it: what must be readable even if the payload is damaged stands beside it.
 #[derive(Debug)]
-struct TaskEntry {
+pub(super) struct TaskEntry {
     id: TaskId,
     prompt: PromptId,
     group_size: u32,
@@ -50,12 +50,12 @@ pub(super) struct State {
     issued: RoaringTreemap,
     /// Rollout ids ever delivered.
     seen: RoaringTreemap,
-    tasks: Stream<TaskEntry>,
+    pub tasks: Stream<TaskEntry>,
     /// Entry of every task in the stream.
     live: BTreeMap<TaskId, u64>,
-    rollouts: Stream<(RolloutId, Vec<u8>)>,
-    scored: Stream<(RolloutId, ScoredEntry)>,
-    pub outcomes: VecDeque<GroupOutcome>,
+    pub rollouts: Stream<(RolloutId, Vec<u8>)>,
+    pub scored: Stream<(RolloutId, ScoredEntry)>,
+    pub outcomes: Feed<GroupOutcome>,
     pub dead_letters: VecDeque<DeadLetter>,
     issued_rollouts: u64,
     delivered: u64,
@@ -79,7 +79,7 @@ impl State {
             live: BTreeMap::new(),
             rollouts: Stream::default(),
             scored: Stream::default(),
-            outcomes: VecDeque::new(),
+            outcomes: Feed::default(),
             dead_letters: VecDeque::new(),
             issued_rollouts: 0,
             delivered: 0,
@@ -100,6 +100,12 @@ impl State {
             abandoned: self.abandoned,
             bytes: self.bytes,
         }
+    }
+
+    /// When the first lease of a stream whose owner was last seen at `silent_since` runs out, and nobody will say so.
+    pub fn runs_out(&self, silent_since: Option<Duration>, now: Duration) -> Duration {
+        // With no lease now, none runs out before a whole lease time has passed.
+        silent_since.unwrap_or(now) + self.lease
     }
 
     // --- tasks -----------------------------------------------------------------------------------

@@ -13,10 +13,7 @@ use super::MemoryQueue;
 use crate::clock::{Clock, SystemClock};
 use crate::versions::{self, Published};
 use crate::weights::{self, HEARTBEAT};
-use crate::{PolicyStore, QueueConfig, QueueError, RolloutQueue, RunControl};
-
-/// How often a waiting call looks whether the run has finished.
-const POLL: Duration = Duration::from_millis(20);
+use crate::{PolicyStore, QueueConfig, QueueError, RunControl};
 
 /// Published weights, in this process.
 pub struct MemoryStore {
@@ -64,11 +61,8 @@ impl MemoryStore {
         }
     }
 
-    async fn finished(&self) -> bool {
-        match &self.queue {
-            Some(queue) => queue.control().await.is_ok_and(|control| control == RunControl::Finished),
-            None => false,
-        }
+    fn finished(&self) -> bool {
+        self.queue.as_ref().is_some_and(|queue| queue.lock().control == RunControl::Finished)
     }
 }
 
@@ -117,18 +111,25 @@ impl PolicyStore for MemoryStore {
     ) -> Result<Option<PolicyVersion>, QueueError> {
         let deadline = Instant::now() + wait;
         loop {
-            let notified = self.published.notified();
-            tokio::pin!(notified);
-            notified.as_mut().enable();
+            let published = self.published.notified();
+            // Without a queue nothing but a publication ends the waiting.
+            let changed = self.queue.as_ref().map_or(&self.published, |queue| &queue.changed).notified();
+            tokio::pin!(published, changed);
+            published.as_mut().enable();
+            changed.as_mut().enable();
             let newer = self.latest().await?.filter(|newest| than.is_none_or(|than| *newest > than));
             let left = deadline.saturating_duration_since(Instant::now());
             if newer.is_some() || left.is_zero() {
                 return Ok(newer);
             }
-            if self.finished().await {
+            if self.finished() {
                 return Err(QueueError::Stopping);
             }
-            let _ = tokio::time::timeout(left.min(POLL), notified).await;
+            tokio::select! {
+                () = published => {}
+                () = changed => {}
+                () = tokio::time::sleep(left) => {}
+            }
         }
     }
 

@@ -3,15 +3,56 @@
 //! The same rules as a Redis stream: an entry is *new* until it is first handed out, then *pending* until
 //! it is removed; a pending entry whose owner showed no life for the lease time may go to another.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-/// Entries by sequence number, new ones from `next_new` on.
+/// What is new, in a channel: whoever waits at its other end is woken by the item itself.
+#[derive(Debug)]
+pub(super) struct Feed<T> {
+    sender: flume::Sender<T>,
+    receiver: flume::Receiver<T>,
+    /// Taken out by somebody who waited, and not used yet.
+    at_hand: VecDeque<T>,
+}
+
+impl<T> Default for Feed<T> {
+    fn default() -> Self {
+        let (sender, receiver) = flume::unbounded();
+        Self { sender, receiver, at_hand: VecDeque::new() }
+    }
+}
+
+impl<T> Feed<T> {
+    /// The end to wait at. What comes out of it must be given to [`hand_in`](Self::hand_in) before anything else is awaited.
+    pub fn receiver(&self) -> flume::Receiver<T> {
+        self.receiver.clone()
+    }
+
+    pub fn push(&mut self, item: T) {
+        self.sender.send(item).expect("the feed holds a receiver itself");
+    }
+
+    /// Gives back what was received by waiting; it is the next to be popped.
+    pub fn hand_in(&mut self, item: T) {
+        self.at_hand.push_back(item);
+    }
+
+    pub fn pop(&mut self) -> Option<T> {
+        self.at_hand.pop_front().or_else(|| self.receiver.try_recv().ok())
+    }
+
+    /// Whether something lies here that no channel will wake anybody for.
+    pub fn has_leftovers(&self) -> bool {
+        !self.at_hand.is_empty()
+    }
+}
+
+/// Entries by sequence number; the numbers of new ones are in the feed.
 #[derive(Debug)]
 pub(super) struct Stream<T> {
     entries: BTreeMap<u64, Entry<T>>,
     next_id: u64,
-    next_new: u64,
+    pub new: Feed<u64>,
 }
 
 /// One entry.
@@ -26,7 +67,7 @@ pub(super) struct Entry<T> {
 
 impl<T> Default for Stream<T> {
     fn default() -> Self {
-        Self { entries: BTreeMap::new(), next_id: 1, next_new: 1 }
+        Self { entries: BTreeMap::new(), next_id: 1, new: Feed::default() }
     }
 }
 
@@ -40,6 +81,7 @@ impl<T> Stream<T> {
         let id = self.next_id;
         self.next_id += 1;
         self.entries.insert(id, Entry { item, lease: None, deliveries: 0 });
+        self.new.push(id);
         id
     }
 
@@ -62,6 +104,11 @@ impl<T> Stream<T> {
         }
     }
 
+    /// The longest time any owner of a pending entry has shown no life.
+    pub fn silent_since(&self) -> Option<Duration> {
+        self.entries.values().filter_map(|entry| entry.lease.as_ref().map(|(_, since)| *since)).min()
+    }
+
     /// Hands up to `max` pending entries that satisfy `idle` to `owner`, oldest first.
     pub fn reclaim(
         &mut self,
@@ -72,23 +119,22 @@ impl<T> Stream<T> {
     ) -> Vec<u64> {
         let is_idle =
             |entry: &Entry<T>| entry.lease.as_ref().is_some_and(|(holder, since)| idle(holder, *since));
-        let ids: Vec<u64> = self
-            .entries
-            .range(..self.next_new)
-            .filter(|(_, e)| is_idle(e))
-            .take(max)
-            .map(|(id, _)| *id)
-            .collect();
+        let ids: Vec<u64> =
+            self.entries.iter().filter(|(_, entry)| is_idle(entry)).take(max).map(|(id, _)| *id).collect();
         ids.iter().for_each(|id| self.hand_out(*id, owner, now));
         ids
     }
 
     /// Hands up to `max` new entries to `owner`, oldest first.
     pub fn take_new(&mut self, owner: &str, max: usize, now: Duration) -> Vec<u64> {
-        let ids: Vec<u64> = self.entries.range(self.next_new..).take(max).map(|(id, _)| *id).collect();
-        ids.iter().for_each(|id| self.hand_out(*id, owner, now));
-        if let Some(last) = ids.last() {
-            self.next_new = last + 1;
+        let mut ids = Vec::new();
+        while ids.len() < max {
+            let Some(id) = self.new.pop() else { break };
+            // One that was ended before anybody took it is gone.
+            if self.entries.contains_key(&id) {
+                self.hand_out(id, owner, now);
+                ids.push(id);
+            }
         }
         ids
     }
