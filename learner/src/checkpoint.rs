@@ -251,6 +251,22 @@ impl Checkpoints {
         }
     }
 
+    /// The state in the newest checkpoint whose `state.json` is sound; weights and optimiser are not looked at.
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    pub fn newest_state(&self) -> Result<Option<TrainerState>, LearnerError> {
+        let found = self.committed()?;
+        Ok(found.iter().rev().find_map(|(_, _, path)| {
+            let digests = self.disk.read(&path.join(DIGESTS)).ok()?;
+            let digests: BTreeMap<String, FileDigest> = serde_json::from_slice(&digests).ok()?;
+            let bytes = self.disk.read(&path.join(STATE)).ok()?;
+            let sound = digests.get(STATE)?.blake3 == Digest::of(&bytes).to_string();
+            let state: TrainerState = serde_json::from_slice(&bytes).ok()?;
+            (sound && state.format == FORMAT).then_some(state)
+        }))
+    }
+
     /// The checkpoint in `path`, every digest checked.
     ///
     /// # Errors

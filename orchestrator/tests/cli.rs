@@ -1,27 +1,10 @@
 //! The command line as a person meets it: help, exit codes, messages.
 
+mod support;
+
 use std::path::Path;
-use std::process::{Command, Output};
 
-fn freewheel(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_freewheel"))
-        .args(args)
-        .env_remove("FREEWHEEL_QUEUE_URL")
-        .env_remove("FREEWHEEL_RUN_DIR")
-        .env_remove("FREEWHEEL_LOG")
-        .output()
-        .expect("the binary runs")
-}
-
-fn stderr(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-fn write(dir: &Path, name: &str, text: &str) -> String {
-    let path = dir.join(name);
-    std::fs::write(&path, text).unwrap();
-    path.to_str().unwrap().to_owned()
-}
+use support::{freewheel, run_config, stderr, tiny_model, write};
 
 #[test]
 fn a_config_shows_all_its_problems_at_once_and_exits_78() {
@@ -45,51 +28,6 @@ fn a_config_shows_all_its_problems_at_once_and_exits_78() {
     ] {
         assert!(text.contains(part), "{part:?} missing in\n{text}");
     }
-}
-
-/// A tiny model made on the spot.
-fn tiny_model(dir: &Path) -> String {
-    let out = dir.join("model");
-    let out = out.to_str().unwrap();
-    let made = freewheel(&[
-        "init-model",
-        "llama4_text",
-        "--out",
-        out,
-        "--set",
-        "hidden_size=32",
-        "--set",
-        "num_hidden_layers=2",
-        "--set",
-        "num_attention_heads=2",
-        "--set",
-        "num_key_value_heads=1",
-        "--set",
-        "head_dim=16",
-        "--set",
-        "intermediate_size=16",
-        "--set",
-        "intermediate_size_mlp=32",
-        "--set",
-        "num_local_experts=4",
-        "--set",
-        "max_position_embeddings=64",
-    ]);
-    assert!(made.status.success(), "{}", stderr(&made));
-    out.to_owned()
-}
-
-fn run_config(dir: &Path, model: &str, more: &str) -> String {
-    let runs = dir.join("runs");
-    write(
-        dir,
-        "run.toml",
-        &format!(
-            "[run]\ndir = {runs:?}\n[model]\npath = {model:?}\n[prompts]\ngenerator = \"arithmetic\"\nlevels = [1]\n\
-             count = 50\ngroup_size = 4\n[actor]\nmax_new_tokens = 12\n[learner]\nsteps = 3\ngroups_per_step = 2\n\
-             learning_rate = 1e-3\ncheckpoint_every = 2\n[eval]\nevery = 2\ncount = 8\n{more}"
-        ),
-    )
 }
 
 /// Exit code 78 before any work, and a message that holds every part.

@@ -189,9 +189,7 @@ impl LearnerArgs {
             std::fs::create_dir_all(loaded.run_dir().join(names::ROLLOUTS))?;
             let metrics = learner_metrics(&loaded)?;
             let dir = loaded.run_dir();
-            roles::learner(&loaded, model, links, Path::new(&dir), threads, false, metrics, shutdown)
-                .await
-                .map(drop)
+            roles::learner(&loaded, model, links, Path::new(&dir), threads, metrics, shutdown).await.map(drop)
         })
     }
 }

@@ -24,6 +24,10 @@ use crate::signals::Signals;
 pub async fn run(prepared: &Prepared, folder: &RunFolder, signals: &Signals) -> anyhow::Result<Ended> {
     let config = &prepared.loaded.config;
     let queue = MemoryQueue::new(prepared.loaded.run_id(), &config.queue);
+    // What an earlier life of the run asked for and got: read before any role writes there again.
+    let received =
+        freewheel_learner::received(folder.path()).context("the learner's journal cannot be read")?;
+    queue.restore(roles::issued_before(folder.path())?, |rollout| received.contains(rollout.0));
     let store = MemoryStore::with_queue(&config.queue, queue.clone());
     let links = Links { queue, store };
     let shutdown = CancellationToken::new();
@@ -68,7 +72,7 @@ pub async fn run(prepared: &Prepared, folder: &RunFolder, signals: &Signals) -> 
     let (loaded, model, to_learner) = (prepared.loaded.clone(), prepared.model.clone(), links.clone());
     let dir = folder.path().to_owned();
     let mut learner = tokio::spawn(async move {
-        roles::learner(&loaded, model, to_learner, &dir, learner_threads, true, metrics, quick).await
+        roles::learner(&loaded, model, to_learner, &dir, learner_threads, metrics, quick).await
     });
 
     // A role that fails ends the run; one that merely ends does so because the run is over.

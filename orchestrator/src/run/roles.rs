@@ -11,7 +11,7 @@ use freewheel_learner::{LearnerDeps, LearnerSummary};
 use freewheel_model::LoadedModel;
 use freewheel_queue::{PolicyStore, RolloutQueue};
 use freewheel_reward::{RewardDeps, RewardSummary};
-use freewheel_types::{ActorId, Prompt};
+use freewheel_types::{ActorId, Prompt, TaskId};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -89,41 +89,33 @@ pub async fn prompts(
     crate::prompts::run(prompts, pool_params(&loaded.config), deps, shutdown).await.context("prompt pool")
 }
 
-/// Rollouts of groups that ended in earlier lives of a run.
+/// Every task that earlier lives of a run issued, with its group size.
 ///
 /// # Errors
 /// If the pool's log is damaged.
-pub fn ended_before(run_dir: &Path) -> anyhow::Result<u64> {
+pub fn issued_before(run_dir: &Path) -> anyhow::Result<Vec<(TaskId, u32)>> {
     let path = run_dir.join(POOL_LOG);
     if !path.exists() {
-        return Ok(0);
+        return Ok(Vec::new());
     }
     let (_, records) = PoolLog::open(&path)?;
-    let mut sizes = std::collections::BTreeMap::new();
-    let mut ended = 0;
-    for record in &records {
-        match record {
-            PoolRecord::Issued { task, group_size, .. } => {
-                sizes.insert(*task, u64::from(*group_size));
-            }
-            PoolRecord::Ended(outcome) => ended += sizes.remove(&outcome.task).unwrap_or(0),
-        }
-    }
-    Ok(ended)
+    let issued = records.iter().filter_map(|record| match record {
+        PoolRecord::Issued { task, group_size, .. } => Some((*task, *group_size)),
+        PoolRecord::Ended(_) => None,
+    });
+    Ok(issued.collect())
 }
 
-/// Runs the learner. `fresh_queue`: the queue began with this process, so what ended before is not in its counters.
+/// Runs the learner.
 ///
 /// # Errors
 /// As the role.
-#[expect(clippy::too_many_arguments, reason = "each is another thing, none of like type")]
 pub async fn learner(
     loaded: &Loaded,
     model: LoadedModel,
     links: Links,
     run_dir: &Path,
     threads: usize,
-    fresh_queue: bool,
     metrics: Arc<RunMetrics>,
     shutdown: CancellationToken,
 ) -> anyhow::Result<LearnerSummary> {
@@ -131,12 +123,11 @@ pub async fn learner(
     let log = &config.log;
     let samples =
         SampleLog::new(&run_dir.join(names::ROLLOUTS), log.rollouts_per_step, log.rollouts_file_bytes);
-    let before = if fresh_queue { ended_before(run_dir)? } else { 0 };
     let mut learner = config.learner.clone();
     learner.threads = threads;
     learner.min_valid = learner.min_valid.max(config.reward.min_valid);
     let deps = LearnerDeps {
-        queue: TappedQueue::new(links.queue, samples, before),
+        queue: TappedQueue::new(links.queue, samples),
         store: links.store,
         model,
         run_dir: run_dir.to_owned(),

@@ -20,14 +20,12 @@ pub struct TappedQueue {
     queue: Arc<dyn RolloutQueue>,
     samples: SampleLog,
     step: AtomicU64,
-    /// Rollouts of groups that ended before this queue began: a resumed run's queue in memory starts empty.
-    ended_before: u64,
 }
 
 impl TappedQueue {
-    /// `queue` with samples going to `samples`; `ended_before` rollouts are counted as issued and delivered already.
-    pub fn new(queue: Arc<dyn RolloutQueue>, samples: SampleLog, ended_before: u64) -> Arc<Self> {
-        Arc::new(Self { queue, samples, step: AtomicU64::new(0), ended_before })
+    /// `queue` with samples going to `samples`.
+    pub fn new(queue: Arc<dyn RolloutQueue>, samples: SampleLog) -> Arc<Self> {
+        Arc::new(Self { queue, samples, step: AtomicU64::new(0) })
     }
 }
 
@@ -130,14 +128,7 @@ impl RolloutQueue for TappedQueue {
     }
 
     async fn counts(&self) -> Result<QueueCounts, QueueError> {
-        let counts = self.queue.counts().await?;
-        let before = self.ended_before;
-        Ok(QueueCounts {
-            issued: counts.issued + before,
-            delivered: counts.delivered + before,
-            acked: counts.acked + before,
-            ..counts
-        })
+        self.queue.counts().await
     }
 
     async fn control(&self) -> Result<RunControl, QueueError> {

@@ -11,7 +11,7 @@
 //! refused or dropped loses nothing.
 //!
 //! Payloads are held encoded, so that byte caps, checks and damaged entries behave as they do over the network. Nothing here
-//! survives the process: the journal and the checkpoint do.
+//! survives the process: the journal and the checkpoint do, and [`MemoryQueue::restore`] builds on them.
 
 mod state;
 mod store;
@@ -72,6 +72,19 @@ impl MemoryQueue {
     /// An empty queue whose leases follow `clock`.
     pub fn with_clock(run: RunId, config: &QueueConfig, clock: Arc<dyn Clock>) -> Arc<Self> {
         Arc::new(Self { run, clock, state: Mutex::new(State::new(config)), changed: Notify::new() })
+    }
+
+    /// Makes an empty queue the continuation of one that a process before this had: `issued` are all tasks the prompt pool ever
+    /// issued, with their group sizes; `received` says which rollouts the learner has. Those are duplicates from now on, the
+    /// counters go on, and a task that is issued again is redone only where a sample is missing. To be called before any role
+    /// starts.
+    pub fn restore(
+        &self,
+        issued: impl IntoIterator<Item = (TaskId, u32)>,
+        received: impl Fn(RolloutId) -> bool,
+    ) {
+        let mut state = self.lock();
+        issued.into_iter().for_each(|(task, group_size)| state.restore(task, group_size, &received));
     }
 
     /// The run this queue belongs to.

@@ -122,6 +122,20 @@ impl State {
         self.live.insert(task.id, entry);
     }
 
+    /// Counts a task that was issued in an earlier life of the run, with those of its samples that reached the learner then.
+    pub fn restore(&mut self, task: TaskId, group_size: u32, received: impl Fn(RolloutId) -> bool) {
+        if !self.issued.insert(task.0) {
+            return;
+        }
+        self.issued_rollouts += u64::from(group_size);
+        for rollout in (0..group_size.min(MAX_GROUP_SIZE)).map(|k| task.rollout(k)).filter(|id| received(*id))
+        {
+            self.seen.insert(rollout.0);
+            self.delivered += 1;
+            self.acked += 1;
+        }
+    }
+
     pub fn delivered_of(&self, task: TaskId, group_size: u32) -> impl Iterator<Item = bool> + '_ {
         (0..group_size.min(MAX_GROUP_SIZE)).map(move |k| self.seen.contains(task.rollout(k).0))
     }

@@ -90,3 +90,19 @@ async fn a_new_learner_wakes_the_old_one_out_of_its_fetch() {
     let refused = tokio::time::timeout(Duration::from_secs(5), waiting).await.expect("woken").unwrap();
     assert!(matches!(refused, Err(QueueError::Fenced { .. })), "{refused:?}");
 }
+
+#[tokio::test]
+async fn a_restored_queue_asks_only_for_what_is_missing() {
+    let queue = queue(QueueConfig::default());
+    let (whole, half) = (task(0), task(1));
+    let received = [whole.id.rollout(0), whole.id.rollout(1), half.id.rollout(1)];
+    queue.restore([(whole.id, 2), (half.id, 2)], |rollout| received.contains(&rollout));
+    let counts = queue.counts().await.unwrap();
+    assert_eq!((counts.issued, counts.delivered, counts.acked, counts.tasks), (4, 3, 3, 0));
+    queue.issue(&whole).await.unwrap();
+    queue.issue(&half).await.unwrap();
+    let leased = queue.lease_tasks(&actor("a"), 9, Duration::ZERO).await.unwrap();
+    assert_eq!(leased.iter().map(|leased| leased.task.id).collect::<Vec<_>>(), [half.id]);
+    assert_eq!(queue.delivered(&half).await.unwrap(), [false, true]);
+    assert_eq!(queue.counts().await.unwrap().issued, 4, "issued again is not issued twice");
+}
