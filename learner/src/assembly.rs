@@ -33,6 +33,8 @@ pub enum Arrival {
         prompt: PromptId,
         /// Rollouts in its group.
         group_size: u32,
+        /// Why.
+        reason: String,
     },
 }
 
@@ -112,6 +114,14 @@ impl Group {
             Arrival::Bad(_) | Arrival::Abandoned { .. } => Some(DropReason::Invalid),
         };
         self.members.values().filter_map(|arrival| Some((arrival.rollout(), reason(arrival)?))).collect()
+    }
+
+    /// Why members never came, if any was given up.
+    pub fn given_up(&self) -> Option<&str> {
+        self.members.values().find_map(|arrival| match arrival {
+            Arrival::Abandoned { reason, .. } => Some(reason.as_str()),
+            Arrival::Scored(_) | Arrival::Bad(_) => None,
+        })
     }
 
     /// Counts for the report.
@@ -382,6 +392,7 @@ mod tests {
             rollout: TaskId(0).rollout(index),
             prompt: PromptId([1; 16]),
             group_size: 3,
+            reason: "too long".into(),
         };
         let (reason, ledger, summary) = fate([gone(0), gone(1), gone(2)]);
         assert_eq!((reason, ledger.dropped.get(DropReason::Invalid)), (Some(DropReason::Invalid), 3));

@@ -254,6 +254,7 @@ impl Learner {
                         rollout: gone.rollout,
                         prompt: gone.prompt,
                         group_size: gone.group_size,
+                        reason: gone.reason,
                     },
                     at,
                 ),

@@ -195,8 +195,8 @@ impl Intake {
                     None => (Arrival::Scored(scored), None),
                     Some(reason) => (Arrival::Bad(scored.rollout.id), Some(reason)),
                 },
-                DeliveryBody::Abandoned { rollout, prompt, group_size } => {
-                    (Arrival::Abandoned { rollout, prompt, group_size }, None)
+                DeliveryBody::Abandoned { rollout, prompt, group_size, reason } => {
+                    (Arrival::Abandoned { rollout, prompt, group_size, reason }, None)
                 }
                 DeliveryBody::Bad { rollout: Some(rollout), error } => {
                     (Arrival::Bad(rollout), Some(error.to_string()))
@@ -271,9 +271,9 @@ fn record(arrival: Arrival, reason: Option<String>) -> (Record, Option<Arrival>)
             let reason = reason.unwrap_or_default();
             (Record::Bad(BadRollout { rollout, reason }), Some(Arrival::Bad(rollout)))
         }
-        Arrival::Abandoned { rollout, prompt, group_size } => {
-            let record = Record::Abandoned(AbandonedRollout { rollout, prompt, group_size });
-            (record, Some(Arrival::Abandoned { rollout, prompt, group_size }))
+        Arrival::Abandoned { rollout, prompt, group_size, reason } => {
+            let gone = AbandonedRollout { rollout, prompt, group_size, reason: reason.clone() };
+            (Record::Abandoned(gone), Some(Arrival::Abandoned { rollout, prompt, group_size, reason }))
         }
     }
 }

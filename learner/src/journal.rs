@@ -79,6 +79,9 @@ pub struct AbandonedRollout {
     pub prompt: PromptId,
     /// Rollouts in its group.
     pub group_size: u32,
+    /// Why.
+    #[serde(default)]
+    pub reason: String,
 }
 
 /// One update: enough to make the very same batch again.

@@ -180,5 +180,6 @@ pub fn outcome(group: &Group, version: PolicyVersion, fate: GroupFate) -> GroupO
         reward_mean: summary.reward_mean,
         fate,
         dropped: group.dropped_members(),
+        given_up: group.given_up().map(str::to_owned),
     }
 }

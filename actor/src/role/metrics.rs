@@ -18,7 +18,7 @@ pub struct ActorMetrics {
     pub rollouts: u64,
     /// Rollouts the queue had already.
     pub duplicates: u64,
-    /// Tasks that can never run, left to the queue's delivery limit.
+    /// Tasks that can never run, ended at once.
     pub refused: u64,
     /// Times the queue was too full to take a rollout.
     pub busy: u64,

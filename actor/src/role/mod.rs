@@ -127,13 +127,16 @@ impl Shared {
         }
     }
 
-    /// Gives up a task that can never run here. Its lease lapses; the queue counts the deliveries and abandons it.
+    /// Ends a task that can never run: the prompt pool learns why and sets the prompt aside.
     async fn refuse(&self, task: TaskId, reason: &str) {
         warn!(%task, reason, "task refused");
         self.counters.refused.fetch_add(1, Ordering::Relaxed);
-        self.held.drop_task(task);
-        if let Err(error) = self.queue.dead_letter(&self.actor.0, Some(task.rollout(0)), reason).await {
-            warn!(%task, error = &error as &dyn std::error::Error, "no dead letter written");
+        let Some(held) = self.held.drop_task(task) else { return };
+        let abandon = || self.queue.abandon_task(&self.actor, &held.task, &held.lease, reason);
+        match self.retry("abandoning a task", abandon).await {
+            Ok(()) | Err(QueueError::Stopping) => {}
+            // The lease lapses; the queue counts the deliveries and abandons it in the end.
+            Err(error) => warn!(%task, error = &error as &dyn std::error::Error, "task not abandoned"),
         }
     }
 

@@ -9,6 +9,9 @@ use freewheel_types::{
 
 use crate::{DeliveryBody, QueueError};
 
+/// Longest reason that travels.
+const REASON_CHARS_MAX: usize = 400;
+
 /// One entry of the scored stream, as stored.
 #[derive(Clone, Debug)]
 pub(crate) enum ScoredEntry {
@@ -17,7 +20,7 @@ pub(crate) enum ScoredEntry {
     /// What was wrong with what should have been here.
     Bad(String),
     /// A rollout that will never come.
-    Abandoned { prompt: PromptId, group_size: u32 },
+    Abandoned { prompt: PromptId, group_size: u32, reason: String },
 }
 
 impl ScoredEntry {
@@ -83,8 +86,9 @@ pub(crate) fn open_scored(entry: &ScoredEntry, rollout: RolloutId) -> DeliveryBo
         ScoredEntry::Bad(what) => {
             DeliveryBody::Bad { rollout: Some(rollout), error: TypesError::Envelope(what.clone()) }
         }
-        ScoredEntry::Abandoned { prompt, group_size } => {
-            DeliveryBody::Abandoned { rollout, prompt: *prompt, group_size: *group_size }
+        ScoredEntry::Abandoned { prompt, group_size, reason } => {
+            let (prompt, group_size, reason) = (*prompt, *group_size, reason.clone());
+            DeliveryBody::Abandoned { rollout, prompt, group_size, reason }
         }
     }
 }
@@ -102,6 +106,11 @@ fn other_rollout(expected: RolloutId, got: RolloutId) -> TypesError {
 /// Consumer name of the learner of an epoch.
 pub(crate) fn learner_name(epoch: u64) -> String {
     format!("L-{epoch}")
+}
+
+/// A reason in somebody else's words, bounded.
+pub(crate) fn bounded(reason: &str) -> String {
+    reason.chars().take(REASON_CHARS_MAX).collect()
 }
 
 /// Why something was given up.

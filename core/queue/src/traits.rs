@@ -52,6 +52,17 @@ pub trait RolloutQueue: Send + Sync {
     /// is refused ([`QueueError::Config`]) and stays: whoever cannot finish a task lets its lease run out.
     async fn finish_task(&self, actor: &ActorId, task: TaskId, lease: &str) -> Result<(), QueueError>;
 
+    /// Ends a task that can never run, at once: each of its missing samples goes to the learner as
+    /// [`DeliveryBody::Abandoned`] with `reason`. Idempotent. A lease that is no longer this actor's changes nothing: whoever
+    /// has the task may fare better.
+    async fn abandon_task(
+        &self,
+        actor: &ActorId,
+        task: &Task,
+        lease: &str,
+        reason: &str,
+    ) -> Result<(), QueueError>;
+
     // --- reward ----------------------------------------------------------------------------------
 
     /// Leases up to `max` rollouts for scoring; waits up to `wait` for one.
@@ -192,7 +203,7 @@ pub enum DeliveryBody {
         /// What is wrong with it.
         error: TypesError,
     },
-    /// A rollout that will never come: its task was handed out too often. Its prompt is quarantined.
+    /// A rollout that will never come: its task can never run, or was handed out too often. Its prompt is quarantined.
     Abandoned {
         /// The rollout.
         rollout: RolloutId,
@@ -200,6 +211,8 @@ pub enum DeliveryBody {
         prompt: PromptId,
         /// Rollouts in its group.
         group_size: u32,
+        /// Why.
+        reason: String,
     },
 }
 
@@ -229,7 +242,7 @@ pub struct QueueCounts {
     pub acked: u64,
     /// Tasks in the task stream, leased ones included.
     pub tasks: u64,
-    /// Rollouts of tasks given up after too many deliveries; they count as delivered.
+    /// Rollouts of tasks given up; they count as delivered.
     pub abandoned: u64,
     /// Payload bytes held.
     pub bytes: u64,

@@ -33,6 +33,7 @@ both! {
     a_full_queue_says_busy with super::suite::cases::small();
     a_dead_actors_task_is_taken_over with super::config();
     a_task_nobody_survives_is_abandoned with super::config();
+    a_task_that_cannot_run_ends_at_once with super::config();
     forwarding_happens_once with super::config();
     a_rollout_nobody_can_score_is_unscored with super::config();
     a_new_learner_gets_what_the_old_one_left with super::config();

@@ -25,6 +25,9 @@ pub struct GroupOutcome {
     pub fate: GroupFate,
     /// Samples dropped on their own, with the reason (the rest shared `fate`).
     pub dropped: Vec<(RolloutId, DropReason)>,
+    /// Why its samples never came, in the words of whoever gave them up.
+    #[serde(default)]
+    pub given_up: Option<String>,
 }
 
 /// What became of a group.

@@ -319,7 +319,7 @@ impl PromptPool {
             GroupFate::Dropped(reason) => {
                 self.dropped += 1;
                 self.dropped_in_a_row += 1;
-                self.set_aside(i, reason);
+                self.set_aside(i, reason, outcome.given_up.as_deref());
                 let warn_at = self.params.curriculum.refill_warn.saturating_mul(self.params.groups_per_step);
                 if self.dropped_in_a_row.is_multiple_of(warn_at.max(1)) {
                     tracing::warn!(
@@ -349,13 +349,15 @@ impl PromptPool {
         }
     }
 
-    fn set_aside(&mut self, i: usize, reason: DropReason) {
+    fn set_aside(&mut self, i: usize, reason: DropReason, given_up: Option<&str>) {
         let state = &mut self.states[i];
         state.unscored_in_a_row =
             if reason == DropReason::Unscored { state.unscored_in_a_row + 1 } else { 0 };
         if reason == DropReason::Invalid {
-            // Its task was given up after several deliveries, or its payloads were bad.
-            state.quarantined = Some("its group was invalid or given up by the actors".into());
+            // No actor can run its task, none survived it, or its payloads were bad.
+            let why = given_up.unwrap_or("its rollouts were invalid");
+            tracing::warn!(prompt = %self.prompts[i].id, why, "the prompt is set aside");
+            state.quarantined = Some(why.to_owned());
         } else if state.unscored_in_a_row >= UNSCORED_MAX {
             state.quarantined = Some(format!("{UNSCORED_MAX} groups in a row could not be scored"));
         }

@@ -279,6 +279,7 @@ mod tests {
             reward_mean: Some(0.5),
             fate,
             dropped: vec![],
+            given_up: None,
         }
     }
 

@@ -68,6 +68,16 @@ impl RolloutQueue for TappedQueue {
         self.queue.finish_task(actor, task, lease).await
     }
 
+    async fn abandon_task(
+        &self,
+        actor: &ActorId,
+        task: &Task,
+        lease: &str,
+        reason: &str,
+    ) -> Result<(), QueueError> {
+        self.queue.abandon_task(actor, task, lease, reason).await
+    }
+
     async fn lease_rollouts(
         &self,
         worker: &str,

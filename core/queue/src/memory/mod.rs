@@ -192,6 +192,17 @@ impl RolloutQueue for MemoryQueue {
         self.lock().finish_task(task, lease)
     }
 
+    async fn abandon_task(
+        &self,
+        actor: &ActorId,
+        task: &Task,
+        lease: &str,
+        reason: &str,
+    ) -> Result<(), QueueError> {
+        self.lock().abandon_task(&actor.0, task.id, lease, reason);
+        Ok(())
+    }
+
     async fn lease_rollouts(
         &self,
         worker: &str,

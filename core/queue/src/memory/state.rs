@@ -30,6 +30,22 @@ pub(super) struct TaskEntry {
     payload: Vec<u8>,
 }
 
+/// Why the missing samples of a task will never come.
+enum Lost {
+    /// It cannot be run, or nobody survives it.
+    Abandoned(String),
+    /// It cannot be read.
+    Damaged(String),
+}
+
+impl Lost {
+    fn reason(&self) -> &str {
+        match self {
+            Self::Abandoned(reason) | Self::Damaged(reason) => reason,
+        }
+    }
+}
+
 /// The learner's lease.
 #[derive(Debug)]
 struct LearnerLease {
@@ -159,37 +175,48 @@ impl State {
     fn open_task(&mut self, id: u64) -> Option<LeasedTask> {
         let entry = self.tasks.get(id)?;
         if entry.deliveries > self.config.max_deliveries {
-            self.give_up(id, None);
+            self.give_up(id, Lost::Abandoned(payload::too_often(self.config.max_deliveries)));
             return None;
         }
         match codec::decode_task(&entry.item.payload) {
             Ok(task) => Some(LeasedTask { task, lease: id.to_string(), deliveries: entry.deliveries }),
             Err(error) => {
-                self.give_up(id, Some(error.to_string()));
+                self.give_up(id, Lost::Damaged(error.to_string()));
                 None
             }
         }
     }
 
     /// Ends a task whose missing samples will never come; each goes to the learner as abandoned, or as bad.
-    fn give_up(&mut self, id: u64, damage: Option<String>) {
+    fn give_up(&mut self, id: u64, lost: Lost) {
         let Some(task) = self.tasks.remove(id) else { return };
         self.live.remove(&task.id);
-        let reason = damage.clone().unwrap_or_else(|| payload::too_often(self.config.max_deliveries));
+        let reason = lost.reason().to_owned();
         self.dead_letter(DeadLetter { source: "tasks".into(), rollout: Some(task.id.rollout(0)), reason });
         for rollout in (0..task.group_size).map(|k| task.id.rollout(k)) {
             if !self.seen.insert(rollout.0) {
                 continue;
             }
             self.delivered += 1;
-            let entry = match &damage {
-                Some(what) => ScoredEntry::Bad(what.clone()),
-                None => {
+            let entry = match &lost {
+                Lost::Damaged(what) => ScoredEntry::Bad(what.clone()),
+                Lost::Abandoned(reason) => {
                     self.abandoned += 1;
-                    ScoredEntry::Abandoned { prompt: task.prompt, group_size: task.group_size }
+                    let (prompt, group_size, reason) = (task.prompt, task.group_size, reason.clone());
+                    ScoredEntry::Abandoned { prompt, group_size, reason }
                 }
             };
             self.scored.push((rollout, entry));
+        }
+    }
+
+    pub fn abandon_task(&mut self, actor: &str, task: TaskId, lease: &str, reason: &str) {
+        let owned = |id: &u64| {
+            let entry = self.tasks.get(*id).filter(|entry| entry.item.id == task);
+            entry.and_then(|entry| entry.lease.as_ref()).is_some_and(|(owner, _)| owner == actor)
+        };
+        if let Some(id) = lease.parse().ok().filter(owned) {
+            self.give_up(id, Lost::Abandoned(payload::bounded(reason)));
         }
     }
 

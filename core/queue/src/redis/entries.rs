@@ -51,7 +51,10 @@ impl Fields {
             return ScoredEntry::Payload(payload);
         }
         match (self.text("ab").and_then(prompt_id), self.number("g")) {
-            (Some(prompt), Some(group_size)) => ScoredEntry::Abandoned { prompt, group_size },
+            (Some(prompt), Some(group_size)) => {
+                let reason = self.text("why").unwrap_or_default().to_owned();
+                ScoredEntry::Abandoned { prompt, group_size, reason }
+            }
             _ => ScoredEntry::Bad(self.text("bad").unwrap_or("an entry without payload").to_owned()),
         }
     }

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use freewheel_types::{
-    ActorId, GroupOutcome, PolicyVersion, Rollout, RolloutId, RunId, ScoredRollout, Task, TaskId, codec,
+    ActorId, GroupOutcome, MAX_GROUP_SIZE, PolicyVersion, Rollout, RolloutId, RunId, ScoredRollout, Task,
+    TaskId, codec,
 };
 use redis::{FromRedisValue, Script, ScriptInvocation};
 
@@ -200,13 +201,14 @@ impl RedisQueue {
             let found = entries.len();
             for (id, deliveries, mut fields) in entries {
                 if deliveries > self.config.max_deliveries {
-                    self.give_up(&id, fields.task_head(), None).await?;
+                    let reason = payload::too_often(self.config.max_deliveries);
+                    self.give_up(&id, fields.task_head(), &reason, false, None).await?;
                     continue;
                 }
                 match fields.task() {
                     Ok(task) => leased.push(LeasedTask { task, lease: id, deliveries }),
                     Err(DamagedTask { error, head }) => {
-                        self.give_up(&id, head, Some(error.to_string())).await?
+                        self.give_up(&id, head, &error.to_string(), true, None).await?
                     }
                 }
             }
@@ -216,23 +218,26 @@ impl RedisQueue {
         }
     }
 
-    /// Ends a task whose missing samples will never come.
+    /// Ends a task whose missing samples will never come: those of a damaged one go to the learner as bad, of another as
+    /// abandoned. With an `owner`, only if the lease is still the owner's.
     async fn give_up(
         &self,
         id: &str,
         head: Option<TaskHead>,
-        damage: Option<String>,
+        reason: &str,
+        damaged: bool,
+        owner: Option<&ActorId>,
     ) -> Result<(), QueueError> {
-        let reason = damage.clone().unwrap_or_else(|| payload::too_often(self.config.max_deliveries));
+        let reason = payload::bounded(reason);
         tracing::warn!(task = ?head.map(|head| head.id.0), reason, "task given up");
         let seen = self.keys.seen_base(head.map_or(TaskId(0), |head| head.id));
         let mut call = self.prepare(&SCRIPTS.abandon, &["tasks", "live", &seen.key, "scored", "cnt", "dlq"]);
         call.arg(id).arg(head.map_or(String::new(), |head| head.id.to_string())).arg(seen.offset);
-        match (&damage, head) {
-            (None, Some(head)) => call.arg("ab").arg(head.prompt.to_string()),
+        match head {
+            Some(head) if !damaged => call.arg("ab").arg(head.prompt.to_string()),
             _ => call.arg("bad").arg(&reason),
         };
-        call.arg(&reason);
+        call.arg(&reason).arg(owner.map_or("", |owner| owner.0.as_str()));
         if let Some(head) = head {
             (0..head.group_size).for_each(|k| {
                 call.arg(head.id.rollout(k).0);
@@ -442,6 +447,21 @@ impl RolloutQueue for RedisQueue {
             Ok(index) => Err(payload::unfinished(task, index, group_size)),
             Err(_none_missing) => Ok(()),
         }
+    }
+
+    async fn abandon_task(
+        &self,
+        actor: &ActorId,
+        task: &Task,
+        lease: &str,
+        reason: &str,
+    ) -> Result<(), QueueError> {
+        if !is_entry_id(lease) {
+            return Ok(());
+        }
+        let group_size = task.group_size.min(MAX_GROUP_SIZE);
+        let head = TaskHead { id: task.id, prompt: task.prompt.id, group_size };
+        self.give_up(lease, Some(head), reason, false, Some(actor)).await
     }
 
     async fn lease_rollouts(

@@ -224,6 +224,7 @@ pub fn outcome(task: &Task) -> GroupOutcome {
         reward_mean: Some(0.1),
         fate: GroupFate::Trained { step: 4 },
         dropped: vec![(task.id.rollout(0), DropReason::Stale)],
+        given_up: None,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use freewheel_queue::{DeliveryBody, PutOutcome, QueueConfig, QueueError, RunControl};
+use freewheel_queue::{Delivery, DeliveryBody, PutOutcome, QueueConfig, QueueError, RunControl};
 use freewheel_types::*;
 
 use super::bench::*;
@@ -126,6 +126,46 @@ pub async fn a_dead_actors_task_is_taken_over(bench: &Bench) {
     assert_eq!(bench.counts().await.delivered, 3);
 }
 
+fn abandoned(got: &[Delivery]) -> Vec<(u32, PromptId, u32, String)> {
+    let parts = |delivery: &Delivery| match &delivery.body {
+        DeliveryBody::Abandoned { rollout, prompt, group_size, reason } => {
+            (rollout.index(), *prompt, *group_size, reason.clone())
+        }
+        _ => panic!("{delivery:?}"),
+    };
+    got.iter().map(parts).collect()
+}
+
+pub async fn a_task_that_cannot_run_ends_at_once(bench: &Bench) {
+    let (queue, a, b, task, other) = (&bench.queue, actor("a"), actor("b"), task(9, 3), task(10, 1));
+    queue.issue(&task).await.unwrap();
+    queue.issue(&other).await.unwrap();
+    let leased = queue.lease_tasks(&a, 2, NOW).await.unwrap();
+    let lease = &leased[0].lease;
+    queue.put_scored(&scored(rollout(&task, 1), 1.0)).await.unwrap();
+    queue.abandon_task(&b, &task, lease, "not b's to say").await.unwrap();
+    queue.abandon_task(&a, &other, lease, "the lease of another task").await.unwrap();
+    queue.abandon_task(&a, &task, "rubbish", "no lease").await.unwrap();
+    assert_eq!(bench.counts().await.tasks, 2);
+    let long = format!("the prompt is too long{}", " by far".repeat(1000));
+    queue.abandon_task(&a, &task, lease, &long).await.unwrap();
+    queue.abandon_task(&a, &task, lease, "again").await.unwrap();
+    let counts = bench.counts().await;
+    assert_eq!((counts.tasks, counts.abandoned, counts.delivered, counts.scored), (1, 2, 3, 3));
+    assert_eq!(queue.put_rollout(&rollout(&task, 0)).await.unwrap(), PutOutcome::Duplicate, "too late");
+    queue.issue(&task).await.unwrap();
+    assert_eq!(bench.counts().await.tasks, 1, "it has ended");
+    let epoch = queue.acquire_learner("learner", 0).await.unwrap().unwrap();
+    let got = queue.fetch_scored(epoch, 9, NOW).await.unwrap();
+    let abandoned = abandoned(&got[1..]);
+    assert_eq!(abandoned.iter().map(|(k, ..)| *k).collect::<Vec<_>>(), [0, 2]);
+    for (_, prompt, group_size, reason) in abandoned {
+        assert_eq!((prompt, group_size), (task.prompt.id, 3));
+        assert!(reason.starts_with("the prompt is too long") && reason.len() == 400, "{reason}");
+    }
+    assert_eq!(bench.dead_letters().await.len(), 1);
+}
+
 pub async fn a_task_nobody_survives_is_abandoned(bench: &Bench) {
     let (queue, task) = (&bench.queue, task(9, 3));
     queue.issue(&task).await.unwrap();
@@ -141,14 +181,9 @@ pub async fn a_task_nobody_survives_is_abandoned(bench: &Bench) {
     assert_eq!(queue.put_rollout(&rollout(&task, 0)).await.unwrap(), PutOutcome::Duplicate, "too late");
     let epoch = queue.acquire_learner("learner", 0).await.unwrap().unwrap();
     let got = queue.fetch_scored(epoch, 9, NOW).await.unwrap();
-    let abandoned: Vec<(u32, PromptId, u32)> = got[1..]
-        .iter()
-        .map(|delivery| match delivery.body {
-            DeliveryBody::Abandoned { rollout, prompt, group_size } => (rollout.index(), prompt, group_size),
-            _ => panic!("{delivery:?}"),
-        })
-        .collect();
-    assert_eq!(abandoned, [(0, task.prompt.id, 3), (2, task.prompt.id, 3)]);
+    let abandoned = abandoned(&got[1..]);
+    let why = "handed out more than 3 times";
+    assert_eq!(abandoned, [(0, task.prompt.id, 3, why.into()), (2, task.prompt.id, 3, why.into())]);
     let letters = bench.dead_letters().await;
     assert_eq!(letters.len(), 1);
     assert!(letters[0].reason.contains("more than 3 times"), "{letters:?}");

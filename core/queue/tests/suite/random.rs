@@ -17,6 +17,7 @@ pub enum Op {
     ExtendTask { actor: u8, lease: usize },
     Put { task: usize, index: u32, scored: bool, big: bool },
     FinishTask { lease: usize },
+    Abandon { actor: u8, lease: usize },
     LeaseRollouts { worker: u8, max: usize },
     Forward { lease: usize, reward: f32 },
     Acquire { floor: u64 },
@@ -33,6 +34,7 @@ pub fn ops() -> impl Strategy<Value = Vec<Op>> {
         8 => (any::<usize>(), 0u32..4, any::<bool>(), prop::bool::weighted(0.1))
             .prop_map(|(task, index, scored, big)| Op::Put { task, index, scored, big }),
         3 => any::<usize>().prop_map(|lease| Op::FinishTask { lease }),
+        1 => (0u8..3, any::<usize>()).prop_map(|(actor, lease)| Op::Abandon { actor, lease }),
         4 => (0u8..2, 1usize..4).prop_map(|(worker, max)| Op::LeaseRollouts { worker, max }),
         4 => (any::<usize>(), -1f32..1.0).prop_map(|(lease, reward)| Op::Forward { lease, reward }),
         1 => (0u64..9).prop_map(|floor| Op::Acquire { floor }),
@@ -113,6 +115,12 @@ impl<'a> Player<'a> {
                 Some((task, lease)) => show(queue.finish_task(&actor("0"), task.id, lease).await),
                 None => String::new(),
             },
+            Op::Abandon { actor: name, lease } => match pick(&self.task_leases, *lease) {
+                Some((task, lease)) => {
+                    show(queue.abandon_task(&actor(&name.to_string()), task, lease, "cannot run").await)
+                }
+                None => String::new(),
+            },
             Op::LeaseRollouts { worker, max } => {
                 let leased = queue.lease_rollouts(&worker.to_string(), *max, NOW).await.unwrap();
                 let seen = leased.iter().map(|l| l.rollout.id.to_string()).collect::<Vec<_>>();
@@ -174,6 +182,6 @@ fn body(body: &DeliveryBody) -> (RolloutId, String) {
     match body {
         DeliveryBody::Scored(scored) => (scored.rollout.id, format!("{:?}", scored.reward.verdict)),
         DeliveryBody::Bad { rollout, error } => (rollout.expect("an id"), error.to_string()),
-        DeliveryBody::Abandoned { rollout, .. } => (*rollout, "abandoned".into()),
+        DeliveryBody::Abandoned { rollout, reason, .. } => (*rollout, format!("abandoned: {reason}")),
     }
 }

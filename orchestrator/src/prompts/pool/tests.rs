@@ -41,6 +41,7 @@ fn outcome(task: &Task, right: u32, version: u64, fate: GroupFate) -> GroupOutco
         reward_mean: Some(right as f32 / task.group_size as f32),
         fate,
         dropped: vec![],
+        given_up: None,
     }
 }
 
@@ -103,6 +104,17 @@ fn a_prompt_that_cannot_be_scored_or_crashes_actors_is_set_aside() {
     };
     assert_eq!(reasons, UNSCORED_MAX);
     assert!(error.to_string().contains("all 2 prompts are quarantined"), "{error}");
+}
+
+#[test]
+fn a_prompt_that_an_actor_gave_up_is_set_aside_with_the_actors_reason() {
+    let mut pool = PromptPool::new(prompts(1), params(0, 1)).unwrap();
+    let task = pool.next_task().unwrap().unwrap();
+    let given_up = Some("the prompt is 900 tokens, the model's context is 64".to_owned());
+    let gone = outcome(&task, 0, 0, GroupFate::Dropped(DropReason::Invalid));
+    assert_eq!(pool.apply(&GroupOutcome { given_up, ..gone }), Applied::Ended);
+    let error = pool.next_task().unwrap_err().to_string();
+    assert!(error.contains("the model's context is 64"), "{error}");
 }
 
 /// Runs a policy that solves prompt `i` with probability `skill(i)`; gives the share of mixed groups over the last half.
