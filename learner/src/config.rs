@@ -59,7 +59,8 @@ pub struct TrainingConfig {
     pub max_staleness: u64,
     /// How far a batch may run ahead of an older, unfinished group, in batches; 0 keeps strict issue order. Default 2.
     pub window: u64,
-    /// Scored samples a group needs to be trained on. 2 or more, but no more than `prompts.group_size`. Default 2.
+    /// Scored samples a group needs to be trained on; with fewer it is dropped and replaced. 1 to `prompts.group_size`.
+    /// Default 2.
     #[schemars(range(min = 1))]
     pub min_valid: u32,
     /// Replay the experts recorded while sampling in the training forward (router replay). Only matters for mixture-of-experts

@@ -13,7 +13,8 @@ fn a_config_shows_all_its_problems_at_once_and_exits_78() {
         dir.path(),
         "bad.toml",
         "[model]\npath = \"m\"\n[prompts]\ngenerator = \"arithmetik\"\ngroup_sice = 4\nnum_generations = 8\n\
-         [learner]\nsteps = -1\nlearning_rate = \"fast\"\n[queue]\nbackend = \"redis\"\nurl = \"localhost\"\n",
+         [learner]\nsteps = -1\nlearning_rate = \"fast\"\n[queue]\nbackend = \"redis\"\nurl = \"localhost\"\n\
+         [reward]\nmin_valid = 2\n",
     );
     let output = freewheel(&["config", "check", &path]);
     assert_eq!(output.status.code(), Some(78));
@@ -24,6 +25,7 @@ fn a_config_shows_all_its_problems_at_once_and_exits_78() {
         "bad.toml:6:1: prompts.num_generations: there is no such key\n  hint: `num_generations` is called `prompts.group_size` here",
         "bad.toml:8:1: learner.steps: is -1, must be at least 1",
         "bad.toml:9:1: learner.learning_rate: is the string \"fast\", expected a number",
+        "bad.toml:14:1: reward.min_valid: there is no such key\n  hint: `min_valid` belongs to another section: `learner.min_valid`",
         "bad.toml:12:1: queue.url: is \"localhost\", which is no address of a Redis server",
     ] {
         assert!(text.contains(part), "{part:?} missing in\n{text}");

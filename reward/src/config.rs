@@ -15,8 +15,6 @@ pub struct RewardConfig {
     pub combine: CombineConfig,
     /// What happens to a rollout that could not be scored. Only "drop_sample": it leaves its group.
     pub on_unscored: OnUnscored,
-    /// Scored rollouts a group needs; with fewer it is dropped and refilled. 2 to 64, default 2.
-    pub min_valid: u32,
     /// Time one rollout may take to score; what is not there by then is unscored. Milliseconds, 1 to 600000,
     /// default 10000.
     pub deadline_ms: u64,
@@ -34,7 +32,6 @@ impl Default for RewardConfig {
             component: vec![ComponentConfig { name: "answer".into(), ..Default::default() }],
             combine: CombineConfig::default(),
             on_unscored: OnUnscored::DropSample,
-            min_valid: 2,
             deadline_ms: 10_000,
             clip: [-3.0, 3.0],
             version: String::new(),

@@ -44,9 +44,6 @@ fn check_section(config: &RewardConfig, problems: &mut Vec<ConfigProblem>) {
     if config.component.is_empty() {
         problem("component", "nothing judges; add a [[reward.component]]".into());
     }
-    if !(2..=64).contains(&config.min_valid) {
-        problem("min_valid", format!("must be 2 to 64, is {}", config.min_valid));
-    }
     if !(1..=600_000).contains(&config.deadline_ms) {
         problem("deadline_ms", format!("must be 1 to 600000 milliseconds, is {}", config.deadline_ms));
     }

@@ -47,8 +47,8 @@ pub struct DeadLetter {
 /// Opens a leased rollout; `beside` is the id that stands beside the payload.
 ///
 /// # Errors
-/// What takes its place in the scored stream: a bad entry if it is damaged, an unscored one if so many reward
-/// workers died over it that it must be what kills them.
+/// What takes its place in the scored stream: a bad entry if it is damaged, an unscored one if the id beside it is (the payload
+/// has a checksum, the id has none), or if so many reward workers died over it that it must be what kills them.
 pub(crate) fn open_rollout(
     payload: &[u8],
     beside: Option<RolloutId>,
@@ -57,13 +57,13 @@ pub(crate) fn open_rollout(
 ) -> Result<Rollout, ScoredEntry> {
     let bad = |error: TypesError| ScoredEntry::Bad(error.to_string());
     let rollout = codec::decode_rollout(payload).map_err(bad)?;
-    if let Some(expected) = beside.filter(|id| *id != rollout.id) {
-        return Err(bad(other_rollout(expected, rollout.id)));
-    }
-    if deliveries <= max_deliveries {
+    let reason = if beside != Some(rollout.id) {
+        "the id beside it is damaged".to_owned()
+    } else if deliveries > max_deliveries {
+        format!("no reward worker finished it: {}", too_often(max_deliveries))
+    } else {
         return Ok(rollout);
-    }
-    let reason = format!("no reward worker finished it: {}", too_often(max_deliveries));
+    };
     let reward = RewardRecord {
         verdict: Verdict::Unscored { reason },
         components: Vec::new(),
@@ -73,34 +73,28 @@ pub(crate) fn open_rollout(
     Err(codec::encode_scored(&ScoredRollout { rollout, reward }).map_or_else(bad, ScoredEntry::Payload))
 }
 
-/// Opens an entry of the scored stream; `rollout` is the id that stands beside the payload.
-pub(crate) fn open_scored(entry: &ScoredEntry, rollout: RolloutId) -> DeliveryBody {
-    match entry {
-        ScoredEntry::Payload(payload) => match codec::decode_scored(payload) {
-            Ok(scored) if scored.rollout.id == rollout => DeliveryBody::Scored(Box::new(scored)),
-            Ok(scored) => {
-                DeliveryBody::Bad { rollout: Some(rollout), error: other_rollout(rollout, scored.rollout.id) }
-            }
-            Err(error) => DeliveryBody::Bad { rollout: Some(rollout), error },
+/// Opens an entry of the scored stream; `beside` is the id that stands beside the payload, if it parses.
+///
+/// A payload that passes its checksum says itself which rollout it is. So one damage loses nothing: either the payload is
+/// sound, or the id beside it is and the rollout is known to be bad. Only an entry damaged in both has no name any more.
+pub(crate) fn open_scored(entry: &ScoredEntry, beside: Option<RolloutId>) -> DeliveryBody {
+    match (entry, beside) {
+        (ScoredEntry::Payload(payload), _) => match codec::decode_scored(payload) {
+            Ok(scored) => DeliveryBody::Scored(Box::new(scored)),
+            Err(error) => DeliveryBody::Bad { rollout: beside, error },
         },
-        ScoredEntry::Bad(what) => {
-            DeliveryBody::Bad { rollout: Some(rollout), error: TypesError::Envelope(what.clone()) }
+        (ScoredEntry::Bad(what), _) => {
+            DeliveryBody::Bad { rollout: beside, error: TypesError::Envelope(what.clone()) }
         }
-        ScoredEntry::Abandoned { prompt, group_size, reason } => {
+        (ScoredEntry::Abandoned { prompt, group_size, reason }, Some(rollout)) => {
             let (prompt, group_size, reason) = (*prompt, *group_size, reason.clone());
             DeliveryBody::Abandoned { rollout, prompt, group_size, reason }
         }
+        (ScoredEntry::Abandoned { .. }, None) => DeliveryBody::Bad {
+            rollout: None,
+            error: TypesError::Envelope("an abandoned rollout without its id".into()),
+        },
     }
-}
-
-/// An entry whose rollout id does not even parse.
-pub(crate) fn nameless() -> DeliveryBody {
-    DeliveryBody::Bad { rollout: None, error: TypesError::Envelope("an entry without a rollout id".into()) }
-}
-
-fn other_rollout(expected: RolloutId, got: RolloutId) -> TypesError {
-    let what = "rollout id of a payload";
-    TypesError::Mismatch { what, expected: expected.to_string(), got: got.to_string() }
 }
 
 /// Consumer name of the learner of an epoch.

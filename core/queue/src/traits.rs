@@ -198,7 +198,8 @@ pub enum DeliveryBody {
     Scored(Box<ScoredRollout>),
     /// A payload that failed its checks: journalled as invalid, acknowledged and counted.
     Bad {
-        /// Rollout id as the sender gave it outside the payload, if it parses.
+        /// Rollout id as it stands beside the payload. `None` only if that is damaged too: then nobody knows which group waits
+        /// for it.
         rollout: Option<RolloutId>,
         /// What is wrong with it.
         error: TypesError,

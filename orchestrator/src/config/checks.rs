@@ -103,16 +103,13 @@ fn sections(config: &RunConfig, checks: &mut Checks<'_>) {
         checks.note(&key, message, None);
     }
     let group_size = config.prompts.group_size;
-    for (key, min_valid) in
-        [("learner.min_valid", config.learner.min_valid), ("reward.min_valid", config.reward.min_valid)]
-    {
-        checks.require(
-            min_valid <= group_size,
-            key,
-            format!("is {min_valid}, must be at most prompts.group_size ({group_size})"),
-            None,
-        );
-    }
+    let min_valid = config.learner.min_valid;
+    checks.require(
+        min_valid <= group_size,
+        "learner.min_valid",
+        format!("is {min_valid}, must be at most prompts.group_size ({group_size})"),
+        None,
+    );
 }
 
 /// What the prompt pool is built for.

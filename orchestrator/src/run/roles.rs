@@ -125,7 +125,6 @@ pub async fn learner(
         SampleLog::new(&run_dir.join(names::ROLLOUTS), log.rollouts_per_step, log.rollouts_file_bytes);
     let mut learner = config.learner.clone();
     learner.threads = threads;
-    learner.min_valid = learner.min_valid.max(config.reward.min_valid);
     let deps = LearnerDeps {
         queue: TappedQueue::new(links.queue, samples),
         store: links.store,

@@ -365,7 +365,7 @@ impl State {
         ids.extend(self.scored.take_new(&owner, max - ids.len(), now));
         let open = |id: u64| {
             let (rollout, entry) = &self.scored.get(id)?.item;
-            Some(Delivery { id: id.to_string(), body: payload::open_scored(entry, *rollout) })
+            Some(Delivery { id: id.to_string(), body: payload::open_scored(entry, Some(*rollout)) })
         };
         Ok(ids.into_iter().filter_map(open).collect())
     }

@@ -267,7 +267,7 @@ impl RedisQueue {
                         if let ScoredEntry::Bad(reason) = &entry {
                             self.dead_letter("rollouts", beside, reason).await?;
                         }
-                        self.replace(&id, beside, &entry).await?;
+                        self.replace(&id, beside, &entry, false).await?;
                     }
                 }
             }
@@ -277,12 +277,13 @@ impl RedisQueue {
         }
     }
 
-    /// Moves an entry from `rollouts` to `scored`.
+    /// Moves an entry from `rollouts` to `scored`; one that was `leased` must be `rollout`'s.
     async fn replace(
         &self,
         id: &str,
         rollout: Option<RolloutId>,
         entry: &ScoredEntry,
+        leased: bool,
     ) -> Result<(), QueueError> {
         let mut call = self.prepare(&SCRIPTS.forward, &["rollouts", "scored", "bytes"]);
         call.arg(id).arg(rollout.map_or(String::new(), |rollout| rollout.0.to_string()));
@@ -291,6 +292,7 @@ impl RedisQueue {
             ScoredEntry::Bad(reason) => call.arg("bad").arg(reason),
             ScoredEntry::Abandoned { prompt, .. } => call.arg("ab").arg(prompt.to_string()),
         };
+        call.arg(u8::from(leased));
         self.send(&call, entry.bytes(), "forwarding a rollout").await.map(|_: u64| ()).map_err(|failure| {
             match (failure.code(), rollout) {
                 ("MISMATCH", Some(rollout)) => payload::wrong_lease(id, rollout),
@@ -339,11 +341,8 @@ impl RedisQueue {
         };
         let fresh = lock(&self.learner).arrived(next, entries);
         let deliveries = fresh.into_iter().map(|(id, mut fields)| {
-            let body = match fields.rollout() {
-                Some(rollout) => payload::open_scored(&fields.scored(), rollout),
-                None => payload::nameless(),
-            };
-            Delivery { id, body }
+            let beside = fields.rollout();
+            Delivery { id, body: payload::open_scored(&fields.scored(), beside) }
         });
         Ok((control_of(&control) == RunControl::Finished, deliveries.collect()))
     }
@@ -489,7 +488,7 @@ impl RolloutQueue for RedisQueue {
         if !is_entry_id(lease) {
             return Ok(());
         }
-        self.replace(lease, Some(scored.rollout.id), &entry).await
+        self.replace(lease, Some(scored.rollout.id), &entry, true).await
     }
 
     async fn acquire_learner(&self, holder: &str, floor: u64) -> Result<Option<u64>, QueueError> {

@@ -81,6 +81,17 @@ async fn forgotten_scripts_are_loaded_again() {
 
 /// Replaces the only entry of a stream by a copy with one bit of its payload flipped.
 async fn flip(bench: &RedisBench, stream: &str) {
+    damage(bench, stream, |name, value| {
+        if name == b"d" {
+            let middle = value.len() / 2;
+            value[middle] ^= 4;
+        }
+    })
+    .await;
+}
+
+/// Replaces the only entry of a stream by a copy with damaged fields.
+async fn damage(bench: &RedisBench, stream: &str, harm: impl Fn(&[u8], &mut Vec<u8>)) {
     let key = bench.key(stream);
     let entries: Vec<(String, Vec<Vec<u8>>)> = bench.ask(&["XRANGE", &key, "-", "+"]).await;
     let [(id, fields)] = &entries[..] else { panic!("{} entries", entries.len()) };
@@ -89,13 +100,43 @@ async fn flip(bench: &RedisBench, stream: &str) {
     add.arg(&key).arg("*");
     for pair in fields.chunks(2) {
         let mut value = pair[1].clone();
-        if pair[0] == b"d" {
-            let middle = value.len() / 2;
-            value[middle] ^= 4;
-        }
+        harm(&pair[0], &mut value);
         add.arg(&pair[0]).arg(value);
     }
     let _: String = add.query_async(&mut bench.raw.clone()).await.expect("XADD");
+}
+
+#[tokio::test]
+async fn a_damaged_id_is_read_from_the_payload() {
+    let Some(bench) = bench().await else { return };
+    let queue = &bench.queue;
+    let epoch = queue.acquire_learner("learner", 0).await.unwrap().unwrap();
+    // Another number, and none at all.
+    for (k, rid) in [(0, &b"77"[..]), (1, &b"x"[..])] {
+        let id = task(1, 4).id.rollout(k);
+        let harm = |name: &[u8], value: &mut Vec<u8>| {
+            if name == b"rid" {
+                *value = rid.to_vec();
+            }
+        };
+        queue.put_scored(&scored(rollout(&task(1, 4), k), 1.0)).await.unwrap();
+        damage(&bench, "scored", harm).await;
+        let got = queue.fetch_scored(epoch, 9, NOW).await.unwrap();
+        let DeliveryBody::Scored(sound) = &got[0].body else { panic!("{got:?}") };
+        assert_eq!((sound.rollout.id, sound.reward.reward()), (id, Some(1.0)));
+        queue.ack_scored(epoch, &[got[0].id.clone()]).await.unwrap();
+
+        let id = task(1, 4).id.rollout(k + 2);
+        queue.put_rollout(&rollout(&task(1, 4), k + 2)).await.unwrap();
+        damage(&bench, "rollouts", harm).await;
+        assert!(queue.lease_rollouts("reward-0", 1, NOW).await.unwrap().is_empty());
+        let got = queue.fetch_scored(epoch, 9, NOW).await.unwrap();
+        let DeliveryBody::Scored(unscored) = &got[0].body else { panic!("{got:?}") };
+        assert_eq!((unscored.rollout.id, unscored.reward.reward()), (id, None));
+        queue.ack_scored(epoch, &[got[0].id.clone()]).await.unwrap();
+    }
+    let counts = queue.counts().await.unwrap();
+    assert_eq!((counts.delivered, counts.acked, counts.rollouts, counts.scored), (4, 4, 0, 0));
 }
 
 #[tokio::test]
