@@ -138,9 +138,39 @@ fn a_run_trains_reports_and_refuses_to_be_overwritten() {
     }
     assert!(std::fs::read_dir(run.join("rollouts")).unwrap().count() >= 1);
     refused(&["run", &config], &["already holds a run", "--resume"]);
+    replays_or_says_where_not(&run);
     let status = freewheel(&["status", run.to_str().unwrap(), "--json"]);
     let status: serde_json::Value = serde_json::from_slice(&status.stdout).unwrap();
     assert_eq!((&status["state"], &status["metrics"]["step"]), (&"finished".into(), &2.into()));
+}
+
+/// The updates of a run of two steps come out the same again, and another learning rate shows at the first.
+fn replays_or_says_where_not(run: &Path) {
+    let folder = run.to_str().unwrap();
+    let replay = |more: &[&str]| {
+        let output = freewheel(&[&["replay", folder, "--json"], more].concat());
+        let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        (output.status.code(), value, stderr(&output))
+    };
+    let (code, value, text) = replay(&[]);
+    assert_eq!(
+        (code, &value["same"], &value["from_step"], &value["step"]),
+        (Some(0), &true.into(), &0.into(), &2.into()),
+        "{text}"
+    );
+    let (code, first, text) = replay(&["--step", "1", "--threads", "1"]);
+    assert_eq!((code, &first["steps"], &first["step"]), (Some(0), &1.into(), &1.into()), "{text}");
+    assert_ne!(first["weights"], value["weights"]);
+    refused(&["replay", folder, "--step", "9"], &["has no step 9, its journal ends at 2"]);
+    let config = run.join("config.toml");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let other = text.replacen("learning_rate = 0.001", "learning_rate = 0.002", 1);
+    assert_ne!(text, other, "{text}");
+    std::fs::write(&config, other).unwrap();
+    let (code, value, message) = replay(&[]);
+    assert_eq!((code, &value["same"], &value["step"]), (Some(1), &false.into(), &1.into()), "{message}");
+    assert!(message.contains("step 1: replay gives weights"), "{message}");
+    std::fs::write(&config, text).unwrap();
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod generate;
 mod logprobs;
 mod model;
 mod models;
+mod replay;
 mod run;
 mod score;
 pub mod sft;
@@ -50,6 +51,7 @@ enum Command {
     Status(status::StatusArgs),
     Stop(status::StopArgs),
     Report(status::ReportArgs),
+    Replay(replay::ReplayArgs),
     Sft(sft::SftArgs),
     Eval(eval::EvalArgs),
     Generate(generate::GenerateArgs),
@@ -93,6 +95,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => args.run(),
         Command::Stop(args) => args.run(),
         Command::Report(args) => args.run(),
+        Command::Replay(args) => args.run(),
         Command::Sft(args) => args.run(),
         Command::Eval(args) => args.run(),
         Command::InitModel(args) => args.run(),
