@@ -33,6 +33,9 @@ fn root() -> PathBuf {
 fn check() -> anyhow::Result<()> {
     cargo(&["fmt", "--all", "--check"], &[])?;
     cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])?;
+    // Off by default, and built without a toolkit.
+    cargo(&["clippy", "--package", "freewheel", "--features", "cuda", "--", "-D", "warnings"], &[])?;
+    cargo(&["clippy", "--package", "freewheel", "--no-default-features", "--", "-D", "warnings"], &[])?;
     cargo(&["test", "--workspace"], &[])?;
     cargo(&["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")])?;
     reference(true)

@@ -11,6 +11,7 @@
 //!   gemm     x·Wᵀ with a packed weight (f32: one FMA chain; bf16: the AMX tile order)
 //!   norm rope attention activation softmax router optim convert     one file an operation, forward and backward
 //!   measure  what the machine reaches: bytes/s, flop/s
+//!   gpu      which GPUs there are (feature `cuda`; nothing runs on them yet)
 //! ```
 //!
 //! Conventions: T packed tokens, D model width, H heads, F expert hidden width, E experts, K experts per token, V
@@ -22,6 +23,7 @@ pub mod activation;
 pub mod attention;
 pub mod convert;
 pub mod gemm;
+pub mod gpu;
 mod isa;
 mod math;
 pub mod measure;

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use freewheel_kernels::gpu::{self, Gpus};
 use freewheel_kernels::measure;
 use freewheel_queue::Backend;
 use freewheel_queue::redis::managed::ManagedServer;
@@ -94,7 +95,7 @@ fn machine(found: &mut Findings, measured: bool) {
             .warnings
             .push("no vector instructions that the kernels know: expect a tenth of the speed or less".into());
     }
-    found.facts.insert("gpu".into(), json!("not used by this build"));
+    graphics(found);
     for (name, key) in [("memory_bytes", "MemTotal:"), ("memory_available_bytes", "MemAvailable:")] {
         if let Some(value) = memory(key) {
             found.facts.insert(name.into(), json!(value));
@@ -108,6 +109,33 @@ fn machine(found: &mut Findings, measured: bool) {
         let peak = measure::peak_flops(&threads, freewheel_kernels::Precision::Bf16);
         found.facts.insert("bf16_gflop_per_s".into(), json!((peak / 1e9).round()));
     }
+}
+
+fn graphics(found: &mut Findings) {
+    let (driver, gpus) = match gpu::find() {
+        Gpus::NotBuilt => {
+            found.facts.insert("gpu".into(), json!("not looked for: built without the `cuda` feature"));
+            return;
+        }
+        Gpus::NoDriver => {
+            found.facts.insert("gpu".into(), json!("none: there is no NVIDIA driver library"));
+            return;
+        }
+        Gpus::Refused(why) => {
+            found.facts.insert("gpu".into(), json!("none"));
+            found.warnings.push(format!("the NVIDIA driver is there and refuses: {why}"));
+            return;
+        }
+        Gpus::Found { driver, gpus } => (driver, gpus),
+    };
+    found.facts.insert("gpu_driver".into(), json!(format!("CUDA {}.{}", driver.0, driver.1)));
+    for (index, gpu) in gpus.iter().enumerate() {
+        let (major, minor) = gpu.compute_capability;
+        let shown = format!("{}, {}, compute capability {major}.{minor}", gpu.name, bytes(gpu.memory_bytes));
+        found.facts.insert(format!("gpu_{index}"), json!(shown));
+    }
+    let used = if gpus.is_empty() { "none" } else { "not used yet: all kernels run on the processor" };
+    found.facts.insert("gpu".into(), json!(used));
 }
 
 fn memory(key: &str) -> Option<u64> {
