@@ -9,39 +9,36 @@
 //!
 //! The training thread is never waited for by the queue side and waits for nothing but rollouts. An error of any part ends all.
 
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+mod control;
+mod parts;
+mod thread;
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
 use std::sync::mpsc as std_mpsc;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use freewheel_kernels::Threads;
-use freewheel_model::{LoadedModel, ModelSpec, Params, SaveOptions};
+use freewheel_model::{LoadedModel, ModelSpec};
 use freewheel_queue::{PolicyStore, QueueError, RolloutQueue, RunControl};
-use freewheel_types::{Accounting, Digest, GroupOutcome, PolicyVersion};
-use serde_json::{Map, Value, json};
-use tokio::sync::{mpsc, oneshot, watch};
+use freewheel_types::{Accounting, Digest, PolicyVersion};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+pub use parts::{RunShape, replay};
+
 use crate::LearnerError;
-use crate::assembly::{Arrival, Ledger};
-use crate::checkpoint::{Checkpoints, ModelWriter};
+use crate::assembly::Ledger;
+use crate::checkpoint::Checkpoints;
 use crate::config::LearnerConfig;
-use crate::consumed::IdSet;
-use crate::core::{
-    CurriculumSource, Learner, LearnerParts, Recovery, Replayed, SharedJournal, checkpoint_dir,
-};
+use crate::core::{CurriculumSource, LearnerParts, Recovery, checkpoint_dir};
 use crate::disk::{Disk, SystemDisk};
-use crate::intake::{Door, Intake, Reading};
-use crate::journal::Position;
-use crate::metrics::{MetricsSink, NoMetrics};
-use crate::policy::Policy;
-use crate::publish::{Publisher, Slot, Snapshot};
-use crate::report::StepReport;
-use crate::sft::threads;
-use crate::trainer::PolicyTrainer;
-use crate::transformer::TransformerTrainer;
+use crate::metrics::MetricsSink;
+use crate::publish::Publisher;
+use control::Control;
+use parts::parts;
+use thread::Wires;
 
 /// What the learner needs from outside.
 pub struct LearnerDeps {
@@ -134,73 +131,6 @@ pub async fn run(
     run_with(Box::new(build), outside, shutdown).await
 }
 
-fn frozen(model: &LoadedModel, threads: Threads) -> Box<dyn PolicyTrainer> {
-    Box::new(TransformerTrainer::new(&model.model, &model.params, threads))
-}
-
-/// Writes checkpoints that every tool of the field can load.
-struct HuggingFaceWriter {
-    model: LoadedModel,
-    disk: Arc<dyn Disk>,
-}
-
-impl ModelWriter for HuggingFaceWriter {
-    fn write(&self, dir: &Path, weights: &Params) -> Result<(), LearnerError> {
-        let sink = &mut |name: &str, pieces: &[&[u8]]| {
-            self.disk
-                .write(&dir.join(name), &mut |out| pieces.iter().try_for_each(|piece| out.write_all(piece)))
-        };
-        freewheel_model::save_into(&self.model, weights, &SaveOptions::default(), sink)
-            .map_err(LearnerError::disk(dir, "write the model"))
-    }
-}
-
-/// The parts of a learner that trains the transformer of `model`.
-fn parts(config: LearnerConfig, model: LoadedModel, run_dir: PathBuf, disk: Arc<dyn Disk>) -> LearnerParts {
-    let threads = threads(config.threads);
-    let reference = (config.loss.kl_coef > 0.0).then(|| frozen(&model, threads.clone()));
-    let trainer = TransformerTrainer::new(&model.model, &model.params, threads.clone());
-    LearnerParts {
-        policy: Policy::new(Box::new(trainer), model.params.clone(), config.optimizer(), threads),
-        config,
-        reference,
-        group_size: 1,
-        max_new_tokens: model.model.spec().max_positions as u64,
-        tokenizer: model.tokenizer.digest(),
-        run_dir,
-        writer: Box::new(HuggingFaceWriter { model, disk: disk.clone() }),
-        disk,
-        curriculum: None,
-        metrics: Arc::new(NoMetrics),
-    }
-}
-
-/// Repeats the updates of the run in `run_dir` from its journal and compares the weights after each with those journalled; up to
-/// step `until`, from the newest checkpoint before it, or all of them from the initial weights. Writes nothing.
-///
-/// # Errors
-/// [`LearnerError::ReplayMismatch`] at the first step that differs.
-pub fn replay(
-    config: LearnerConfig,
-    model: LoadedModel,
-    run_dir: &Path,
-    shape: RunShape,
-    until: Option<u64>,
-) -> Result<Replayed, LearnerError> {
-    let mut parts = parts(config, model, run_dir.to_owned(), Arc::new(SystemDisk));
-    (parts.group_size, parts.max_new_tokens) = (shape.group_size, shape.max_new_tokens);
-    Learner::repeat_run(parts, until)
-}
-
-/// What of a run's config the learner needs besides its own section.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RunShape {
-    /// Rollouts in a group.
-    pub group_size: u32,
-    /// Longest completion the run allows, tokens.
-    pub max_new_tokens: u64,
-}
-
 /// What surrounds the training thread, whatever trains in it.
 pub(crate) struct Outside {
     pub queue: Arc<dyn RolloutQueue>,
@@ -218,39 +148,6 @@ pub(crate) struct Outside {
 }
 
 pub(crate) type Build = Box<dyn FnOnce() -> LearnerParts + Send>;
-
-/// What the training thread says.
-enum Event {
-    Recovered(Box<Recovered>),
-    Step(Box<StepReport>, Vec<GroupOutcome>),
-    Outcomes(Vec<GroupOutcome>),
-    Ended(Result<Box<Ended>, LearnerError>),
-}
-
-struct Recovered {
-    recovery: Recovery,
-    version: PolicyVersion,
-    seen: IdSet,
-    ledger: Ledger,
-    journal: SharedJournal,
-    outcomes: Vec<GroupOutcome>,
-}
-
-struct Ended {
-    version: PolicyVersion,
-    weights: String,
-    ledger: Ledger,
-    finished: bool,
-}
-
-/// The training thread's ends of the channels.
-struct Wires {
-    events: mpsc::UnboundedSender<Event>,
-    inbox: std_mpsc::Receiver<(Position, Arrival)>,
-    slot: Slot,
-    stop: CancellationToken,
-    step: Arc<AtomicU64>,
-}
 
 pub(crate) async fn run_with(
     build: Build,
@@ -272,7 +169,7 @@ pub(crate) async fn run_with(
     let wires = Wires { events: events_in, inbox, slot, stop: stop.clone(), step: step.clone() };
     let thread = std::thread::Builder::new()
         .name("learner".into())
-        .spawn(move || train(build, checkpoints, epoch, wires))
+        .spawn(move || thread::train(build, checkpoints, epoch, wires))
         .map_err(LearnerError::disk(&outside.run_dir, "start the training thread"))?;
     let stats = Arc::new(Mutex::new(None));
     let mut tasks = JoinSet::new();
@@ -389,257 +286,4 @@ async fn renew(
             Err(error) => return Err(error.into()),
         }
     }
-}
-
-/// The asynchronous side's own loop.
-struct Control {
-    outside: Outside,
-    epoch: u64,
-    step: Arc<AtomicU64>,
-    stats: Arc<Mutex<Option<crate::publish::PublishStats>>>,
-    stop: CancellationToken,
-    shutdown: CancellationToken,
-    inbox: Option<std_mpsc::Sender<(Position, Arrival)>>,
-    readings: Option<mpsc::UnboundedSender<oneshot::Sender<Reading>>>,
-    last: Option<Accounting>,
-}
-
-impl Control {
-    async fn run(
-        &mut self,
-        mut events: mpsc::UnboundedReceiver<Event>,
-        tasks: &mut JoinSet<Result<(), LearnerError>>,
-    ) -> Result<LearnerSummary, LearnerError> {
-        let started = Instant::now();
-        let mut poll = tokio::time::interval(Duration::from_millis(200));
-        let mut why = LearnerEnd::StepsDone;
-        let mut recovery = Recovery::default();
-        let shutdown = self.shutdown.clone();
-        loop {
-            tokio::select! {
-                event = events.recv() => match event.expect("the training thread says when it ends") {
-                    Event::Recovered(recovered) => {
-                        recovery = recovered.recovery.clone();
-                        self.recovered(*recovered, tasks).await?;
-                    }
-                    Event::Step(report, outcomes) => self.step(*report, outcomes).await?,
-                    Event::Outcomes(outcomes) => self.report(&outcomes).await?,
-                    Event::Ended(ended) => {
-                        let ended = ended?;
-                        let end = if ended.finished { LearnerEnd::StepsDone } else { why };
-                        let Ended { version, weights, ledger, .. } = *ended;
-                        return Ok(LearnerSummary { version, weights, ledger, accounting: self.last, recovery, end });
-                    }
-                },
-                Some(ended) = tasks.join_next() => {
-                    ended.expect("no task panics")?;
-                }
-                () = shutdown.cancelled(), if !self.stop.is_cancelled() => {
-                    why = LearnerEnd::Shutdown;
-                    self.stop.cancel();
-                }
-                _ = poll.tick(), if !self.stop.is_cancelled() => {
-                    if self.outside.time_limit.is_some_and(|limit| started.elapsed() >= limit) {
-                        why = LearnerEnd::TimeLimit;
-                        self.stop.cancel();
-                    } else if matches!(self.outside.queue.control().await, Ok(RunControl::Drain | RunControl::Finished)) {
-                        why = LearnerEnd::Drained;
-                        self.stop.cancel();
-                    }
-                }
-            }
-        }
-    }
-
-    /// The training thread is where the last learner was: tell everyone, open the door.
-    async fn recovered(
-        &mut self,
-        recovered: Recovered,
-        tasks: &mut JoinSet<Result<(), LearnerError>>,
-    ) -> Result<(), LearnerError> {
-        let version = recovered.version;
-        tracing::info!(%version, ?recovered.recovery, "learner is ready");
-        self.retry("report progress", || self.outside.queue.set_progress(self.epoch, version)).await?;
-        self.report(&recovered.outcomes).await?;
-        let (ask, readings) = mpsc::unbounded_channel();
-        self.readings = Some(ask);
-        let intake = Intake {
-            queue: self.outside.queue.clone(),
-            epoch: self.epoch,
-            door: Door::new(&self.outside.spec, version, self.step.clone()),
-            journal: recovered.journal,
-            seen: recovered.seen,
-            received: recovered.ledger.received,
-            inbox: self.inbox.take().expect("recovery happens once"),
-            readings,
-            stop: self.stop.clone(),
-        };
-        tasks.spawn(intake.run());
-        Ok(())
-    }
-
-    async fn step(&mut self, report: StepReport, outcomes: Vec<GroupOutcome>) -> Result<(), LearnerError> {
-        // Progress first: a task issued because a slot came free is to be sampled by the new weights.
-        let version = report.version;
-        self.retry("report progress", || self.outside.queue.set_progress(self.epoch, version)).await?;
-        self.report(&outcomes).await?;
-        let mut line = report.line;
-        if let Some(stats) = *self.stats.lock().expect("no holder of the lock panics") {
-            stats.write(&mut line);
-        }
-        if let Some(reading) = self.reading().await {
-            self.last = Some(account(&reading, &report.ledger));
-            write_accounting(&mut line, &reading, self.last.as_ref().expect("just set"));
-        }
-        self.outside.metrics.step(&line);
-        Ok(())
-    }
-
-    async fn report(&self, outcomes: &[GroupOutcome]) -> Result<(), LearnerError> {
-        for outcome in outcomes {
-            self.retry("report an outcome", || self.outside.queue.report(self.epoch, outcome)).await?;
-        }
-        Ok(())
-    }
-
-    async fn reading(&self) -> Option<Reading> {
-        let (reply, answer) = oneshot::channel();
-        self.readings.as_ref()?.send(reply).ok()?;
-        answer.await.ok()
-    }
-
-    /// Repeats a call while the queue is away. Refused by a newer epoch, it is an error.
-    async fn retry<F, R>(&self, what: &'static str, call: F) -> Result<(), LearnerError>
-    where
-        F: Fn() -> R,
-        R: Future<Output = Result<(), QueueError>>,
-    {
-        let mut pause = Duration::from_millis(50);
-        loop {
-            match call().await {
-                Ok(()) => return Ok(()),
-                Err(error @ (QueueError::Unavailable { .. } | QueueError::DataLost { .. })) => {
-                    tracing::warn!(%error, what, "queue is away");
-                    tokio::select! {
-                        () = self.shutdown.cancelled() => return Ok(()),
-                        () = tokio::time::sleep(pause) => pause = (2 * pause).min(Duration::from_secs(5)),
-                    }
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-}
-
-/// Where every rollout is, at one moment.
-fn account(reading: &Reading, ledger: &Ledger) -> Accounting {
-    let counts = &reading.counts;
-    // What the door let in and the training thread has not settled is held here.
-    let held = reading.received - ledger.trained - ledger.dropped.total();
-    Accounting {
-        issued: counts.issued,
-        trained: ledger.trained,
-        dropped: ledger.dropped,
-        queued: counts.rollouts + counts.scored + held,
-        in_flight: counts.issued.saturating_sub(counts.delivered),
-    }
-}
-
-fn write_accounting(line: &mut Map<String, Value>, reading: &Reading, accounting: &Accounting) {
-    line.insert("queue/depth".into(), json!(reading.counts.rollouts + reading.counts.scored));
-    line.insert("queue/bytes".into(), json!(reading.counts.bytes));
-    line.insert("queue/duplicates".into(), json!(reading.duplicates));
-    line.insert("accounting/issued".into(), json!(accounting.issued));
-    line.insert("accounting/trained".into(), json!(accounting.trained));
-    for reason in freewheel_types::DropReason::ALL {
-        line.insert(format!("accounting/dropped_{}", reason.name()), json!(accounting.dropped.get(reason)));
-    }
-    line.insert("accounting/queued".into(), json!(accounting.queued));
-    line.insert("accounting/in_flight".into(), json!(accounting.in_flight));
-    line.insert("accounting/imbalance".into(), json!(accounting.imbalance()));
-    if accounting.imbalance() != 0 {
-        tracing::error!(
-            ?accounting,
-            imbalance = accounting.imbalance(),
-            "rollouts are missing or counted twice"
-        );
-    }
-}
-
-/// The training thread.
-fn train(build: Build, checkpoints: Checkpoints, epoch: u64, wires: Wires) {
-    let result = train_to_end(build, checkpoints, epoch, &wires);
-    wires.events.send(Event::Ended(result.map(Box::new))).ok();
-}
-
-fn train_to_end(
-    build: Build,
-    checkpoints: Checkpoints,
-    epoch: u64,
-    wires: &Wires,
-) -> Result<Ended, LearnerError> {
-    let (mut learner, recovery) = Learner::recover(build(), checkpoints, epoch)?;
-    let publish_every = learner.config().publish_every;
-    wires.step.store(learner.policy().step(), Ordering::Release);
-    publish(&learner, wires);
-    let recovered = Recovered {
-        recovery,
-        version: learner.policy().version(),
-        seen: learner.seen().clone(),
-        ledger: *learner.ledger(),
-        journal: learner.journal(),
-        outcomes: learner.take_outcomes(),
-    };
-    wires.events.send(Event::Recovered(Box::new(recovered))).ok();
-    while !learner.finished() && !wires.stop.is_cancelled() {
-        take_arrivals(&mut learner, wires);
-        let Some(report) = learner.try_step()? else {
-            send_outcomes(&mut learner, wires);
-            wait(&mut learner, wires);
-            continue;
-        };
-        let step = report.version.step;
-        wires.step.store(step, Ordering::Release);
-        if step.is_multiple_of(publish_every) || learner.finished() {
-            publish(&learner, wires);
-        }
-        let outcomes = learner.take_outcomes();
-        wires.events.send(Event::Step(Box::new(report), outcomes)).ok();
-        learner.checkpoint(false)?;
-    }
-    learner.checkpoint(true)?;
-    Ok(Ended {
-        version: learner.policy().version(),
-        weights: learner.policy().digest().to_string(),
-        ledger: *learner.ledger(),
-        finished: learner.finished(),
-    })
-}
-
-fn take_arrivals(learner: &mut Learner, wires: &Wires) {
-    while let Ok((at, arrival)) = wires.inbox.try_recv() {
-        learner.accept(arrival, at);
-    }
-}
-
-/// Waits for an arrival, but looks up now and then.
-fn wait(learner: &mut Learner, wires: &Wires) {
-    let since = Instant::now();
-    if let Ok((at, arrival)) = wires.inbox.recv_timeout(Duration::from_millis(50)) {
-        learner.accept(arrival, at);
-    }
-    learner.waited(since.elapsed().as_secs_f64());
-}
-
-fn send_outcomes(learner: &mut Learner, wires: &Wires) {
-    let outcomes = learner.take_outcomes();
-    if !outcomes.is_empty() {
-        wires.events.send(Event::Outcomes(outcomes)).ok();
-    }
-}
-
-fn publish(learner: &Learner, wires: &Wires) {
-    let snapshot =
-        Snapshot { version: learner.policy().version(), params: learner.policy().weights().clone() };
-    wires.slot.send_replace(Some(Arc::new(snapshot)));
 }

@@ -1,0 +1,90 @@
+//! A learner's parts from a loaded model, for a run and for its replay.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use freewheel_kernels::Threads;
+use freewheel_model::{LoadedModel, Params, SaveOptions};
+
+use crate::LearnerError;
+use crate::checkpoint::ModelWriter;
+use crate::config::LearnerConfig;
+use crate::core::{Learner, LearnerParts, Replayed};
+use crate::disk::{Disk, SystemDisk};
+use crate::metrics::NoMetrics;
+use crate::policy::Policy;
+use crate::sft::threads;
+use crate::trainer::PolicyTrainer;
+use crate::transformer::TransformerTrainer;
+
+fn frozen(model: &LoadedModel, threads: Threads) -> Box<dyn PolicyTrainer> {
+    Box::new(TransformerTrainer::new(&model.model, &model.params, threads))
+}
+
+/// Writes checkpoints that every tool of the field can load.
+struct HuggingFaceWriter {
+    model: LoadedModel,
+    disk: Arc<dyn Disk>,
+}
+
+impl ModelWriter for HuggingFaceWriter {
+    fn write(&self, dir: &Path, weights: &Params) -> Result<(), LearnerError> {
+        let sink = &mut |name: &str, pieces: &[&[u8]]| {
+            self.disk
+                .write(&dir.join(name), &mut |out| pieces.iter().try_for_each(|piece| out.write_all(piece)))
+        };
+        freewheel_model::save_into(&self.model, weights, &SaveOptions::default(), sink)
+            .map_err(LearnerError::disk(dir, "write the model"))
+    }
+}
+
+/// The parts of a learner that trains the transformer of `model`.
+pub(super) fn parts(
+    config: LearnerConfig,
+    model: LoadedModel,
+    run_dir: PathBuf,
+    disk: Arc<dyn Disk>,
+) -> LearnerParts {
+    let threads = threads(config.threads);
+    let reference = (config.loss.kl_coef > 0.0).then(|| frozen(&model, threads.clone()));
+    let trainer = TransformerTrainer::new(&model.model, &model.params, threads.clone());
+    LearnerParts {
+        policy: Policy::new(Box::new(trainer), model.params.clone(), config.optimizer(), threads),
+        config,
+        reference,
+        group_size: 1,
+        max_new_tokens: model.model.spec().max_positions as u64,
+        tokenizer: model.tokenizer.digest(),
+        run_dir,
+        writer: Box::new(HuggingFaceWriter { model, disk: disk.clone() }),
+        disk,
+        curriculum: None,
+        metrics: Arc::new(NoMetrics),
+    }
+}
+
+/// Repeats the updates of the run in `run_dir` from its journal and compares the weights after each with those journalled; up to
+/// step `until`, from the newest checkpoint before it, or all of them from the initial weights. Writes nothing.
+///
+/// # Errors
+/// [`LearnerError::ReplayMismatch`] at the first step that differs.
+pub fn replay(
+    config: LearnerConfig,
+    model: LoadedModel,
+    run_dir: &Path,
+    shape: RunShape,
+    until: Option<u64>,
+) -> Result<Replayed, LearnerError> {
+    let mut parts = parts(config, model, run_dir.to_owned(), Arc::new(SystemDisk));
+    (parts.group_size, parts.max_new_tokens) = (shape.group_size, shape.max_new_tokens);
+    Learner::repeat_run(parts, until)
+}
+
+/// What of a run's config the learner needs besides its own section.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RunShape {
+    /// Rollouts in a group.
+    pub group_size: u32,
+    /// Longest completion the run allows, tokens.
+    pub max_new_tokens: u64,
+}
