@@ -1,21 +1,30 @@
 //! Gated activations: `out = act(gate) · up`, forward and backward; and the logistic sigmoid.
 //!
 //! Elementwise, hence batch-invariant. gelu_tanh is x·sigmoid(2u) with u = √(2/π)·(x + 0.044715·x³), which equals
-//! x/2·(1 + tanh u).
+//! x/2·(1 + tanh u). gpt-oss's clamped SwiGLU bounds gate and up, takes them alternating, and multiplies by up + 1.
 
 use crate::math::sigmoid as sigmoid_lanes;
 use crate::simd::{LANES, Lanes, simd};
 
 /// The activation of a gate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Activation {
     /// x·sigmoid(x) (Qwen, Llama, Mixtral).
     Silu,
     /// The tanh form of GELU (Gemma).
     GeluTanh,
+    /// g·sigmoid(alpha·g)·(u + 1) with g = min(gate, limit), u = up within ±limit (gpt-oss). Gate and up alternate in a
+    /// row: gate in the even columns, up in the odd ones.
+    ClampedSwiglu {
+        /// Steepness of the sigmoid, 1.702 in released models.
+        alpha: f32,
+        /// Bound of gate (above) and up (both sides), 7 in released models.
+        limit: f32,
+    },
 }
 
-/// Computes `out [T,F] = act(gate)·up` from `gate_up [T,2F]`, the gate first in each row.
+/// Computes `out [T,F] = act(gate)·up` from `gate_up [T,2F]`, the gate first in each row (but see
+/// [`Activation::ClampedSwiglu`]).
 ///
 /// # Panics
 /// When a length does not fit `width` (F).
@@ -25,6 +34,7 @@ pub fn gated(activation: Activation, gate_up: &[f32], width: usize, out: &mut [f
     match activation {
         Activation::Silu => silu_rows(gate_up, width, out),
         Activation::GeluTanh => gelu_rows(gate_up, width, out),
+        Activation::ClampedSwiglu { alpha, limit } => clamped(gate_up, alpha, limit, out),
     }
 }
 
@@ -45,6 +55,7 @@ pub fn gated_backward(
     match activation {
         Activation::Silu => silu_rows_backward(gate_up, width, dy, dgate_up),
         Activation::GeluTanh => gelu_rows_backward(gate_up, width, dy, dgate_up),
+        Activation::ClampedSwiglu { alpha, limit } => clamped_backward(gate_up, alpha, limit, dy, dgate_up),
     }
 }
 
@@ -141,13 +152,91 @@ macro_rules! rows {
 rows!(silu_rows, silu_rows_backward, silu);
 rows!(gelu_rows, gelu_rows_backward, gelu_tanh);
 
+/// Even and odd elements of up to sixteen pairs.
+#[inline(always)]
+fn unzip<S: Lanes>(pairs: &[f32]) -> (S, S) {
+    let (mut even, mut odd) = ([0.0; LANES], [0.0; LANES]);
+    for (i, pair) in pairs.chunks_exact(2).enumerate() {
+        (even[i], odd[i]) = (pair[0], pair[1]);
+    }
+    (S::load(&even), S::load(&odd))
+}
+
+/// The inverse of [`unzip`].
+#[inline(always)]
+fn zip<S: Lanes>(even: S, odd: S, pairs: &mut [f32]) {
+    let (even, odd) = (even.to_array(), odd.to_array());
+    for (i, pair) in pairs.chunks_exact_mut(2).enumerate() {
+        (pair[0], pair[1]) = (even[i], odd[i]);
+    }
+}
+
+/// Gate and up within their bounds. A NaN passes through `min` and `max` where it stands second.
+#[inline(always)]
+fn clamp<S: Lanes>(gate: S, up: S, limit: f32) -> (S, S) {
+    let above = S::splat(limit);
+    (above.min(gate), S::splat(-limit).max(above.min(up)))
+}
+
+simd! {
+    fn clamped<S>(gate_up: &[f32], alpha: f32, limit: f32, out: &mut [f32]) {
+        for (pairs, out) in gate_up.chunks(2 * LANES).zip(out.chunks_mut(LANES)) {
+            let (gate, up) = unzip::<S>(pairs);
+            let (gate, up) = clamp(gate, up, limit);
+            let glu = gate.mul(sigmoid_lanes(gate.mul(S::splat(alpha))));
+            glu.mul(up.add(S::splat(1.0))).write(out);
+        }
+    }
+}
+
+simd! {
+    /// A value at its bound still has a gradient, as in torch.
+    fn clamped_backward<S>(gate_up: &[f32], alpha: f32, limit: f32, dy: &[f32], dgate_up: &mut [f32]) {
+        let (one, zero) = (S::splat(1.0), S::splat(0.0));
+        let inputs = gate_up.chunks(2 * LANES).zip(dy.chunks(LANES));
+        for ((pairs, dy), dpairs) in inputs.zip(dgate_up.chunks_mut(2 * LANES)) {
+            let (raw_gate, raw_up) = unzip::<S>(pairs);
+            let (gate, up) = clamp(raw_gate, raw_up, limit);
+            let dy = S::read(dy, 0.0);
+            let steep = gate.mul(S::splat(alpha));
+            let s = sigmoid_lanes(steep);
+            let slope = s.mul(steep.fma(one.sub(s), one));
+            let dgate = dy.mul(up.add(one)).mul(slope);
+            let dup = dy.mul(gate.mul(s));
+            let dgate = S::splat(limit).select_lt(raw_gate, zero, dgate);
+            let dup = S::splat(limit).select_lt(raw_up, zero, raw_up.select_lt(S::splat(-limit), zero, dup));
+            zip(dgate, dup, dpairs);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::*;
 
+    const ALL: [Activation; 3] =
+        [Activation::Silu, Activation::GeluTanh, Activation::ClampedSwiglu { alpha: 1.702, limit: 3.0 }];
+
+    /// Columns of the gate and the up of output `i`.
+    fn columns(activation: Activation, i: usize, width: usize) -> (usize, usize) {
+        if matches!(activation, Activation::ClampedSwiglu { .. }) { (2 * i, 2 * i + 1) } else { (i, width + i) }
+    }
+
+    fn gated_one(activation: Activation, gate: f64, up: f64) -> f64 {
+        match activation {
+            Activation::ClampedSwiglu { alpha, limit } => {
+                let limit = f64::from(limit);
+                let (g, u) = (gate.min(limit), up.clamp(-limit, limit));
+                g / (1.0 + (-f64::from(alpha) * g).exp()) * (u + 1.0)
+            }
+            plain => act_f64(plain, gate) * up,
+        }
+    }
+
     fn act_f64(activation: Activation, x: f64) -> f64 {
         match activation {
+            Activation::ClampedSwiglu { .. } => unreachable!("not a function of the gate alone"),
             Activation::Silu => x / (1.0 + (-x).exp()),
             Activation::GeluTanh => {
                 let u = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x);
@@ -158,13 +247,17 @@ mod tests {
 
     fn gated_f64(activation: Activation, gate_up: &[f64], width: usize) -> Vec<f64> {
         let rows = gate_up.chunks(2 * width);
-        rows.flat_map(|row| (0..width).map(|i| act_f64(activation, row[i]) * row[width + i])).collect()
+        let one = |row: &[f64], i| {
+            let (gate, up) = columns(activation, i, width);
+            gated_one(activation, row[gate], row[up])
+        };
+        rows.flat_map(|row| (0..width).map(move |i| one(row, i))).collect()
     }
 
     #[test]
     fn forward_and_backward_at_every_width() {
         let mut random = Random(1);
-        for activation in [Activation::Silu, Activation::GeluTanh] {
+        for activation in ALL {
             for width in 1..=50 {
                 let gate_up: Vec<f32> = random.vec(4 * width).iter().map(|x| 6.0 * x).collect();
                 let dy = random.vec(2 * width);
@@ -191,7 +284,7 @@ mod tests {
     #[test]
     fn awkward_values_agree() {
         let mut random = Random(2);
-        for activation in [Activation::Silu, Activation::GeluTanh] {
+        for activation in ALL {
             let gate_up = awkward_vec(&mut random, 2 * 61);
             let dy = random.vec(61);
             let out = assert_all_agree("gated", || {
@@ -202,10 +295,25 @@ mod tests {
                 out
             });
             for i in 0..61 {
-                let nan = gate_up[i].is_nan() || gate_up[61 + i].is_nan();
+                let (gate, up) = columns(activation, i, 61);
+                let nan = gate_up[gate].is_nan() || gate_up[up].is_nan();
                 assert!(!nan || out[i].is_nan(), "a NaN at {i} shows");
             }
         }
+    }
+
+    #[test]
+    fn clamping_stops_values_and_gradients() {
+        let activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
+        // Gate above, up above, up below; then both at their bounds.
+        let gate_up = [9.0, 1.0, 2.0, 8.0, 2.0, -8.0, 7.0, 7.0];
+        let (mut out, mut d) = ([0.0; 4], [f32::NAN; 8]);
+        gated(activation, &gate_up, 4, &mut out);
+        gated_backward(activation, &gate_up, 4, &[1.0; 4], &mut d);
+        let glu = |g: f64| g / (1.0 + (-1.702 * g).exp());
+        assert_close(&out, &[glu(7.0) * 2.0, glu(2.0) * 8.0, glu(2.0) * -6.0, glu(7.0) * 8.0], 1e-6, "out");
+        assert_eq!([d[0], d[3], d[5]], [0.0; 3], "clamped inputs have no gradient");
+        assert!([d[1], d[2], d[4], d[6], d[7]].iter().all(|d| *d != 0.0), "{d:?}");
     }
 
     #[test]

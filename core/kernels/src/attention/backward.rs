@@ -290,7 +290,7 @@ fn queries<S: Lanes, const N: usize>(
 
 /// Σ a·b: sixteen lanes, then a fixed tree.
 #[inline(always)]
-fn dot<S: Lanes>(a: &[f32], b: &[f32]) -> f32 {
+pub(super) fn dot<S: Lanes>(a: &[f32], b: &[f32]) -> f32 {
     let mut sum = S::splat(0.0);
     for (a, b) in a.chunks(LANES).zip(b.chunks(LANES)) {
         sum = S::read(a, 0.0).fma(S::read(b, 0.0), sum);

@@ -15,11 +15,13 @@
 
 mod backward;
 mod forward;
+mod sinks;
 #[cfg(test)]
 mod tests;
 
 pub use backward::attention_backward;
 pub use forward::attention;
+pub use sinks::{add_sinks, sinks_backward};
 
 use std::ops::Range;
 

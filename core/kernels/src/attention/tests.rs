@@ -18,6 +18,16 @@ fn shape(heads: usize, kv_heads: usize, head_dim: usize, mask: AttentionMask) ->
 
 /// Attention in f64 over one sequence that starts at position 0; also the log-sum-exps.
 fn plain(shape: &AttentionShape, q: &[f64], k: &[f64], v: &[f64]) -> (Vec<f64>, Vec<f64>) {
+    plain_with_sinks(shape, &vec![f64::NEG_INFINITY; shape.heads], q, k, v)
+}
+
+fn plain_with_sinks(
+    shape: &AttentionShape,
+    sinks: &[f64],
+    q: &[f64],
+    k: &[f64],
+    v: &[f64],
+) -> (Vec<f64>, Vec<f64>) {
     let AttentionShape { heads, kv_heads, head_dim, scale, mask } = *shape;
     let rows = q.len() / (heads * head_dim);
     let (mut out, mut lses) = (Vec::new(), Vec::new());
@@ -34,8 +44,9 @@ fn plain(shape: &AttentionShape, q: &[f64], k: &[f64], v: &[f64]) -> (Vec<f64>, 
             };
             let score = |key| q.iter().zip(kv(k, key)).map(|(a, b)| a * b).sum::<f64>() * f64::from(scale);
             let scores: Vec<f64> = (first..=row).map(score).collect();
-            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let lse = max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
+            let all = || scores.iter().chain([&sinks[head]]);
+            let max = all().copied().fold(f64::NEG_INFINITY, f64::max);
+            let lse = max + all().map(|s| (s - max).exp()).sum::<f64>().ln();
             let p: Vec<f64> = scores.iter().map(|s| (s - lse).exp()).collect();
             out.extend(
                 (0..head_dim).map(|d| (first..=row).zip(&p).map(|(key, p)| p * kv(v, key)[d]).sum::<f64>()),
@@ -281,4 +292,57 @@ fn visible_lanes_are_those_of_the_mask() {
             }
         }
     }
+}
+
+#[test]
+fn sinks_take_their_share_forward_and_backward() {
+    let mut random = Random(5);
+    for mask in [AttentionMask::Causal, AttentionMask::Sliding(7)] {
+        for (heads, kv_heads, head_dim, rows) in [(1, 1, 17, 5), (4, 2, 3, 18), (18, 9, 2, 20)] {
+            let shape = shape(heads, kv_heads, head_dim, mask);
+            let [q, k, v] = rows_of(&mut random, &shape, rows);
+            let sinks: Vec<f32> = random.vec(heads).iter().map(|x| 4.0 * x).collect();
+            let dout = random.vec(q.len());
+            let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[1, 2, 0] }];
+            let before = 0.25;
+            let got = assert_all_agree("sinks", || {
+                let (mut k_pages, mut v_pages) = dirty_pages(&shape, 3);
+                kv_write(&shape, &k, &v, &seqs, &mut k_pages, &mut v_pages);
+                let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; rows * heads]);
+                let threads = Threads::single();
+                attention(&threads, &shape, &q, &k_pages, &v_pages, &seqs, &mut out, Some(&mut lse));
+                add_sinks(&sinks, &mut out, &mut lse);
+                let nan = |len| vec![f32::NAN; len];
+                let (mut dq, mut dk, mut dv) = (nan(q.len()), nan(k.len()), nan(v.len()));
+                attention_backward(
+                    &threads, &shape, &q, &k_pages, &v_pages, &seqs, &out, &lse, &dout, &mut dq, &mut dk,
+                    &mut dv,
+                );
+                let mut d_sinks = vec![before; heads];
+                sinks_backward(&sinks, &out, &lse, &dout, &mut d_sinks);
+                [out, lse, dq, dk, dv, d_sinks].concat()
+            });
+            let all = [wide(&q), wide(&k), wide(&v), wide(&sinks)].concat();
+            let (k_at, v_at, s_at) = (q.len(), q.len() + k.len(), q.len() + 2 * k.len());
+            let run =
+                |x: &[f64]| plain_with_sinks(&shape, &x[s_at..], &x[..k_at], &x[k_at..v_at], &x[v_at..s_at]);
+            let (out, lse) = run(&all);
+            let mut gradients =
+                gradient(&all, |x| run(x).0.iter().zip(&dout).map(|(o, d)| o * f64::from(*d)).sum());
+            gradients[s_at..].iter_mut().for_each(|d| *d += f64::from(before));
+            let what = format!("{mask:?} {heads}/{kv_heads} {head_dim} {rows}");
+            let split = out.len() + lse.len();
+            assert_close(&got[..split], &[out, lse].concat(), 3e-6, &what);
+            assert_close(&got[split..], &gradients, 2e-5, &what);
+        }
+    }
+}
+
+#[test]
+fn extreme_sinks_take_nothing_or_everything() {
+    let (mut out, mut lse) = ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [0.5, 0.5, f32::NAN]);
+    add_sinks(&[-200.0, 200.0, 0.0], &mut out, &mut lse);
+    assert_eq!(out[..4], [1.0, 2.0, 0.0, 0.0]);
+    assert_eq!(lse[..2], [0.5, 200.0]);
+    assert!(out[4].is_nan() && lse[2].is_nan(), "a NaN shows");
 }
