@@ -35,6 +35,7 @@ fn attention(rope: bool) -> AttentionSpec {
         qk_norm: QkNorm::PerHead,
         chunk: None,
         window: None,
+        sinks: false,
         temperature: None,
         qkv_bias: false,
         out_bias: false,
@@ -51,6 +52,7 @@ fn model() -> Arc<Transformer> {
         router: RouterKind::Softmax { renormalise: true },
         shared_width: None,
         activation: Activation::Silu,
+        bias: false,
     });
     Transformer::new(ModelSpec {
         family: Family::Qwen3Moe,
@@ -58,6 +60,9 @@ fn model() -> Arc<Transformer> {
         hidden: 32,
         layers: vec![(attention(true), dense), (attention(true), moe.clone()), (attention(false), moe)],
         norm_eps: 1e-5,
+        norm_offset: 0.0,
+        sandwich_norms: false,
+        embedding_scale: 1.0,
         tied_embeddings: false,
         max_positions: 96,
         architecture: "Test".into(),

@@ -220,7 +220,11 @@ mod tests {
 
     /// Columns of the gate and the up of output `i`.
     fn columns(activation: Activation, i: usize, width: usize) -> (usize, usize) {
-        if matches!(activation, Activation::ClampedSwiglu { .. }) { (2 * i, 2 * i + 1) } else { (i, width + i) }
+        if matches!(activation, Activation::ClampedSwiglu { .. }) {
+            (2 * i, 2 * i + 1)
+        } else {
+            (i, width + i)
+        }
     }
 
     fn gated_one(activation: Activation, gate: f64, up: f64) -> f64 {

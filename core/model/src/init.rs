@@ -93,19 +93,25 @@ pub fn init_model(request: &InitRequest) -> Result<LoadedModel, ModelError> {
             return Err(ModelError::Invalid { path: source.to_owned(), what });
         }
     };
-    let layers = spec.layers.len();
+    let (layers, norm_offset) = (spec.layers.len(), spec.norm_offset);
     let model = Transformer::new(spec);
-    let params = random_params(model.layout(), request, deviation, layers);
+    let params = random_params(model.layout(), request, deviation, layers, norm_offset);
     let generation = GenerationConfig::new(source, Map::new(), &config, &tokenizer)?;
     let tokenizer: Arc<Tokenizer> = Arc::new(tokenizer);
     Ok(LoadedModel { model, params, tokenizer, generation, config_json: config, source: source.to_owned() })
 }
 
-fn random_params(layout: &Arc<ParamLayout>, request: &InitRequest, deviation: f64, layers: usize) -> Params {
+fn random_params(
+    layout: &Arc<ParamLayout>,
+    request: &InitRequest,
+    deviation: f64,
+    layers: usize,
+    norm_offset: f32,
+) -> Params {
     let mut values = Vec::with_capacity(layout.total);
     for tensor in &layout.tensors {
         match tensor.kind {
-            TensorKind::Norm => values.extend(std::iter::repeat_n(1.0f32, tensor.len())),
+            TensorKind::Norm => values.extend(std::iter::repeat_n(1.0 - norm_offset, tensor.len())),
             TensorKind::Bias => values.extend(std::iter::repeat_n(0.0f32, tensor.len())),
             _ => {
                 let deviation = match request.scale {
@@ -156,6 +162,16 @@ fn defaults(architecture: &str, model_type: &str) -> Map<String, Value> {
             json!({"attention_bias": false, "num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 192,
             "num_key_value_heads": 4, "norm_topk_prob": false, "clip_qkv": null, "output_router_logits": false,
             "router_aux_loss_coef": 0.01})
+        }
+        "gpt_oss" => json!({"attention_bias": true, "num_local_experts": 8, "num_experts_per_tok": 2,
+            "intermediate_size": 192, "layer_types": null, "sliding_window": 128, "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0, "rope_theta": 150_000.0, "output_router_logits": false, "router_aux_loss_coef": 0.001}),
+        "gemma3_text" => {
+            json!({"attention_bias": false, "hidden_activation": "gelu_pytorch_tanh", "layer_types": null,
+            "sliding_window": 512, "sliding_window_pattern": 6, "query_pre_attn_scalar": 32,
+            "rope_local_base_freq": 10_000.0, "rope_theta": 1_000_000.0, "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": true, "attn_logit_softcapping": null, "final_logit_softcapping": null,
+            "use_bidirectional_attention": false})
         }
         _ => json!({"attention_bias": false, "intermediate_size": 192, "intermediate_size_mlp": 384,
             "num_local_experts": 8, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "moe_layers": null,

@@ -20,7 +20,7 @@ pub enum TensorKind {
     Head,
     /// Norm gain.
     Norm,
-    /// Bias.
+    /// Bias; also attention sinks.
     Bias,
     /// Attention projection `[out, in]`.
     Attention,
@@ -157,7 +157,14 @@ impl Builder {
         if attention.out_bias {
             self.push(&format!("{at}.self_attn.o_proj.bias"), &[d], TensorKind::Bias);
         }
+        if attention.sinks {
+            self.push(&format!("{at}.self_attn.sinks"), &[attention.heads], TensorKind::Bias);
+        }
         self.push(&format!("{at}.post_attention_layernorm.weight"), &[d], TensorKind::Norm);
+        if spec.sandwich_norms {
+            self.push(&format!("{at}.pre_feedforward_layernorm.weight"), &[d], TensorKind::Norm);
+            self.push(&format!("{at}.post_feedforward_layernorm.weight"), &[d], TensorKind::Norm);
+        }
         let ffn_at = match (spec.family, ffn) {
             (Family::Llama4Text, _) => format!("{at}.feed_forward"),
             (Family::Mixtral, FfnSpec::Moe(_)) => format!("{at}.block_sparse_moe"),
@@ -176,13 +183,20 @@ impl Builder {
     }
 
     fn moe(&mut self, family: Family, at: &str, d: usize, moe: &MoeSpec) {
-        let router = if family == Family::Llama4Text { "router" } else { "gate" };
+        let router = family.router();
         self.push(&format!("{at}.{router}.weight"), &[moe.experts, d], TensorKind::Router);
+        if moe.bias {
+            self.push(&format!("{at}.{router}.bias"), &[moe.experts], TensorKind::Bias);
+        }
         match family {
-            Family::Llama4Text => {
+            Family::Llama4Text | Family::GptOss => {
                 let (e, f) = (moe.experts, moe.width);
                 self.push(&format!("{at}.experts.gate_up_proj"), &[e, d, 2 * f], TensorKind::Expert);
                 self.push(&format!("{at}.experts.down_proj"), &[e, f, d], TensorKind::Expert);
+                if moe.bias {
+                    self.push(&format!("{at}.experts.gate_up_proj_bias"), &[e, 2 * f], TensorKind::Bias);
+                    self.push(&format!("{at}.experts.down_proj_bias"), &[e, d], TensorKind::Bias);
+                }
             }
             Family::Mixtral => (0..moe.experts).for_each(|e| {
                 for (name, shape) in [("w1", [moe.width, d]), ("w3", [moe.width, d]), ("w2", [d, moe.width])]

@@ -14,6 +14,8 @@ pub enum Family {
     Qwen3Moe,
     /// Llama 4 text: `feed_forward`, fused expert tensors `[E, in, out]`, shared expert.
     Llama4Text,
+    /// gpt-oss: `mlp.router`, fused expert tensors `[E, in, out]` with biases, gate and up in alternating columns.
+    GptOss,
 }
 
 /// A decoder-only transformer.
@@ -29,6 +31,12 @@ pub struct ModelSpec {
     pub layers: Vec<(AttentionSpec, FfnSpec)>,
     /// Epsilon of every RMS norm.
     pub norm_eps: f32,
+    /// What a norm's weight lacks to be its gain: 0, or 1 (Gemma).
+    pub norm_offset: f32,
+    /// Whether the outputs of attention and feed-forward are normed before they join the residual stream (Gemma).
+    pub sandwich_norms: bool,
+    /// Factor on embeddings as they enter the first layer: 1, or the root of the width (Gemma).
+    pub embedding_scale: f32,
     /// Whether the LM head is the embedding matrix.
     pub tied_embeddings: bool,
     /// Longest sequence the model was made for, tokens.
@@ -56,6 +64,8 @@ pub struct AttentionSpec {
     pub chunk: Option<usize>,
     /// Sliding window of this many positions.
     pub window: Option<usize>,
+    /// Whether every head has a learned logit that takes part in the softmax without a value (gpt-oss).
+    pub sinks: bool,
     /// Query temperature growing with position (Llama 4 NoPE layers).
     pub temperature: Option<TemperatureTuning>,
     /// Bias on q, k and v.
@@ -105,6 +115,22 @@ pub enum RopeScaling {
         /// Context of the original training.
         original_max_positions: usize,
     },
+    /// YaRN (Peng et al. 2023): pairs that turn often in the original context are kept, slow ones divided, a ramp between;
+    /// cos and sin are multiplied by `attention_factor`.
+    Yarn {
+        /// Divisor of slow pairs.
+        factor: f32,
+        /// Context of the original training.
+        original_max_positions: usize,
+        /// Turns in the original context from which a pair is kept.
+        beta_fast: f64,
+        /// Turns up to which a pair is divided.
+        beta_slow: f64,
+        /// Whether the ramp starts and ends at whole pairs.
+        truncate: bool,
+        /// Factor on cos and sin.
+        attention_factor: f32,
+    },
 }
 
 /// Normalisation of queries and keys.
@@ -144,12 +170,20 @@ pub enum FfnSpec {
 }
 
 /// Gate activation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Activation {
     /// x·sigmoid(x).
     Silu,
     /// GELU, tanh form.
     GeluTanh,
+    /// g·sigmoid(alpha·g)·(u + 1) with g = min(gate, limit) and u = up within ±limit; gate and up in alternating columns
+    /// (gpt-oss).
+    ClampedSwiglu {
+        /// Steepness of the sigmoid.
+        alpha: f32,
+        /// Bound of gate and up.
+        limit: f32,
+    },
 }
 
 /// A mixture-of-experts layer.
@@ -167,6 +201,8 @@ pub struct MoeSpec {
     pub shared_width: Option<usize>,
     /// Gate activation.
     pub activation: Activation,
+    /// Biases on the router and on both projections of every expert.
+    pub bias: bool,
 }
 
 /// How a token chooses its experts and how their outputs are weighed.
@@ -179,6 +215,16 @@ pub enum RouterKind {
     },
     /// Top-k of the raw logits; sigmoid(logit) multiplies the experts' *input* (Llama 4).
     SigmoidOnInput,
+}
+
+impl Family {
+    /// Name of a layer's router.
+    pub(crate) fn router(self) -> &'static str {
+        match self {
+            Self::Llama4Text | Self::GptOss => "router",
+            Self::Llama | Self::Mixtral | Self::Qwen3Moe => "gate",
+        }
+    }
 }
 
 impl ModelSpec {

@@ -27,6 +27,7 @@ fn attention(qk_norm: QkNorm, style: Option<RopeStyle>, chunk: Option<usize>, bi
         qk_norm,
         chunk,
         window: None,
+        sinks: false,
         temperature: style.is_none().then_some(TemperatureTuning { attn_scale: 0.1, floor_scale: 4.0 }),
         qkv_bias: bias,
         out_bias: bias,
@@ -34,7 +35,8 @@ fn attention(qk_norm: QkNorm, style: Option<RopeStyle>, chunk: Option<usize>, bi
 }
 
 fn moe(router: RouterKind, top_k: usize, shared_width: Option<usize>) -> FfnSpec {
-    FfnSpec::Moe(MoeSpec { experts: 5, top_k, width: 24, router, shared_width, activation: Activation::Silu })
+    let activation = Activation::Silu;
+    FfnSpec::Moe(MoeSpec { experts: 5, top_k, width: 24, router, shared_width, activation, bias: false })
 }
 
 fn dense() -> FfnSpec {
@@ -48,6 +50,9 @@ fn spec(family: Family, layers: Vec<(AttentionSpec, FfnSpec)>, tied_embeddings: 
         hidden: 32,
         layers,
         norm_eps: 1e-5,
+        norm_offset: 0.0,
+        sandwich_norms: false,
+        embedding_scale: 1.0,
         tied_embeddings,
         max_positions: 128,
         architecture: "Test".into(),
@@ -89,7 +94,42 @@ fn specs() -> Vec<ModelSpec> {
             ],
             false,
         ),
+        gpt_oss_like(),
+        gemma_like(),
     ]
+}
+
+/// Sinks, a window in every other layer, biases everywhere, clamped SwiGLU with a limit that is met.
+fn gpt_oss_like() -> ModelSpec {
+    let layer = |window| {
+        let attention = attention(QkNorm::None, Some(RopeStyle::Half), None, true);
+        let ffn = FfnSpec::Moe(MoeSpec {
+            experts: 5,
+            top_k: 2,
+            width: 24,
+            router: RouterKind::Softmax { renormalise: true },
+            shared_width: None,
+            activation: Activation::ClampedSwiglu { alpha: 1.702, limit: 1.5 },
+            bias: true,
+        });
+        (AttentionSpec { sinks: true, window, ..attention }, ffn)
+    };
+    spec(Family::GptOss, vec![layer(Some(6)), layer(None)], false)
+}
+
+/// Norms on both sides of each block with gains of 1 + weight, scaled embeddings.
+fn gemma_like() -> ModelSpec {
+    let layer = |window| {
+        let attention = attention(QkNorm::PerHead, Some(RopeStyle::Half), None, false);
+        let ffn = FfnSpec::Dense { width: 40, activation: Activation::GeluTanh };
+        (AttentionSpec { window, ..attention }, ffn)
+    };
+    ModelSpec {
+        norm_offset: 1.0,
+        sandwich_norms: true,
+        embedding_scale: 32f32.sqrt(),
+        ..spec(Family::Llama, vec![layer(Some(6)), layer(None)], true)
+    }
 }
 
 fn params(model: &Transformer, seed: u64, dtype: WeightsDtype) -> Params {

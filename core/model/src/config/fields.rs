@@ -142,13 +142,33 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// Which layers attend in a sliding window: as `layer_types` says, else by `default`.
+    pub(super) fn sliding_layers(
+        &self,
+        layers: usize,
+        default: impl Fn(usize) -> bool,
+    ) -> Result<Vec<bool>, ModelError> {
+        let Some(names) = self.layer_types(layers)? else { return Ok((0..layers).map(default).collect()) };
+        names
+            .into_iter()
+            .map(|name| match name {
+                "sliding_attention" => Ok(true),
+                "full_attention" => Ok(false),
+                other => Err(self.unsupported(format!("layer_types entry `{other}`"), "")),
+            })
+            .collect()
+    }
+
     pub(super) fn activation(&self) -> Result<Activation, ModelError> {
-        match self.text("hidden_act")?.unwrap_or("silu") {
+        self.activation_of("hidden_act", "silu")
+    }
+
+    pub(super) fn activation_of(&self, key: &str, default: &str) -> Result<Activation, ModelError> {
+        match self.text(key)?.unwrap_or(default) {
             "silu" | "swish" => Ok(Activation::Silu),
             "gelu_pytorch_tanh" | "gelu_new" => Ok(Activation::GeluTanh),
             other => {
-                Err(self
-                    .unsupported(format!("hidden_act `{other}`"), "supported are silu and gelu_pytorch_tanh"))
+                Err(self.unsupported(format!("{key} `{other}`"), "supported are silu and gelu_pytorch_tanh"))
             }
         }
     }

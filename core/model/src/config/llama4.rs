@@ -34,6 +34,9 @@ pub(super) fn llama4_text(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> 
         hidden,
         layers,
         norm_eps: fields.number_or("rms_norm_eps", 1e-5)? as f32,
+        norm_offset: 0.0,
+        sandwich_norms: false,
+        embedding_scale: 1.0,
         tied_embeddings: fields.flag_or("tie_word_embeddings", false)?,
         max_positions: fields.size_or("max_position_embeddings", 4096 * 32)?,
         architecture: "Llama4ForCausalLM".to_owned(),
@@ -102,6 +105,7 @@ fn attention(fields: &Fields<'_>, rotary: bool, chunked: bool) -> Result<Attenti
         },
         chunk: chunk.filter(|_| chunked),
         window: None,
+        sinks: false,
         temperature,
         qkv_bias: bias,
         out_bias: bias,
@@ -121,5 +125,6 @@ fn feed_forward(fields: &Fields<'_>, sparse: bool) -> Result<FfnSpec, ModelError
         router: RouterKind::SigmoidOnInput,
         shared_width: Some(width),
         activation,
+        bias: false,
     }))
 }

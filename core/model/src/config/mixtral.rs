@@ -14,6 +14,7 @@ pub(super) fn mixtral(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
         router: RouterKind::Softmax { renormalise: true },
         shared_width: None,
         activation: fields.activation()?,
+        bias: false,
     };
     let variant = Variant {
         family: Family::Mixtral,

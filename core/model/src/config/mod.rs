@@ -6,6 +6,8 @@
 //! ignored: a model that runs with a feature left out is wrong in ways nobody notices.
 
 mod fields;
+mod gemma3;
+mod gpt_oss;
 mod llama;
 mod llama4;
 mod mixtral;
@@ -40,6 +42,8 @@ pub const ARCHITECTURES: &[Architecture] = &[
     Architecture { name: "Qwen3MoeForCausalLM", model_type: "qwen3_moe", build: qwen3_moe::qwen3_moe },
     Architecture { name: "OlmoeForCausalLM", model_type: "olmoe", build: qwen3_moe::olmoe },
     Architecture { name: "Llama4ForCausalLM", model_type: "llama4_text", build: llama4::llama4_text },
+    Architecture { name: "GptOssForCausalLM", model_type: "gpt_oss", build: gpt_oss::gpt_oss },
+    Architecture { name: "Gemma3ForCausalLM", model_type: "gemma3_text", build: gemma3::gemma3_text },
 ];
 
 /// The names in [`ARCHITECTURES`], for messages.

@@ -14,6 +14,7 @@ pub(super) fn qwen3_moe(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
         router: RouterKind::Softmax { renormalise: fields.flag_or("norm_topk_prob", false)? },
         shared_width: None,
         activation: fields.activation()?,
+        bias: false,
     };
     let dense = FfnSpec::Dense { width: fields.size("intermediate_size")?, activation: fields.activation()? };
     let dense_layers = fields.list("mlp_only_layers")?.unwrap_or_default();
@@ -55,6 +56,7 @@ pub(super) fn olmoe(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
         router: RouterKind::Softmax { renormalise: fields.flag_or("norm_topk_prob", false)? },
         shared_width: None,
         activation: fields.activation()?,
+        bias: false,
     };
     let bias = fields.flag_or("attention_bias", false)?;
     let variant = Variant {

@@ -16,7 +16,36 @@ pub(super) fn rope(
         Some(parameters) => Some(parameters),
         None => fields.object("rope_scaling")?,
     };
-    let mut theta = fields.number_or("rope_theta", default_theta)?;
+    let theta = fields.number_or("rope_theta", default_theta)?;
+    read(fields, parameters, theta, head_dim, style)
+}
+
+/// The rotary embedding of layers of one kind, where 5.x keeps one a kind (`rope_parameters.sliding_attention`).
+pub(super) fn rope_of_kind(
+    fields: &Fields<'_>,
+    kind: &str,
+    head_dim: usize,
+    default_theta: f64,
+    style: RopeStyle,
+) -> Result<Option<RopeSpec>, ModelError> {
+    let Some(kinds) = fields.object("rope_parameters")? else { return Ok(None) };
+    let Some(parameters) = kinds.object(kind)? else { return Ok(None) };
+    read(fields, Some(parameters), default_theta, head_dim, style).map(Some)
+}
+
+/// A rotary embedding without scaling.
+pub(super) fn plain_rope(theta: f64, head_dim: usize, style: RopeStyle) -> RopeSpec {
+    let inv_freq = inverse_frequencies(theta, head_dim, &RopeScaling::None);
+    RopeSpec { inv_freq, attention_factor: 1.0, style }
+}
+
+fn read(
+    fields: &Fields<'_>,
+    parameters: Option<Fields<'_>>,
+    mut theta: f64,
+    head_dim: usize,
+    style: RopeStyle,
+) -> Result<RopeSpec, ModelError> {
     let mut partial = fields.number_or("partial_rotary_factor", 1.0)?;
     let mut scaling = RopeScaling::None;
     if let Some(parameters) = parameters {
@@ -27,7 +56,14 @@ pub(super) fn rope(
     if partial != 1.0 {
         return Err(fields.unsupported(format!("partial_rotary_factor = {partial}"), "only 1 is"));
     }
-    Ok(RopeSpec { inv_freq: inverse_frequencies(theta, head_dim, &scaling), attention_factor: 1.0, style })
+    let attention_factor = match scaling {
+        RopeScaling::Yarn { .. } if theta <= 1.0 => {
+            return Err(fields.invalid(format!("rope_theta = {theta}: yarn needs more than 1")));
+        }
+        RopeScaling::Yarn { attention_factor, .. } => attention_factor,
+        _ => 1.0,
+    };
+    Ok(RopeSpec { inv_freq: inverse_frequencies(theta, head_dim, &scaling), attention_factor, style })
 }
 
 fn read_scaling(fields: &Fields<'_>, parameters: &Fields<'_>) -> Result<RopeScaling, ModelError> {
@@ -55,25 +91,56 @@ fn read_scaling(fields: &Fields<'_>, parameters: &Fields<'_>) -> Result<RopeScal
                 original_max_positions: parameters.size("original_max_position_embeddings")?,
             })
         }
-        other => {
-            Err(fields
-                .unsupported(format!("rope scaling `{other}`"), "supported are default, linear and llama3"))
-        }
+        "yarn" => read_yarn(fields, parameters),
+        other => Err(fields.unsupported(
+            format!("rope scaling `{other}`"),
+            "supported are default, linear, llama3 and yarn",
+        )),
     }
+}
+
+fn read_yarn(fields: &Fields<'_>, parameters: &Fields<'_>) -> Result<RopeScaling, ModelError> {
+    let max_positions = fields.size_opt("max_position_embeddings")?;
+    let original = match (parameters.size_opt("original_max_position_embeddings")?, max_positions) {
+        (Some(original), _) | (None, Some(original)) => original,
+        (None, None) => {
+            return Err(fields.invalid("rope scaling: original_max_position_embeddings is missing"));
+        }
+    };
+    let factor = match (parameters.number_opt("factor")?, max_positions) {
+        (Some(factor), _) => factor,
+        (None, Some(max_positions)) => max_positions as f64 / original as f64,
+        (None, None) => return Err(fields.invalid("rope scaling: factor is missing")),
+    };
+    let growth = |mscale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
+    let attention_factor = match (
+        parameters.number_opt("attention_factor")?,
+        parameters.number_opt("mscale")?,
+        parameters.number_opt("mscale_all_dim")?,
+    ) {
+        (Some(given), _, _) => given,
+        (None, Some(mscale), Some(all)) => growth(mscale) / growth(all),
+        _ => growth(1.0),
+    };
+    Ok(RopeScaling::Yarn {
+        factor: factor as f32,
+        original_max_positions: original,
+        beta_fast: parameters.number_or("beta_fast", 32.0)?,
+        beta_slow: parameters.number_or("beta_slow", 1.0)?,
+        truncate: parameters.flag_or("truncate", true)?,
+        attention_factor: attention_factor as f32,
+    })
 }
 
 /// `1 / theta^(2i/dim)` for every pair, scaled. Rounded to f32 where the reference rounds.
 pub(crate) fn inverse_frequencies(theta: f64, dim: usize, scaling: &RopeScaling) -> Vec<f32> {
-    (0..dim / 2)
-        .map(|i| {
-            let exponent = (2 * i) as f32 / dim as f32;
-            let frequency = 1.0 / theta.powf(f64::from(exponent)) as f32;
-            scale(frequency, scaling)
-        })
-        .collect()
+    (0..dim / 2).map(|pair| scaled_frequency(theta, dim, pair, scaling)).collect()
 }
 
-fn scale(frequency: f32, scaling: &RopeScaling) -> f32 {
+fn scaled_frequency(theta: f64, dim: usize, pair: usize, scaling: &RopeScaling) -> f32 {
+    let exponent = (2 * pair) as f32 / dim as f32;
+    let power = theta.powf(f64::from(exponent)) as f32;
+    let frequency = 1.0 / power;
     match *scaling {
         RopeScaling::None => frequency,
         RopeScaling::Linear { factor } => frequency / factor,
@@ -89,5 +156,21 @@ fn scale(frequency: f32, scaling: &RopeScaling) -> f32 {
                 (1.0 - smooth) * frequency / factor + smooth * frequency
             }
         }
+        RopeScaling::Yarn { factor, original_max_positions, beta_fast, beta_slow, truncate, .. } => {
+            let turns = (beta_fast, beta_slow);
+            let (low, high) = yarn_ramp(theta, dim, original_max_positions as f64, turns, truncate);
+            let kept = 1.0 - ((pair as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0);
+            (1.0 / (factor * power)) * (1.0 - kept) + frequency * kept
+        }
     }
+}
+
+/// The pairs between which YaRN's ramp falls: those that turn `fast` and `slow` times in the original context.
+fn yarn_ramp(theta: f64, dim: usize, original: f64, (fast, slow): (f64, f64), truncate: bool) -> (f64, f64) {
+    let pair =
+        |turns: f64| dim as f64 * (original / (turns * 2.0 * std::f64::consts::PI)).ln() / (2.0 * theta.ln());
+    let (low, high) = (pair(fast), pair(slow));
+    let (low, high) = if truncate { (low.floor(), high.ceil()) } else { (low, high) };
+    let (low, high) = (low.max(0.0), high.min(dim as f64 - 1.0));
+    if low == high { (low, high + 0.001) } else { (low, high) }
 }

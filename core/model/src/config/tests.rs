@@ -107,7 +107,8 @@ fn refusals_name_what_they_refuse() {
         (json!({"architectures": ["GPT2LMHeadModel"]}), "GPT2LMHeadModel"),
         (json!({"architectures": ["GPT2LMHeadModel"]}), "Qwen3MoeForCausalLM"),
         (json!({"quantization_config": {"quant_method": "fp8"}}), "fp8"),
-        (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}), "yarn"),
+        (json!({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}), "longrope"),
+        (json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_theta": 1.0}), "rope_theta = 1"),
         (json!({"mlp_bias": true}), "mlp_bias"),
         (json!({"hidden_act": "relu2"}), "relu2"),
         (json!({"num_key_value_heads": 3}), "num_key_value_heads = 3"),
@@ -122,5 +123,127 @@ fn refusals_name_what_they_refuse() {
     for (extra, needle) in cases {
         let error = llama(extra.clone()).expect_err(&extra.to_string()).to_string();
         assert!(error.contains(needle) && error.contains("config.json"), "{extra}: {error}");
+    }
+}
+
+#[test]
+fn yarn_keeps_fast_pairs_and_divides_slow_ones() {
+    let yarn = |truncate, attention_factor| RopeScaling::Yarn {
+        factor: 8.0,
+        original_max_positions: 64,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        truncate,
+        attention_factor,
+    };
+    let plain = rope::inverse_frequencies(150_000.0, 16, &RopeScaling::None);
+    let scaled = rope::inverse_frequencies(150_000.0, 16, &yarn(false, 1.0));
+    // The ramp falls from pair 0 to pair 8·ln(64/2π)/ln(150000) = 1.558: half of pair 1 and a bit is kept.
+    let kept = 1.0 - 1.0 / 1.557_86f32;
+    assert_eq!(scaled[0], plain[0]);
+    assert!((scaled[1] / plain[1] - (kept + (1.0 - kept) / 8.0)).abs() < 1e-5, "{scaled:?}");
+    for (a, b) in plain[2..].iter().zip(&scaled[2..]) {
+        assert!((a / b - 8.0).abs() < 1e-5, "{a} {b}");
+    }
+    let whole = rope::inverse_frequencies(150_000.0, 16, &yarn(true, 1.0));
+    assert!((whole[1] / plain[1] - (0.5 + 0.5 / 8.0)).abs() < 1e-5, "{whole:?}");
+
+    let factor_of = |extra: Value| {
+        let mut scaling = json!({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64});
+        scaling.as_object_mut().expect("an object").extend(extra.as_object().expect("an object").clone());
+        let spec = llama(json!({"rope_scaling": scaling})).expect("a yarn");
+        spec.layers[0].0.rope.as_ref().expect("rotary").attention_factor
+    };
+    assert_eq!(factor_of(json!({})), 0.1 * 8f32.ln() + 1.0);
+    assert_eq!(factor_of(json!({"attention_factor": 1.5})), 1.5);
+    assert_eq!(factor_of(json!({"mscale": 1.0, "mscale_all_dim": 1.0})), 1.0);
+}
+
+fn gpt_oss(extra: Value) -> Result<ModelSpec, ModelError> {
+    let mut config = json!({
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "hidden_size": 64, "intermediate_size": 48,
+        "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4,
+        "vocab_size": 100, "num_local_experts": 4, "experts_per_token": 2, "sliding_window": 8,
+        "rope_scaling": null
+    });
+    for (key, value) in extra.as_object().expect("an object") {
+        config[key] = value.clone();
+    }
+    parse(config)
+}
+
+#[test]
+fn gpt_oss_layers_alternate_and_defaults_hold() {
+    let spec = gpt_oss(json!({})).expect("a gpt-oss");
+    let windows: Vec<_> = spec.layers.iter().map(|(attention, _)| attention.window).collect();
+    assert_eq!(windows, [Some(8), None, Some(8), None]);
+    assert!(spec.layers.iter().all(|(a, _)| a.sinks && a.qkv_bias && a.out_bias));
+    let FfnSpec::Moe(moe) = &spec.layers[0].1 else { panic!("a mixture") };
+    assert_eq!((moe.experts, moe.top_k, moe.bias), (4, 2, true));
+    assert_eq!(moe.activation, crate::spec::Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 });
+
+    let types = json!(["full_attention", "sliding_attention", "full_attention", "full_attention"]);
+    let named = gpt_oss(json!({"layer_types": types, "swiglu_limit": 5.0})).expect("a gpt-oss");
+    let windows: Vec<_> = named.layers.iter().map(|(attention, _)| attention.window).collect();
+    assert_eq!(windows, [None, Some(8), None, None]);
+
+    let mut bare = json!({"architectures": ["GptOssForCausalLM"], "hidden_size": 64, "intermediate_size": 48,
+        "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 100});
+    let error = parse(bare.clone()).expect_err("no rope").to_string();
+    assert!(error.contains("rope_scaling"), "{error}");
+    bare["rope_scaling"] = Value::Null;
+    parse(bare).expect("null is an answer");
+    let error =
+        gpt_oss(json!({"layer_types": ["chunked_attention"; 4]})).expect_err("not a kind").to_string();
+    assert!(error.contains("chunked_attention"), "{error}");
+}
+
+fn gemma3(extra: Value) -> Result<ModelSpec, ModelError> {
+    let mut config = json!({
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_size": 64,
+        "intermediate_size": 96, "head_dim": 24, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_hidden_layers": 7, "vocab_size": 100, "query_pre_attn_scalar": 16, "sliding_window": 32
+    });
+    for (key, value) in extra.as_object().expect("an object") {
+        config[key] = value.clone();
+    }
+    parse(config)
+}
+
+#[test]
+fn gemma3_in_both_spellings() {
+    let old = gemma3(json!({"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 3,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0}}))
+    .expect("4.x");
+    let kinds: Vec<&str> = (0..7)
+        .map(|layer| if matches!(layer, 2 | 5) { "full_attention" } else { "sliding_attention" })
+        .collect();
+    let new = gemma3(json!({"layer_types": kinds, "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}))
+    .expect("5.x");
+    assert_eq!(old, new);
+    for (layer, (attention, _)) in old.layers.iter().enumerate() {
+        let global = matches!(layer, 2 | 5);
+        assert_eq!(attention.window, (!global).then_some(32), "layer {layer}");
+        let (theta, factor) = if global { (1e6f64, 8.0) } else { (1e4, 1.0) };
+        let second = (theta.powf(-1.0 / 12.0) / factor) as f32;
+        let found = attention.rope.as_ref().expect("rotary").inv_freq[1];
+        assert!((found - second).abs() <= 1e-6 * second, "layer {layer}: {found}, not {second}");
+        assert_eq!(attention.scale, 0.25);
+    }
+    assert!(old.tied_embeddings && old.sandwich_norms);
+    assert_eq!((old.embedding_scale, old.norm_offset), (8.0, 1.0));
+    let plain = gemma3(json!({})).expect("defaults");
+    let global: Vec<usize> = (0..7).filter(|layer| plain.layers[*layer].0.window.is_none()).collect();
+    assert_eq!(global, [5]);
+    for (key, value) in [
+        ("final_logit_softcapping", json!(30.0)),
+        ("attn_logit_softcapping", json!(50.0)),
+        ("use_bidirectional_attention", json!(true)),
+        ("hidden_activation", json!("relu")),
+    ] {
+        let error = gemma3(json!({key: value})).expect_err(key).to_string();
+        assert!(error.contains(key), "{key}: {error}");
     }
 }

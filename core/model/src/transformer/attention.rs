@@ -1,7 +1,8 @@
 //! The attention block: norm, q/k/v, rotation, cached attention, output projection, residual.
 
 use freewheel_kernels::attention::{
-    AttentionMask, AttentionSeq, AttentionShape, attention, attention_backward, kv_write,
+    AttentionMask, AttentionSeq, AttentionShape, add_sinks, attention, attention_backward, kv_write,
+    sinks_backward,
 };
 use freewheel_kernels::gemm::{matmul, matmul_add};
 use freewheel_kernels::norm::{NormScale, rms_norm, rms_norm_backward};
@@ -10,7 +11,8 @@ use freewheel_kernels::rope::{self, RopeTable, rope, rope_backward};
 
 use super::bindings::LayerBinding;
 use super::buffers::Buf;
-use super::mlp::Context;
+use super::mlp::{Context, add_bias, add_bias_grad};
+use super::residual::{OutNorm, add_block, add_block_backward};
 use super::weights::LayerWeights;
 use crate::spec::{AttentionSpec, QkNorm, RopeStyle, TemperatureTuning};
 
@@ -46,6 +48,8 @@ pub(super) struct Saved {
     out: Buf,
     /// Log-sum-exp of the scores `[T, H]`.
     lse: Buf,
+    /// The block's output before its sandwich norm `[T, D]`, where the layer has one.
+    raw_td: Option<Buf>,
 }
 
 impl AttentionLayer<'_> {
@@ -89,13 +93,16 @@ impl AttentionLayer<'_> {
             kv_write(&self.shape(), &k, &v, seqs, k_pages, v_pages);
         }
         let mut out = cx.pool.take(t * q_width);
-        let mut lse = save.then(|| cx.pool.take(t * self.spec.heads));
+        let mut lse = (save || self.spec.sinks).then(|| cx.pool.take(t * self.spec.heads));
         attention(cx.threads, &self.shape(), &q, k_pages, v_pages, rows.seqs, &mut out, lse.as_deref_mut());
-        matmul_add(cx.threads, &out, t, &self.weights.out.forward, x_td);
-        if let Some(bias) = &self.weights.out_bias {
-            add_bias(x_td, bias);
+        if let (Some(sinks), Some(lse)) = (&self.weights.sinks, lse.as_deref_mut()) {
+            add_sinks(sinks, &mut out, lse);
         }
-        Some(Saved { x_td: saved_x?, q, before_norm, out, lse: lse? })
+        let ((), raw_td) = add_block(cx, self.out_norm(), x_td, |x_td| {
+            matmul_add(cx.threads, &out, t, &self.weights.out.forward, x_td);
+            add_bias(x_td, self.weights.out_bias.as_deref());
+        });
+        Some(Saved { x_td: saved_x?, q, before_norm, out, lse: lse?, raw_td })
     }
 
     /// Turns the gradient of the block's output into that of its input, in place, and adds the weight gradients.
@@ -112,12 +119,12 @@ impl AttentionLayer<'_> {
     ) {
         let t = rows.positions.len();
         let (q_width, kv_width) = self.widths();
-        cx.accumulate(cx.precision, &self.at.out, dx_td, &saved.out, t, grads);
-        if let Some(bias) = &self.at.out_bias {
-            sum_rows(dx_td, &mut grads[bias.clone()]);
-        }
+        let d_raw_td = add_block_backward(cx, self.out_norm(), saved.raw_td.as_ref(), dx_td, grads);
+        let dy_td: &[f32] = d_raw_td.as_deref().unwrap_or(dx_td);
+        cx.accumulate(cx.precision, &self.at.out, dy_td, &saved.out, t, grads);
+        add_bias_grad(dy_td, &self.at.out_bias, grads);
         let mut d_out = cx.pool.take(t * q_width);
-        matmul(cx.threads, dx_td, t, self.weights.out.transpose(), &mut d_out);
+        matmul(cx.threads, dy_td, t, self.weights.out.transpose(), &mut d_out);
         let (mut dq, mut dk, mut dv) =
             (cx.pool.take(t * q_width), cx.pool.take(t * kv_width), cx.pool.take(t * kv_width));
         attention_backward(
@@ -134,11 +141,12 @@ impl AttentionLayer<'_> {
             &mut dk,
             &mut dv,
         );
+        if let (Some(sinks), Some(at)) = (&self.weights.sinks, &self.at.sinks) {
+            sinks_backward(sinks, &saved.out, &saved.lse, &d_out, &mut grads[at.clone()]);
+        }
         self.position_backward(cx, &saved, rows, &mut dq, &mut dk, grads);
         let d_qkv = join(cx, &[&dq, &dk, &dv], &[q_width, kv_width, kv_width], t);
-        if let Some(bias) = &self.at.qkv_bias {
-            sum_rows(&d_qkv, &mut grads[bias.clone()]);
-        }
+        add_bias_grad(&d_qkv, &self.at.qkv_bias, grads);
         let normed_td = self.normed(cx, &saved.x_td);
         cx.accumulate(cx.precision, &self.at.qkv, &d_qkv, &normed_td, t, grads);
         let mut d_normed_td = normed_td;
@@ -155,6 +163,11 @@ impl AttentionLayer<'_> {
         );
     }
 
+    fn out_norm(&self) -> Option<OutNorm<'_>> {
+        let (gain, at) = self.weights.attention_out_norm.as_ref().zip(self.at.attention_out_norm.as_ref())?;
+        Some(OutNorm { gain, at, eps: self.norm_eps })
+    }
+
     fn normed(&self, cx: &Context, x_td: &[f32]) -> Buf {
         let mut normed_td = cx.pool.take(x_td.len());
         let scale = NormScale::Weight(&self.weights.input_norm);
@@ -166,9 +179,7 @@ impl AttentionLayer<'_> {
         let (q_width, kv_width) = self.widths();
         let mut qkv = cx.pool.take(t * self.spec.qkv_width());
         matmul(cx.threads, normed_td, t, &self.weights.qkv.forward, &mut qkv);
-        if let Some(bias) = &self.weights.qkv_bias {
-            add_bias(&mut qkv, bias);
-        }
+        add_bias(&mut qkv, self.weights.qkv_bias.as_deref());
         let (mut q, mut k, mut v) =
             (cx.pool.take(t * q_width), cx.pool.take(t * kv_width), cx.pool.take(t * kv_width));
         for (row, qkv) in qkv.chunks_exact(self.spec.qkv_width()).enumerate() {
@@ -302,18 +313,6 @@ pub(super) fn norm_backward(
     };
     rms_norm_backward(cx.threads, x, width, scale, eps, dy, &mut d, d_weight);
     add_assign(dx, &d);
-}
-
-fn add_bias(x: &mut [f32], bias: &[f32]) {
-    for row in x.chunks_exact_mut(bias.len()) {
-        add_assign(row, bias);
-    }
-}
-
-fn sum_rows(dy: &[f32], d_bias: &mut [f32]) {
-    for row in dy.chunks_exact(d_bias.len()) {
-        add_assign(d_bias, row);
-    }
 }
 
 /// Columns of several `[T, width]` matrices side by side.

@@ -25,11 +25,13 @@ impl Linear {
     }
 }
 
-/// A gated MLP: gate and up as one matrix `[2F, D]`, down `[D, F]`.
+/// A gated MLP: gate and up as one matrix `[2F, D]`, down `[D, F]`; biases `[2F]` and `[D]`.
 #[derive(Clone, Debug)]
 pub(super) struct MlpBinding {
     pub gate_up: Linear,
+    pub gate_up_bias: Option<Range<usize>>,
     pub down: Linear,
+    pub down_bias: Option<Range<usize>>,
     pub width: usize,
     pub activation: Activation,
 }
@@ -37,6 +39,7 @@ pub(super) struct MlpBinding {
 #[derive(Clone, Debug)]
 pub(super) struct MoeBinding {
     pub router: Linear,
+    pub router_bias: Option<Range<usize>>,
     pub experts: Vec<MlpBinding>,
     pub shared: Option<MlpBinding>,
 }
@@ -56,7 +59,12 @@ pub(super) struct LayerBinding {
     pub k_norm: Option<Range<usize>>,
     pub out: Linear,
     pub out_bias: Option<Range<usize>>,
+    pub sinks: Option<Range<usize>>,
+    /// Sandwich norm of the attention's output.
+    pub attention_out_norm: Option<Range<usize>>,
     pub post_norm: Range<usize>,
+    /// Sandwich norm of the feed-forward's output.
+    pub ffn_out_norm: Option<Range<usize>>,
     pub ffn: FfnBinding,
 }
 
@@ -123,7 +131,14 @@ impl Index<'_> {
             k_norm: weighted.then(|| named("self_attn.k_norm.weight")),
             out: self.fused(&[format!("{at}.self_attn.o_proj.weight")], attention.heads * attention.head_dim),
             out_bias: attention.out_bias.then(|| named("self_attn.o_proj.bias")),
-            post_norm: named("post_attention_layernorm.weight"),
+            sinks: attention.sinks.then(|| named("self_attn.sinks")),
+            attention_out_norm: spec.sandwich_norms.then(|| named("post_attention_layernorm.weight")),
+            post_norm: named(if spec.sandwich_norms {
+                "pre_feedforward_layernorm.weight"
+            } else {
+                "post_attention_layernorm.weight"
+            }),
+            ffn_out_norm: spec.sandwich_norms.then(|| named("post_feedforward_layernorm.weight")),
             ffn: match ffn {
                 FfnSpec::Dense { width, activation } => {
                     FfnBinding::Dense(self.mlp(&ffn_at, d, *width, *activation))
@@ -147,26 +162,19 @@ impl Index<'_> {
     ) -> MlpBinding {
         MlpBinding {
             gate_up: self.fused(&[format!("{at}.{gate}.weight"), format!("{at}.{up}.weight")], d),
+            gate_up_bias: None,
             down: self.fused(&[format!("{at}.{down}.weight")], width),
+            down_bias: None,
             width,
             activation,
         }
     }
 
     fn moe(&self, family: Family, at: &str, d: usize, moe: &MoeSpec) -> MoeBinding {
-        let router = if family == Family::Llama4Text { "router" } else { "gate" };
+        let router = family.router();
         let f = moe.width;
         let expert = |e: usize| match family {
-            Family::Llama4Text => {
-                let gate_up = self.range(&format!("{at}.experts.gate_up_proj")).start + e * d * 2 * f;
-                let down = self.range(&format!("{at}.experts.down_proj")).start + e * f * d;
-                MlpBinding {
-                    gate_up: Linear { offset: gate_up, n: 2 * f, k: d, transposed: true },
-                    down: Linear { offset: down, n: d, k: f, transposed: true },
-                    width: f,
-                    activation: moe.activation,
-                }
-            }
+            Family::Llama4Text | Family::GptOss => self.fused_expert(at, e, d, moe),
             Family::Mixtral => {
                 self.mlp_named(&format!("{at}.experts.{e}"), ["w1", "w3", "w2"], d, f, moe.activation)
             }
@@ -174,10 +182,34 @@ impl Index<'_> {
         };
         MoeBinding {
             router: self.fused(&[format!("{at}.{router}.weight")], d),
+            router_bias: moe.bias.then(|| self.range(&format!("{at}.{router}.bias"))),
             experts: (0..moe.experts).map(expert).collect(),
             shared: moe
                 .shared_width
                 .map(|width| self.mlp(&format!("{at}.shared_expert"), d, width, moe.activation)),
+        }
+    }
+
+    /// Expert `e` of tensors that hold all experts, `[E, in, out]`.
+    fn fused_expert(&self, at: &str, e: usize, d: usize, moe: &MoeSpec) -> MlpBinding {
+        let f = moe.width;
+        let part = |name: &str, len: usize| {
+            let start = self.range(&format!("{at}.experts.{name}")).start + e * len;
+            start..start + len
+        };
+        let linear = |name: &str, n: usize, k: usize| Linear {
+            offset: part(name, n * k).start,
+            n,
+            k,
+            transposed: true,
+        };
+        MlpBinding {
+            gate_up: linear("gate_up_proj", 2 * f, d),
+            gate_up_bias: moe.bias.then(|| part("gate_up_proj_bias", 2 * f)),
+            down: linear("down_proj", d, f),
+            down_bias: moe.bias.then(|| part("down_proj_bias", d)),
+            width: f,
+            activation: moe.activation,
         }
     }
 }

@@ -2,12 +2,14 @@
 
 use freewheel_kernels::Threads;
 use freewheel_kernels::attention::{AttentionSeq, KV_BLOCK};
+use half::bf16;
 
 use super::attention::{AttentionLayer, Rows};
 use super::bindings::FfnBinding;
 use super::buffers::Buf;
 use super::mlp::{self, Context};
 use super::moe::{MoeLayer, Routing};
+use super::residual::{OutNorm, add_block};
 use super::weights::{FfnWeights, PolicyWeights, Table};
 use super::{Transformer, head};
 use crate::spec::FfnSpec;
@@ -100,17 +102,29 @@ impl PolicyWeights {
         Context { threads, pool: &self.pool, precision: self.precision }
     }
 
-    /// The embedding rows of `tokens` `[T, D]`.
+    /// Factor on embeddings, rounded as the reference rounds it: to the table's element type.
+    pub(super) fn embedding_scale(&self) -> f32 {
+        let scale = self.model.spec().embedding_scale;
+        match self.embedding {
+            Table::F32(_) => scale,
+            Table::Bf16(_) => bf16::from_f32(scale).to_f32(),
+        }
+    }
+
+    /// The scaled embedding rows of `tokens` `[T, D]`, in the table's element type like the reference's.
     pub(super) fn embed(&self, tokens: &[u32]) -> Buf {
-        let d = self.model.spec().hidden;
+        let (d, scale) = (self.model.spec().hidden, self.embedding_scale());
         let mut x_td = self.pool.take(tokens.len() * d);
         for (x, &token) in x_td.chunks_exact_mut(d).zip(tokens) {
             let at = token as usize * d;
             match &self.embedding {
-                Table::F32(table) => x.copy_from_slice(&table[at..at + d]),
-                Table::Bf16(table) => {
-                    x.iter_mut().zip(&table[at..at + d]).for_each(|(x, value)| *x = value.to_f32());
+                Table::F32(table) => {
+                    x.iter_mut().zip(&table[at..at + d]).for_each(|(x, value)| *x = value * scale);
                 }
+                Table::Bf16(table) => x
+                    .iter_mut()
+                    .zip(&table[at..at + d])
+                    .for_each(|(x, value)| *x = bf16::from_f32(value.to_f32() * scale).to_f32()),
             }
         }
         x_td
@@ -163,7 +177,8 @@ impl PolicyWeights {
     fn feed_forward(&self, cx: &Context, layer: usize, x_td: &mut [f32]) -> Option<Routing> {
         let rows = x_td.len() / self.model.spec().hidden;
         let normed_td = self.post_norm(cx, layer, x_td);
-        match (&self.model.bindings.layers[layer].ffn, &self.layers[layer].ffn) {
+        let block = |x_td: &mut [f32]| match (&self.model.bindings.layers[layer].ffn, &self.layers[layer].ffn)
+        {
             (FfnBinding::Dense(at), FfnWeights::Dense(weights)) => {
                 mlp::forward(cx, at, weights, &normed_td, rows, x_td, true);
                 None
@@ -172,7 +187,15 @@ impl PolicyWeights {
                 let moe = self.moe_layer(layer).expect("weights are made from the same bindings");
                 Some(moe.forward(cx, &normed_td, x_td, rows, None, false).0)
             }
-        }
+        };
+        add_block(cx, self.ffn_out_norm(layer), x_td, block).0
+    }
+
+    /// The sandwich norm of a layer's feed-forward, where the family has it.
+    pub(super) fn ffn_out_norm(&self, layer: usize) -> Option<OutNorm<'_>> {
+        let (weights, binding) = (&self.layers[layer], &self.model.bindings.layers[layer]);
+        let (gain, at) = weights.ffn_out_norm.as_ref().zip(binding.ffn_out_norm.as_ref())?;
+        Some(OutNorm { gain, at, eps: self.model.spec().norm_eps })
     }
 }
 

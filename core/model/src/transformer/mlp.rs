@@ -1,7 +1,10 @@
 //! Gated MLP: `down(act(gate·x) ⊙ up·x)`; the dense feed-forward, a shared expert and one routed expert alike.
 
+use std::ops::Range;
+
 use freewheel_kernels::activation::{self, Activation as KernelActivation};
 use freewheel_kernels::gemm::{matmul, matmul_add, weight_grad};
+use freewheel_kernels::optim::add_assign;
 use freewheel_kernels::{Precision, Threads};
 
 use super::bindings::{Linear, MlpBinding};
@@ -40,6 +43,23 @@ fn kernel(activation: Activation) -> KernelActivation {
     match activation {
         Activation::Silu => KernelActivation::Silu,
         Activation::GeluTanh => KernelActivation::GeluTanh,
+        Activation::ClampedSwiglu { alpha, limit } => KernelActivation::ClampedSwiglu { alpha, limit },
+    }
+}
+
+/// Adds the bias, if there is one, to every row.
+pub(super) fn add_bias(x: &mut [f32], bias: Option<&[f32]>) {
+    let Some(bias) = bias else { return };
+    for row in x.chunks_exact_mut(bias.len()) {
+        add_assign(row, bias);
+    }
+}
+
+/// Adds the rows of `dy` to the gradient of the bias, if there is one.
+pub(super) fn add_bias_grad(dy: &[f32], at: &Option<Range<usize>>, grads: &mut [f32]) {
+    let Some(at) = at else { return };
+    for row in dy.chunks_exact(at.len()) {
+        add_assign(&mut grads[at.clone()], row);
     }
 }
 
@@ -55,9 +75,11 @@ pub(super) fn forward(
 ) -> Buf {
     let mut gate_up_tf = cx.pool.take(rows * 2 * at.width);
     matmul(cx.threads, x_td, rows, &weights.gate_up.forward, &mut gate_up_tf);
+    add_bias(&mut gate_up_tf, weights.gate_up_bias.as_deref());
     let act_tf = activate(cx, at, &gate_up_tf, rows);
     let down = if add { matmul_add } else { matmul };
     down(cx.threads, &act_tf, rows, &weights.down.forward, out_td);
+    add_bias(out_td, weights.down_bias.as_deref());
     gate_up_tf
 }
 
@@ -81,11 +103,13 @@ pub(super) fn backward(
 ) -> Buf {
     let act_tf = activate(cx, at, gate_up_tf, rows);
     cx.accumulate(cx.precision, &at.down, dy_td, &act_tf, rows, grads);
+    add_bias_grad(dy_td, &at.down_bias, grads);
     let mut d_act_tf = act_tf;
     matmul(cx.threads, dy_td, rows, weights.down.transpose(), &mut d_act_tf);
     let mut d_gate_up_tf = cx.pool.take(rows * 2 * at.width);
     activation::gated_backward(kernel(at.activation), gate_up_tf, at.width, &d_act_tf, &mut d_gate_up_tf);
     cx.accumulate(cx.precision, &at.gate_up, &d_gate_up_tf, x_td, rows, grads);
+    add_bias_grad(&d_gate_up_tf, &at.gate_up_bias, grads);
     let mut dx_td = cx.pool.take(x_td.len());
     matmul(cx.threads, &d_gate_up_tf, rows, weights.gate_up.transpose(), &mut dx_td);
     dx_td

@@ -18,6 +18,7 @@ mod inference;
 mod mlp;
 mod moe;
 mod places;
+mod residual;
 mod tape;
 mod weights;
 

@@ -114,6 +114,7 @@ impl MoeLayer<'_> {
         let (experts, k) = (self.spec.experts, self.spec.top_k);
         let mut logits_te = cx.pool.take(rows * experts);
         matmul(cx.threads, normed_td, rows, &self.weights.router.forward, &mut logits_te);
+        mlp::add_bias(&mut logits_te, self.weights.router_bias.as_deref());
         let (mut ids, mut weights) = (vec![0; rows * k], vec![0.0; rows * k]);
         match (self.spec.router, replay) {
             (RouterKind::Softmax { renormalise }, None) => {
@@ -295,6 +296,7 @@ impl MoeLayer<'_> {
             }
         }
         cx.accumulate(Precision::F32, &self.at.router, &d_logits_te, normed_td, rows, grads);
+        mlp::add_bias_grad(&d_logits_te, &self.at.router_bias, grads);
         let mut d = cx.pool.take(dx_td.len());
         matmul(cx.threads, &d_logits_te, rows, self.weights.router.transpose(), &mut d);
         add_assign(dx_td, &d);

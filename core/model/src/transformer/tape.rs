@@ -7,7 +7,7 @@
 use freewheel_kernels::Threads;
 use freewheel_kernels::attention::KV_BLOCK;
 use freewheel_kernels::norm::{NormScale, rms_norm};
-use freewheel_kernels::optim::add_assign;
+use freewheel_kernels::optim::{add_assign, axpy};
 use freewheel_types::SamplingParams;
 
 use super::attention::{Rows, Saved as SavedAttention, norm_backward};
@@ -18,6 +18,7 @@ use super::inference::interleave;
 use super::mlp::{self, Context};
 use super::moe::Saved as SavedMoe;
 use super::places::Places;
+use super::residual::{add_block, add_block_backward};
 use super::weights::{FfnWeights, PolicyWeights};
 use crate::sampling::{self, SampleScratch};
 
@@ -86,6 +87,8 @@ struct SavedLayer {
     /// Residual stream between attention and feed-forward `[T, D]`.
     x_mid_td: Buf,
     ffn: SavedFfn,
+    /// The feed-forward's output before its sandwich norm `[T, D]`, where the layer has one.
+    raw_td: Option<Buf>,
 }
 
 #[derive(Debug)]
@@ -141,19 +144,20 @@ impl PolicyWeights {
             .expect("asked to save");
         let x_mid_td = cx.pool.copy(&tape.x_td);
         let normed_td = self.post_norm(cx, layer, &x_mid_td);
-        let ffn = match (&self.model.bindings.layers[layer].ffn, &self.layers[layer].ffn) {
+        let block = |x_td: &mut [f32]| match (&self.model.bindings.layers[layer].ffn, &self.layers[layer].ffn)
+        {
             (FfnBinding::Dense(at), FfnWeights::Dense(weights)) => {
-                SavedFfn::Dense(mlp::forward(cx, at, weights, &normed_td, rows, &mut tape.x_td, true))
+                SavedFfn::Dense(mlp::forward(cx, at, weights, &normed_td, rows, x_td, true))
             }
             _ => {
                 let moe = self.moe_layer(layer).expect("weights are made from the same bindings");
                 let given = replay(rows, moe.spec.top_k);
-                let (routing, parts) =
-                    moe.forward(cx, &normed_td, &mut tape.x_td, rows, given.as_deref(), true);
+                let (routing, parts) = moe.forward(cx, &normed_td, x_td, rows, given.as_deref(), true);
                 SavedFfn::Moe(Box::new(SavedMoe::new(routing, parts.expect("asked to save"))))
             }
         };
-        SavedLayer { attention, k_pages, v_pages, x_mid_td, ffn }
+        let (ffn, raw_td) = add_block(cx, self.ffn_out_norm(layer), &mut tape.x_td, block);
+        SavedLayer { attention, k_pages, v_pages, x_mid_td, ffn, raw_td }
     }
 
     /// Norm before the feed-forward `[T, D]`.
@@ -243,7 +247,7 @@ impl Tape {
         let embedding = &mut grads[weights.model.bindings.embedding.clone()];
         for (dx, &token) in dx_td.chunks_exact(d).zip(&tokens) {
             let row = &mut embedding[token as usize * d..][..d];
-            add_assign(row, dx);
+            axpy(threads, weights.embedding_scale(), dx, row);
         }
     }
 
@@ -295,13 +299,15 @@ impl PolicyWeights {
         let t = rows.positions.len();
         let binding = &self.model.bindings.layers[layer];
         let normed_td = self.post_norm(cx, layer, &saved.x_mid_td);
+        let d_raw_td = add_block_backward(cx, self.ffn_out_norm(layer), saved.raw_td.as_ref(), dx_td, grads);
+        let dy_td: &[f32] = d_raw_td.as_deref().unwrap_or(dx_td);
         let d_normed_td = match (&binding.ffn, &self.layers[layer].ffn, &saved.ffn) {
             (FfnBinding::Dense(at), FfnWeights::Dense(weights), SavedFfn::Dense(gate_up)) => {
-                mlp::backward(cx, at, weights, &normed_td, gate_up, dx_td, t, grads)
+                mlp::backward(cx, at, weights, &normed_td, gate_up, dy_td, t, grads)
             }
             (_, _, SavedFfn::Moe(moe)) => {
                 let layer = self.moe_layer(layer).expect("weights are made from the same bindings");
-                layer.backward(cx, moe, &normed_td, dx_td, t, grads)
+                layer.backward(cx, moe, &normed_td, dy_td, t, grads)
             }
             _ => unreachable!("a dense layer saved what a MoE layer needs"),
         };

@@ -55,12 +55,15 @@ pub(super) struct PackedLinear {
 #[derive(Debug)]
 pub(super) struct MlpWeights {
     pub gate_up: PackedLinear,
+    pub gate_up_bias: Option<Vec<f32>>,
     pub down: PackedLinear,
+    pub down_bias: Option<Vec<f32>>,
 }
 
 #[derive(Debug)]
 pub(super) struct MoeWeights {
     pub router: PackedLinear,
+    pub router_bias: Option<Vec<f32>>,
     pub experts: Vec<MlpWeights>,
     pub shared: Option<MlpWeights>,
 }
@@ -71,6 +74,7 @@ pub(super) enum FfnWeights {
     Moe(MoeWeights),
 }
 
+/// Norm gains are what the normed rows are multiplied by: a family's offset is already added to the weight.
 #[derive(Debug)]
 pub(super) struct LayerWeights {
     pub input_norm: Vec<f32>,
@@ -80,7 +84,10 @@ pub(super) struct LayerWeights {
     pub k_norm: Option<Vec<f32>>,
     pub out: PackedLinear,
     pub out_bias: Option<Vec<f32>>,
+    pub sinks: Option<Vec<f32>>,
+    pub attention_out_norm: Option<Vec<f32>>,
     pub post_norm: Vec<f32>,
+    pub ffn_out_norm: Option<Vec<f32>>,
     pub ffn: FfnWeights,
 }
 
@@ -107,7 +114,7 @@ impl PolicyWeights {
             ParamData::F32(_) => Precision::F32,
             ParamData::Bf16(_) => Precision::Bf16,
         };
-        let packer = Packer { params, precision, purpose, threads };
+        let packer = Packer { params, precision, purpose, norm_offset: model.spec.norm_offset, threads };
         let bindings = &model.bindings;
         let mut weights = Self {
             precision,
@@ -133,7 +140,8 @@ impl PolicyWeights {
     /// If `params` have another layout or element type.
     pub fn repack(&mut self, params: &Params, version: PolicyVersion, threads: &Threads) {
         assert_eq!(params.layout.total, self.model.layout.total, "parameters of another model");
-        let packer = Packer { params, precision: self.precision, purpose: self.purpose, threads };
+        let (precision, purpose, norm_offset) = (self.precision, self.purpose, self.model.spec.norm_offset);
+        let packer = Packer { params, precision, purpose, norm_offset, threads };
         let bindings = &self.model.bindings;
         match (&mut self.embedding, &params.data) {
             (Table::F32(table), ParamData::F32(values)) => {
@@ -147,7 +155,7 @@ impl PolicyWeights {
         for (layer, binding) in self.layers.iter_mut().zip(&bindings.layers) {
             packer.fill_layer(layer, binding);
         }
-        self.final_norm = params.range_f32(bindings.final_norm.clone());
+        self.final_norm = packer.gain(&bindings.final_norm);
         packer.fill(&mut self.head, &bindings.head);
         self.version = version;
     }
@@ -194,6 +202,7 @@ struct Packer<'a> {
     params: &'a Params,
     precision: Precision,
     purpose: Purpose,
+    norm_offset: f32,
     threads: &'a Threads,
 }
 
@@ -210,7 +219,8 @@ impl Packer<'_> {
     }
 
     fn empty_mlp(&self, at: &MlpBinding) -> MlpWeights {
-        MlpWeights { gate_up: self.empty(&at.gate_up), down: self.empty(&at.down) }
+        let (gate_up, down) = (self.empty(&at.gate_up), self.empty(&at.down));
+        MlpWeights { gate_up, gate_up_bias: None, down, down_bias: None }
     }
 
     fn layer(&self, model: &Transformer, layer: usize) -> LayerWeights {
@@ -223,11 +233,15 @@ impl Packer<'_> {
             k_norm: None,
             out: self.empty(&binding.out),
             out_bias: None,
+            sinks: None,
+            attention_out_norm: None,
             post_norm: Vec::new(),
+            ffn_out_norm: None,
             ffn: match &binding.ffn {
                 FfnBinding::Dense(mlp) => FfnWeights::Dense(self.empty_mlp(mlp)),
                 FfnBinding::Moe(moe) => FfnWeights::Moe(MoeWeights {
                     router: self.empty_in(Precision::F32, &moe.router),
+                    router_bias: None,
                     experts: moe.experts.iter().map(|mlp| self.empty_mlp(mlp)).collect(),
                     shared: moe.shared.as_ref().map(|mlp| self.empty_mlp(mlp)),
                 }),
@@ -236,19 +250,23 @@ impl Packer<'_> {
     }
 
     fn fill_layer(&self, layer: &mut LayerWeights, binding: &super::bindings::LayerBinding) {
-        let values = |range: &Range<usize>| self.params.range_f32(range.clone());
-        layer.input_norm = values(&binding.input_norm);
-        layer.qkv_bias = binding.qkv_bias.as_ref().map(values);
-        layer.q_norm = binding.q_norm.as_ref().map(values);
-        layer.k_norm = binding.k_norm.as_ref().map(values);
-        layer.out_bias = binding.out_bias.as_ref().map(values);
-        layer.post_norm = values(&binding.post_norm);
+        let gain = |range: &Range<usize>| self.gain(range);
+        layer.input_norm = gain(&binding.input_norm);
+        layer.qkv_bias = self.bias(&binding.qkv_bias);
+        layer.q_norm = binding.q_norm.as_ref().map(gain);
+        layer.k_norm = binding.k_norm.as_ref().map(gain);
+        layer.out_bias = self.bias(&binding.out_bias);
+        layer.sinks = self.bias(&binding.sinks);
+        layer.attention_out_norm = binding.attention_out_norm.as_ref().map(gain);
+        layer.post_norm = gain(&binding.post_norm);
+        layer.ffn_out_norm = binding.ffn_out_norm.as_ref().map(gain);
         self.fill(&mut layer.qkv, &binding.qkv);
         self.fill(&mut layer.out, &binding.out);
         match (&mut layer.ffn, &binding.ffn) {
             (FfnWeights::Dense(weights), FfnBinding::Dense(at)) => self.fill_mlp(weights, at),
             (FfnWeights::Moe(weights), FfnBinding::Moe(at)) => {
                 self.fill(&mut weights.router, &at.router);
+                weights.router_bias = self.bias(&at.router_bias);
                 for (expert, at) in weights.experts.iter_mut().zip(&at.experts) {
                     self.fill_mlp(expert, at);
                 }
@@ -263,6 +281,18 @@ impl Packer<'_> {
     fn fill_mlp(&self, weights: &mut MlpWeights, at: &MlpBinding) {
         self.fill(&mut weights.gate_up, &at.gate_up);
         self.fill(&mut weights.down, &at.down);
+        weights.gate_up_bias = self.bias(&at.gate_up_bias);
+        weights.down_bias = self.bias(&at.down_bias);
+    }
+
+    fn bias(&self, at: &Option<Range<usize>>) -> Option<Vec<f32>> {
+        at.as_ref().map(|range| self.params.range_f32(range.clone()))
+    }
+
+    fn gain(&self, at: &Range<usize>) -> Vec<f32> {
+        let mut gain = self.params.range_f32(at.clone());
+        gain.iter_mut().for_each(|weight| *weight += self.norm_offset);
+        gain
     }
 
     fn fill(&self, packed: &mut PackedLinear, at: &Linear) {

@@ -23,6 +23,8 @@ pub fn model_dir(name: &str) -> PathBuf {
 /// The golden checkpoints that are there, of those that can be loaded.
 pub fn model_names() -> Vec<String> {
     let supported = [
+        "gemma3_text",
+        "gpt_oss",
         "llama3",
         "llama3_bf16",
         "llama4_text_step1",
