@@ -194,7 +194,7 @@ fn gpt_oss_layers_alternate_and_defaults_hold() {
     bare["rope_scaling"] = Value::Null;
     parse(bare).expect("null is an answer");
     let error =
-        gpt_oss(json!({"layer_types": ["chunked_attention"; 4]})).expect_err("not a kind").to_string();
+        gpt_oss(json!({"layer_types": vec!["chunked_attention"; 4]})).expect_err("not a kind").to_string();
     assert!(error.contains("chunked_attention"), "{error}");
 }
 
