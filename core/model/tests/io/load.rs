@@ -98,7 +98,8 @@ fn a_stream_says_what_decode_says() {
             said.extend(stream.finish());
             assert_eq!(said.concat(), tokenizer.decode(&ids), "{name}");
         }
-        let ids = tokenizer.encode("🙂").expect("ids");
+        // A letter that no vocabulary here has whole: its four bytes are tokens.
+        let ids = tokenizer.encode("𒀀").expect("ids");
         let mut stream = tokenizer.stream();
         let broken: Vec<String> = ids[..ids.len() - 1].iter().filter_map(|id| stream.push(*id)).collect();
         assert_eq!(broken.concat(), "", "{name}: half a character is not handed out");
