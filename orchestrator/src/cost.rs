@@ -1,6 +1,7 @@
-//! What a model costs: parameters, bytes and operations, from its specification alone.
+//! What a model costs: parameters, bytes and operations, from its specification alone; and what a run of it holds in memory.
 
-use freewheel_model::{FfnSpec, KvCache, ParamLayout, TensorKind, Transformer};
+use crate::config::RunConfig;
+use freewheel_model::{AttentionSpec, FfnSpec, KvCache, ParamLayout, TensorKind, Transformer};
 
 /// Sizes of one model.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -15,6 +16,27 @@ pub struct Cost {
     pub routed_share: f64,
     /// Bytes of keys and values of one position, all layers.
     pub kv_bytes: u64,
+    /// Bytes of activations per token of a training micro-batch: what every layer keeps for the backward pass, and what the
+    /// largest layer needs besides while it is computed.
+    pub activation_bytes: u64,
+    /// Bytes of the logits of one row.
+    pub logits_bytes: u64,
+    /// Bytes of one token in a rollout's envelope: id, log-prob, experts.
+    pub rollout_bytes: u64,
+}
+
+/// Values a layer keeps per token for its backward pass.
+fn saved_values(attention: &AttentionSpec, ffn: &FfnSpec, hidden: usize) -> usize {
+    let (queries, keys) = (attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim);
+    // Residual before and after attention; queries with their input to the norm, output and scores; keys and values.
+    let attended = 2 * hidden + 3 * queries + attention.heads + 3 * keys;
+    let gated = match ffn {
+        FfnSpec::Dense { width, .. } => 2 * width,
+        FfnSpec::Moe(moe) => {
+            moe.experts + moe.top_k * (2 * moe.width + hidden) + moe.shared_width.map_or(0, |width| 2 * width)
+        }
+    };
+    attended + gated
 }
 
 impl Cost {
@@ -31,7 +53,13 @@ impl Cost {
             FfnSpec::Moe(moe) => Some(moe.top_k as f64 / moe.experts as f64),
             FfnSpec::Dense { .. } => None,
         });
+        let saved = spec.layers.iter().map(|(attention, ffn)| saved_values(attention, ffn, spec.hidden));
+        // While a layer is computed, forward or backward, its inputs and gradients are about as large as what it keeps.
+        let values = saved.clone().sum::<usize>() + 2 * saved.max().unwrap_or(0) + 2 * spec.hidden;
         Self {
+            activation_bytes: 4 * values as u64,
+            logits_bytes: 4 * spec.vocab_size as u64,
+            rollout_bytes: 8 + 2 * (spec.moe_layers() * spec.top_k()) as u64,
             parameters: layout.total as u64,
             dense: layout.total as u64 - experts - looked_up,
             experts,
@@ -49,5 +77,87 @@ impl Cost {
     pub fn decode_bytes(&self, element: usize, batch: usize, context: f64, coverage: f64) -> f64 {
         (self.dense as f64 + self.experts as f64 * coverage) * element as f64
             + batch as f64 * context * self.kv_bytes as f64
+    }
+}
+
+/// Memory of a run in one process at its peak, bytes, by what holds it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Parameters of the model.
+    pub parameters: u64,
+    /// All actors: packed weights in use and being filled, their plain copy; keys and values; logits.
+    pub actor: u64,
+    /// Weights plain, packed both ways and as published; masters, moments, gradient; the reference.
+    pub learner: u64,
+    /// Activations of one micro-batch.
+    pub activations: u64,
+    /// An engine of its own.
+    pub evaluation: u64,
+    /// Rollouts on their way and in hand; published versions.
+    pub queue: u64,
+    /// All of it, and the program.
+    pub total: u64,
+}
+
+/// The program itself, tokenizer, journal buffers, allocator.
+const PROGRAM: u64 = 128 << 20;
+
+impl Plan {
+    /// The plan of a run: `element` bytes a weight, `context` positions.
+    pub fn of(config: &RunConfig, cost: &Cost, element: u64, context: u64) -> Self {
+        let (actor, learner) = (&config.actor, &config.learner);
+        let weights = cost.parameters * element;
+        let slots = actor.max_live as u64;
+        // Pages beyond what all slots can hold are never made.
+        let kv = actor.kv_bytes.min((slots + 1) * (context + 16) * cost.kv_bytes);
+        let engine = 3 * weights + kv + slots * cost.logits_bytes;
+        let group = u64::from(config.prompts.group_size);
+        let batch = (learner.groups_per_step as u64).saturating_mul(group);
+        // No batch has more tokens than its rollouts can.
+        let tokens = (learner.micro_batch_tokens as u64).min(batch.saturating_mul(context)).max(context);
+        // Logits and their gradient, in chunks of 256 rows.
+        let activations = tokens * cost.activation_bytes + 2 * 256 * cost.logits_bytes;
+        let reference = if learner.loss.kl_coef > 0.0 { 2 * weights } else { 0 };
+        let outstanding = batch.saturating_mul(learner.max_staleness + 1);
+        // Encoded in the queue, decoded at the learner.
+        let rollouts = outstanding.saturating_mul(2 * context * cost.rollout_bytes);
+        let published = u64::from(config.queue.keep_versions) * weights;
+        let mut plan = Self {
+            parameters: cost.parameters,
+            actor: engine * actor.processes as u64,
+            learner: 5 * weights + 16 * cost.parameters + reference,
+            activations,
+            evaluation: engine,
+            queue: rollouts.min(2 * config.queue.max_bytes) + published,
+            total: PROGRAM,
+        };
+        plan.total += plan.actor + plan.learner + plan.activations + plan.evaluation + plan.queue;
+        plan
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn plan(overrides: &[&str]) -> Plan {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let sets: Vec<String> = overrides.iter().map(|set| (*set).to_owned()).collect();
+        let loaded = crate::config::load(&root.join("configs/quickstart.toml"), &sets).unwrap();
+        let model = freewheel_model::load(&root.join("assets/sprout"), None).unwrap();
+        Plan::of(&loaded.config, &Cost::of(&model.model), 2, model.model.spec().max_positions as u64)
+    }
+
+    #[test]
+    fn the_quickstarts_plan_covers_what_it_was_measured_to_need() {
+        let whole = plan(&[]);
+        // 1.2 GB at most, as the README says; a plan of several times that would frighten for nothing.
+        assert!((1.0e9..2.0e9).contains(&(whole.total as f64)), "{whole:?}");
+        assert!(whole.activations > whole.total / 3, "activations are what matters here: {whole:?}");
+        let half = plan(&["learner.micro_batch_tokens=8192"]);
+        assert!(half.activations < whole.activations * 11 / 20, "{half:?}");
+        assert_eq!(plan(&["actor.processes=2"]).actor, 2 * whole.actor);
     }
 }

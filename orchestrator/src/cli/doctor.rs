@@ -14,7 +14,7 @@ use super::ConfigArgs;
 use super::run::runtime;
 use super::table::{bytes, table};
 use crate::config::Loaded;
-use crate::cost::Cost;
+use crate::cost::{Cost, Plan};
 use crate::run::prepare;
 
 /// Look at this machine: processor, memory, disk, Redis; with a config, what a run of it will need.
@@ -185,40 +185,30 @@ fn queue(found: &mut Findings, loaded: &Loaded) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Memory of a run in one process, by what holds it.
+/// Memory of a run in one process at its peak, by what holds it.
 fn plan(found: &mut Findings, loaded: &Loaded) -> anyhow::Result<()> {
     let model = prepare::model(loaded)?;
-    let cost = Cost::of(&model.model);
-    let config = &loaded.config;
     let element = match model.params.dtype() {
         WeightsDtype::Bf16 => 2,
         WeightsDtype::F32 => 4,
     };
-    let n = cost.parameters;
-    let actors = config.actor.processes as u64;
-    let context = model.model.spec().max_positions as u64;
-    // Pages beyond what all slots can hold are never made.
-    let kv = config.actor.kv_bytes.min((config.actor.max_live as u64 + 1) * (context + 16) * cost.kv_bytes);
-    // Two packed versions (one in use, one being filled) and the shadow copy.
-    let actor = n * element * 3 + kv;
-    // Weights, packed with transposes, f32 masters, two moments, gradient.
-    let learner = n * element * 3 + n * 16;
-    let reference = if config.learner.loss.kl_coef > 0.0 { n * element } else { 0 };
-    let eval = n * element * 3 + kv;
-    let total = actor * actors + learner + reference + eval + config.queue.max_bytes.min(64 << 20);
+    let plan =
+        Plan::of(&loaded.config, &Cost::of(&model.model), element, model.model.spec().max_positions as u64);
     for (name, value) in [
-        ("parameters", n),
-        ("plan_actor_bytes", actor),
-        ("plan_learner_bytes", learner + reference),
-        ("plan_evaluation_bytes", eval),
-        ("plan_total_bytes", total),
+        ("parameters", plan.parameters),
+        ("plan_actor_bytes", plan.actor),
+        ("plan_learner_bytes", plan.learner),
+        ("plan_learner_activations_bytes", plan.activations),
+        ("plan_evaluation_bytes", plan.evaluation),
+        ("plan_queue_bytes", plan.queue),
+        ("plan_total_bytes", plan.total),
     ] {
         found.facts.insert(name.into(), json!(value));
     }
-    if let Some(free) = memory("MemAvailable:").filter(|free| total > *free) {
+    if let Some(free) = memory("MemAvailable:").filter(|free| plan.total > *free) {
         found.warnings.push(format!(
-            "the plan needs {}, {} are free: lower actor.kv_bytes, actor.max_live or actor.processes",
-            bytes(total),
+            "the plan needs {}, {} are free: lower learner.micro_batch_tokens, actor.kv_bytes, actor.max_live or actor.processes",
+            bytes(plan.total),
             bytes(free)
         ));
     }

@@ -44,9 +44,12 @@ struct View {
 impl View {
     fn new(dir: &Path, steps: u64) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
-            let style = ProgressStyle::with_template("{bar:28.cyan/dim} {pos}/{len}  {wide_msg}")
-                .expect("the template is fixed")
-                .progress_chars("━╸─");
+            let style = ProgressStyle::with_template(&format!(
+                "{{bar:{}.cyan/dim}} {{pos}}/{{len}}  {{wide_msg}}",
+                bar_width()
+            ))
+            .expect("the template is fixed")
+            .progress_chars("━╸─");
             let bar = ProgressBar::new(steps).with_style(style);
             bar.set_message("first rollouts are on their way");
             bar
@@ -85,14 +88,17 @@ impl View {
         let first = *self.first_step.get_or_insert(step.saturating_sub(1));
         let done = step.saturating_sub(first).max(1);
         let left = self.begun.elapsed().mul_f64(self.steps.saturating_sub(step) as f64 / done as f64);
-        let text = format!("{}  {} left", summary(&line, self.accuracy), clock(left));
+        let mut parts = summary(&line, self.accuracy);
+        parts.insert(0, format!("{} left", clock(left)));
         match &self.bar {
             Some(bar) => {
+                let counted = 2 * self.steps.to_string().len() + 1;
+                let room = terminal_width().saturating_sub(bar_width() + counted + 4);
                 bar.set_position(step);
-                bar.set_message(text);
+                bar.set_message(fitting(&parts, room));
             }
             None if self.printed.is_none_or(|at| at.elapsed() >= PLAIN_EVERY) || step == self.steps => {
-                eprintln!("step {step:>5}/{}  {text}", self.steps);
+                eprintln!("step {step:>5}/{}  {}", self.steps, parts.join("  "));
                 self.printed = Some(Instant::now());
             }
             None => {}
@@ -115,8 +121,34 @@ impl View {
     }
 }
 
-/// The numbers of one step that say whether all is well.
-fn summary(line: &StepLine, accuracy: Option<f64>) -> String {
+/// Columns of the terminal that standard error goes to.
+fn terminal_width() -> usize {
+    usize::from(console::Term::stderr().size().1)
+}
+
+/// Columns of the bar: a narrow terminal keeps the words.
+fn bar_width() -> usize {
+    (terminal_width() / 5).clamp(6, 28)
+}
+
+/// As many whole parts as fit into `room` columns; the first always.
+fn fitting(parts: &[String], room: usize) -> String {
+    let mut text = String::new();
+    for part in parts {
+        let needed = text.chars().count() + 2 + part.chars().count();
+        if !text.is_empty() && needed > room {
+            break;
+        }
+        if !text.is_empty() {
+            text.push_str("  ");
+        }
+        text.push_str(part);
+    }
+    text
+}
+
+/// The numbers of one step that say whether all is well, the most telling first.
+fn summary(line: &StepLine, accuracy: Option<f64>) -> Vec<String> {
     let number = |key: &str| line.get(key).and_then(Value::as_f64);
     let mut parts = Vec::new();
     let mut part = |name: &str, value: Option<f64>, digits: usize| {
@@ -132,7 +164,7 @@ fn summary(line: &StepLine, accuracy: Option<f64>) -> String {
     if let Some(rate) = number("rollout/tokens_per_s") {
         parts.push(format!("{} tok/s", thousands(rate)));
     }
-    parts.join("  ")
+    parts
 }
 
 fn thousands(x: f64) -> String {
@@ -209,6 +241,15 @@ mod tests {
         file.write_all(b"ep\":2}\n").unwrap();
         assert_eq!(tail.lines()[0]["step"], 2);
         assert!(tail.lines().is_empty());
+    }
+
+    #[test]
+    fn a_narrow_terminal_shows_fewer_numbers_and_cuts_none() {
+        let parts = ["0:41 left", "reward 0.500", "accuracy 0.423"].map(str::to_owned);
+        assert_eq!(fitting(&parts, 200), "0:41 left  reward 0.500  accuracy 0.423");
+        assert_eq!(fitting(&parts, 38), "0:41 left  reward 0.500");
+        assert_eq!(fitting(&parts, 39), "0:41 left  reward 0.500  accuracy 0.423");
+        assert_eq!(fitting(&parts, 0), "0:41 left");
     }
 
     #[test]

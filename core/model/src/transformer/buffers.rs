@@ -1,4 +1,7 @@
 //! Recycled f32 buffers: a step takes the same sizes again and again, and fresh pages cost more than the arithmetic on them.
+//!
+//! Batches differ by a few rows from step to step. So capacities come in classes, eight an octave, and a buffer that has become
+//! too small is let go for the larger one that replaces it: the pool holds what one step needs, not what every step needed.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,8 +30,15 @@ impl BufferPool {
             .filter(|(_, v)| v.capacity() >= len && v.capacity() <= 4 * len + 1024)
             .min_by_key(|(_, v)| v.capacity())
             .map(|(at, _)| at);
-        let mut values = best.map_or_else(|| Vec::with_capacity(len), |at| idle.swap_remove(at));
+        let outgrown = |values: &Vec<f32>| values.capacity() < len && values.capacity() >= len / 4;
+        let replaced = match best {
+            Some(_) => None,
+            None => idle.iter().position(outgrown).map(|at| idle.swap_remove(at)),
+        };
+        let found = best.map(|at| idle.swap_remove(at));
         drop(idle);
+        drop(replaced);
+        let mut values = found.unwrap_or_else(|| Vec::with_capacity(class(len)));
         values.resize(len, 0.0);
         Buf { values, pool: self.clone() }
     }
@@ -46,6 +56,12 @@ impl BufferPool {
         buf.copy_from_slice(source);
         buf
     }
+}
+
+/// The smallest class that holds `len`: multiples of an eighth of the power of two below it.
+fn class(len: usize) -> usize {
+    let step = (len.max(8).ilog2() as usize).saturating_sub(3);
+    len.next_multiple_of(1 << step)
 }
 
 impl Deref for Buf {
@@ -84,5 +100,17 @@ mod tests {
         };
         assert_ne!(pool.take(10).as_ptr() as usize, address);
         assert_eq!(pool.zeros(90_000).as_ptr() as usize, address);
+    }
+
+    #[test]
+    fn growing_batches_do_not_pile_up_buffers() {
+        let pool = BufferPool::default();
+        for rows in 1000..2000 {
+            let _step: Vec<Buf> = (0..4).map(|_| pool.take(rows * 128)).collect();
+        }
+        let idle = pool.idle.lock().unwrap();
+        let held: usize = idle.iter().map(Vec::capacity).sum();
+        assert!(idle.len() <= 4 && held <= 4 * class(2000 * 128), "{} buffers of {held}", idle.len());
+        assert!((1..5000).all(|len| class(len) >= len && class(len) <= len + len / 8 + 1));
     }
 }
