@@ -94,7 +94,7 @@ simd! {
 
 /// (act(x), act'(x))
 #[inline(always)]
-fn silu<S: Lanes>(x: S) -> (S, S) {
+pub(crate) fn silu<S: Lanes>(x: S) -> (S, S) {
     let s = sigmoid_lanes(x);
     let slope = s.mul(x.fma(S::splat(1.0).sub(s), S::splat(1.0)));
     (x.mul(s), slope)
@@ -102,7 +102,7 @@ fn silu<S: Lanes>(x: S) -> (S, S) {
 
 /// (act(x), act'(x))
 #[inline(always)]
-fn gelu_tanh<S: Lanes>(x: S) -> (S, S) {
+pub(crate) fn gelu_tanh<S: Lanes>(x: S) -> (S, S) {
     const SQRT_2_OVER_PI: f32 = 0.797_884_6;
     const CUBIC: f32 = 0.044715;
     let x2 = x.mul(x);

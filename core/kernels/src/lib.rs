@@ -9,7 +9,7 @@
 //!   simd     sixteen f32 lanes: one trait, an implementation per instruction set
 //!   math     exp, ln, sigmoid, sin/cos on those lanes, from fused multiply-adds only
 //!   gemm     x·Wᵀ with a packed weight (f32: one FMA chain; bf16: the AMX tile order)
-//!   norm rope attention activation softmax router optim convert     one file an operation, forward and backward
+//!   norm layer_norm rope attention activation pointwise softmax router optim convert     one file an operation, forward and backward
 //!   measure  what the machine reaches: bytes/s, flop/s
 //!   gpu      which GPUs there are (feature `cuda`; nothing runs on them yet)
 //! ```
@@ -25,10 +25,12 @@ pub mod convert;
 pub mod gemm;
 pub mod gpu;
 mod isa;
+pub mod layer_norm;
 mod math;
 pub mod measure;
 pub mod norm;
 pub mod optim;
+pub mod pointwise;
 pub mod rope;
 pub mod router;
 mod simd;

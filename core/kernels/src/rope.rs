@@ -32,6 +32,24 @@ impl RopeTable {
         table
     }
 
+    /// A table of given angles, `[rows][pairs]` in radians: "position" r turns by the angles of row r (two-dimensional
+    /// positions of image patches, say). It does not grow.
+    ///
+    /// # Panics
+    /// When there are no pairs, or the angles are not a whole number of rows.
+    pub fn from_angles(angles: &[f32], pairs: usize) -> Self {
+        assert!(
+            pairs > 0 && angles.len().is_multiple_of(pairs),
+            "rope: {} angles, {pairs} a row",
+            angles.len()
+        );
+        let turn = |&angle: &f32| {
+            let (sin, cos) = sin_cos(angle);
+            (cos, sin)
+        };
+        RopeTable { inv_freq: vec![0.0; pairs], scale: 1.0, rows: angles.iter().map(turn).collect() }
+    }
+
     /// Makes sure that positions `0..positions` are in the table.
     pub fn grow(&mut self, positions: usize) {
         for position in self.positions()..positions {
@@ -140,6 +158,20 @@ mod tests {
 
     fn frequencies(pairs: usize) -> Vec<f32> {
         (0..pairs).map(|i| 10_000f32.powf(-(i as f32) / pairs as f32)).collect()
+    }
+
+    #[test]
+    fn a_table_of_angles_turns_as_one_of_frequencies() {
+        let inv_freq = [1.0f32, 0.1, 0.01];
+        let angles: Vec<f32> = (0..9).flat_map(|row| inv_freq.map(|f| row as f32 * f)).collect();
+        let (by_angle, by_frequency) =
+            (RopeTable::from_angles(&angles, 3), RopeTable::new(&inv_freq, 1.0, 9));
+        assert_eq!(by_angle.positions(), 9);
+        let x: Vec<f32> = (0..2 * 2 * 6).map(|i| i as f32 * 0.37 - 3.0).collect();
+        let (mut a, mut b) = (x.clone(), x);
+        rope(&by_angle, RopeStyle::Interleaved, &mut a, 2, 6, &[8, 3]);
+        rope(&by_frequency, RopeStyle::Interleaved, &mut b, 2, 6, &[8, 3]);
+        assert_eq!(a, b);
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! sequence, row, then head. dk and dv thus add queries in ascending order, dq adds key blocks in ascending order.
 
 use super::forward::{accumulate_full, accumulate_part, hide, scores};
-use super::{AttentionSeq, AttentionShape, KV_BLOCK};
+use super::{AttentionMask, AttentionSeq, AttentionShape, KV_BLOCK};
 use crate::Threads;
 use crate::math::exp;
 use crate::simd::{LANES, Lanes, simd};
@@ -192,6 +192,7 @@ fn block_queries<S: Lanes>(
     while end < past && sees(end) {
         end += 1;
     }
+    let first = if input.shape.mask == AttentionMask::Bidirectional { 0 } else { first };
     let (mut i, end) = ((first - seq.position) * group, (end - seq.position) * group);
     while i < end {
         i += match end - i {
@@ -247,7 +248,7 @@ fn queries<S: Lanes, const N: usize>(
     let mut douts: [&[f32]; N] = [&[]; N];
     for i in 0..N {
         let (row, head) = ((first + i) / group, (first + i) % group);
-        let visible = mask.visible_lanes(seq.position + row, block);
+        let visible = mask.visible_lanes(seq.position + row, block, seq.position + seq.rows);
         lanes[i] = (visible.start, visible.end);
         index[i] = (seq.first_row + row) * heads + kv_head * group + head;
         q_rows[i] = &input.q[index[i] * head_dim..][..head_dim];

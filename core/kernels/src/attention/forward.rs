@@ -108,7 +108,8 @@ fn queries<S: Lanes, const N: usize>(
         unsafe { output.out.slice(index[i] * head_dim, head_dim) }.fill(0.0);
     }
     let (mut max, mut sum) = ([f32::NEG_INFINITY; N], [0.0f32; N]);
-    let last = positions[N - 1] / KV_BLOCK;
+    let end = seq.position + seq.rows;
+    let last = (mask.end_visible(positions[N - 1], end) - 1) / KV_BLOCK;
     for block in mask.first_visible(positions[0]) / KV_BLOCK..=last {
         let page = seq.pages[block];
         if block < last {
@@ -124,7 +125,7 @@ fn queries<S: Lanes, const N: usize>(
         let mut p = [[0.0f32; LANES]; N];
         let mut rescale = [0.0f32; LANES];
         for i in 0..N {
-            let visible = mask.visible_lanes(positions[i], block);
+            let visible = mask.visible_lanes(positions[i], block, end);
             lanes[i] = (visible.start, visible.end);
             if !visible.is_empty() {
                 let score = hide::<S>(scores[i], lanes[i], f32::NEG_INFINITY);

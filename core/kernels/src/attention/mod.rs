@@ -1,4 +1,4 @@
-//! Attention over a paged key-value cache, forward and backward, with grouped queries and three masks.
+//! Attention over a paged key-value cache, forward and backward, with grouped queries and four masks.
 //!
 //! ```text
 //!   position p of a sequence lives in page  pages[p / 16], lane p % 16
@@ -30,7 +30,7 @@ pub const KV_BLOCK: usize = 16;
 
 const _: () = assert!(KV_BLOCK == crate::simd::LANES);
 
-/// Which keys a query may see; never later ones.
+/// Which keys a query may see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AttentionMask {
     /// All keys up to its own position.
@@ -39,6 +39,8 @@ pub enum AttentionMask {
     Chunked(usize),
     /// The last so many keys, its own included (Mistral): position p sees p−w+1 ..= p.
     Sliding(usize),
+    /// Every key of its sequence, later ones included (image encoders). The rows of one call are the whole sequence.
+    Bidirectional,
 }
 
 impl AttentionMask {
@@ -48,7 +50,7 @@ impl AttentionMask {
     /// When a chunk or window is 0.
     pub fn first_visible(self, position: usize) -> usize {
         match self {
-            AttentionMask::Causal => 0,
+            AttentionMask::Causal | AttentionMask::Bidirectional => 0,
             AttentionMask::Chunked(chunk) => {
                 assert!(chunk > 0, "an attention chunk holds at least one position");
                 position / chunk * chunk
@@ -60,12 +62,18 @@ impl AttentionMask {
         }
     }
 
-    /// Lanes of key block `block` that the query at `position` sees.
+    /// End of the keys that the query at `position` sees, in a sequence whose rows end at `end`.
     #[inline(always)]
-    fn visible_lanes(self, position: usize, block: usize) -> Range<usize> {
+    fn end_visible(self, position: usize, end: usize) -> usize {
+        if self == AttentionMask::Bidirectional { end } else { position + 1 }
+    }
+
+    /// Lanes of key block `block` that the query at `position` sees, in a sequence whose rows end at `end`.
+    #[inline(always)]
+    fn visible_lanes(self, position: usize, block: usize, end: usize) -> Range<usize> {
         let start = block * KV_BLOCK;
         let first = self.first_visible(position).clamp(start, start + KV_BLOCK) - start;
-        let end = (position + 1).clamp(start, start + KV_BLOCK) - start;
+        let end = self.end_visible(position, end).clamp(start, start + KV_BLOCK) - start;
         first..end.max(first)
     }
 }
@@ -102,6 +110,8 @@ impl AttentionShape {
         let page_count = k_pages.len() / self.page_len();
         for seq in seqs {
             assert!(seq.first_row + seq.rows <= rows, "attention: a sequence ends past row {rows}");
+            let whole = self.mask != AttentionMask::Bidirectional || seq.position == 0;
+            assert!(whole, "attention: a bidirectional sequence is computed whole, from position 0");
             let blocks = (seq.position + seq.rows).div_ceil(KV_BLOCK);
             assert!(seq.pages.len() >= blocks, "attention: {} pages for {blocks} blocks", seq.pages.len());
             let visible = self.mask.first_visible(seq.position) / KV_BLOCK..blocks;

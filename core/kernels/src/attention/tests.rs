@@ -4,13 +4,19 @@ use super::*;
 use crate::Threads;
 use crate::testing::*;
 
-const MASKS: [AttentionMask; 5] = [
+const MASKS: [AttentionMask; 6] = [
+    AttentionMask::Bidirectional,
     AttentionMask::Causal,
     AttentionMask::Chunked(20),
     AttentionMask::Chunked(16),
     AttentionMask::Sliding(7),
     AttentionMask::Sliding(33),
 ];
+
+/// Those that let a sequence be cut and continued; a bidirectional one is always computed whole.
+fn causal_masks() -> impl Iterator<Item = AttentionMask> {
+    MASKS.into_iter().filter(|mask| *mask != AttentionMask::Bidirectional)
+}
 
 fn shape(heads: usize, kv_heads: usize, head_dim: usize, mask: AttentionMask) -> AttentionShape {
     AttentionShape { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt(), mask }
@@ -38,18 +44,19 @@ fn plain_with_sinks(
                 x[(key * kv_heads + head / (heads / kv_heads)) * head_dim..][..head_dim].to_vec()
             };
             let first = match mask {
-                AttentionMask::Causal => 0,
+                AttentionMask::Causal | AttentionMask::Bidirectional => 0,
                 AttentionMask::Chunked(c) => row / c * c,
                 AttentionMask::Sliding(w) => (row + 1).max(w) - w,
             };
+            let last = if mask == AttentionMask::Bidirectional { rows - 1 } else { row };
             let score = |key| q.iter().zip(kv(k, key)).map(|(a, b)| a * b).sum::<f64>() * f64::from(scale);
-            let scores: Vec<f64> = (first..=row).map(score).collect();
+            let scores: Vec<f64> = (first..=last).map(score).collect();
             let all = || scores.iter().chain([&sinks[head]]);
             let max = all().copied().fold(f64::NEG_INFINITY, f64::max);
             let lse = max + all().map(|s| (s - max).exp()).sum::<f64>().ln();
             let p: Vec<f64> = scores.iter().map(|s| (s - lse).exp()).collect();
             out.extend(
-                (0..head_dim).map(|d| (first..=row).zip(&p).map(|(key, p)| p * kv(v, key)[d]).sum::<f64>()),
+                (0..head_dim).map(|d| (first..=last).zip(&p).map(|(key, p)| p * kv(v, key)[d]).sum::<f64>()),
             );
             lses.push(lse);
         }
@@ -102,7 +109,7 @@ fn prefill_matches_plain_attention() {
 fn decode_and_chunked_prefill_give_the_bits_of_prefill() {
     let mut random = Random(2);
     let rows = 70;
-    for mask in MASKS {
+    for mask in causal_masks() {
         let shape = shape(6, 2, 24, mask);
         let [q, k, v] = rows_of(&mut random, &shape, rows);
         let (q_width, kv_width) = (6 * 24, 2 * 24);
@@ -197,7 +204,7 @@ fn backward_is_the_derivative() {
 #[test]
 fn branches_of_a_trunk_give_the_gradients_of_whole_sequences() {
     let mut random = Random(5);
-    for mask in MASKS {
+    for mask in causal_masks() {
         let shape = shape(4, 2, 24, mask);
         let (q_width, kv_width) = (4 * 24, 2 * 24);
         // A trunk of 45 rows; branches continue its first 16, 21 and 45.
@@ -283,10 +290,11 @@ fn visible_lanes_are_those_of_the_mask() {
         for position in 0..60 {
             let first = mask.first_visible(position);
             for block in 0..5 {
-                let lanes = mask.visible_lanes(position, block);
+                let lanes = mask.visible_lanes(position, block, 60);
                 for lane in 0..KV_BLOCK {
                     let key = block * KV_BLOCK + lane;
-                    let visible = key >= first && key <= position;
+                    let last = if mask == AttentionMask::Bidirectional { 59 } else { position };
+                    let visible = key >= first && key <= last;
                     assert_eq!(lanes.contains(&lane), visible, "{mask:?} query {position} key {key}");
                 }
             }
