@@ -6,6 +6,7 @@ use freewheel_kernels::Threads;
 use freewheel_kernels::attention::KV_BLOCK;
 use freewheel_model::delta::apply_frame;
 use freewheel_model::sampling::{self, SampleScratch};
+use freewheel_model::vision::EncodedPrompt;
 use freewheel_model::{
     BatchSeq, ForwardBatch, KvCache, Params, PolicyWeights, Purpose, Tokenizer, Transformer,
 };
@@ -44,6 +45,7 @@ impl Backend for CpuBackend {
             top_k: spec.top_k(),
             page_tokens: KV_BLOCK,
             page_bytes: KvCache::page_bytes(&self.model),
+            images: spec.vision.is_some(),
         }
     }
 
@@ -65,7 +67,12 @@ impl Backend for CpuBackend {
             .iter()
             .map(|s| BatchSeq { rows: s.rows, position: s.position, pages: s.pages })
             .collect();
-        let batch = ForwardBatch { tokens: batch.tokens, seqs: &seqs, logit_rows: batch.logit_rows };
+        let batch = ForwardBatch {
+            tokens: batch.tokens,
+            seqs: &seqs,
+            logit_rows: batch.logit_rows,
+            tiles: batch.tiles,
+        };
         let output = self.weights.forward(&self.threads, &mut self.cache, &batch);
         StepOutput { logits: output.logits, experts: output.experts }
     }
@@ -149,7 +156,7 @@ impl TextDecoder for Tokenizer {
 }
 
 impl PromptCodec for Tokenizer {
-    fn encode_prompt(&self, prompt: &PromptBody) -> Result<Vec<u32>, ActorError> {
+    fn encode_prompt(&self, prompt: &PromptBody) -> Result<EncodedPrompt, ActorError> {
         Ok(Tokenizer::encode_prompt(self, prompt)?)
     }
 }

@@ -66,6 +66,7 @@ fn model() -> Arc<Transformer> {
         tied_embeddings: false,
         max_positions: 96,
         architecture: "Test".into(),
+        vision: None,
     })
 }
 
@@ -83,6 +84,7 @@ fn request(id: u64, prompt_len: u64, samples: u32, sampling: SamplingParams) -> 
     let rng = CounterRng::new(7, id);
     Request {
         id,
+        tiles: Vec::new(),
         prompt_ids: (0..prompt_len).map(|i| rng.below(i, VOCAB as u64) as u32).collect(),
         samples: (0..samples).map(|k| SampleSpec { rollout: TaskId(id).rollout(k) }).collect(),
         seed: 3,
@@ -127,7 +129,8 @@ fn behaviour_logprobs_and_experts_are_those_of_training_to_the_bit() {
         let training = pack(Purpose::Training);
         for sample in &done {
             let ids = [&sample.prompt_ids[..], &sample.output_ids[..]].concat();
-            let batch = TrainBatch { tokens: &ids, seqs: &[TrainSeq::whole(ids.len())], replay: None };
+            let batch =
+                TrainBatch { tokens: &ids, seqs: &[TrainSeq::whole(ids.len())], replay: None, tiles: &[] };
             let tape = training.forward_train(&threads, &batch);
             let first = sample.prompt_ids.len();
             let targets: Vec<Target> =

@@ -11,6 +11,7 @@ use freewheel_actor::{
     ActorConfig, ActorDeps, ActorError, ActorMetrics, PolicyLoader, PromptCodec, Request, StopSpec,
     TextDecoder, run,
 };
+use freewheel_model::vision::EncodedPrompt;
 use freewheel_queue::clock::ManualClock;
 use freewheel_queue::memory::{MemoryQueue, MemoryStore};
 use freewheel_queue::{PolicyStore, PutOutcome, QueueConfig, RolloutQueue, RunControl};
@@ -58,9 +59,10 @@ impl TextDecoder for FakeCodec {
 }
 
 impl PromptCodec for FakeCodec {
-    fn encode_prompt(&self, prompt: &PromptBody) -> Result<Vec<u32>, ActorError> {
+    fn encode_prompt(&self, prompt: &PromptBody) -> Result<EncodedPrompt, ActorError> {
         let PromptBody::Text(text) = prompt else { panic!("these tests ask in plain text") };
-        Ok(text.bytes().map(|b| u32::from(b - b'a') + 1).collect())
+        let ids = text.bytes().map(|b| u32::from(b - b'a') + 1).collect();
+        Ok(EncodedPrompt { ids, tiles: Vec::new() })
     }
 }
 
@@ -98,7 +100,7 @@ fn task(id: u64, text: &str, group_size: u32, min_step: u64) -> Task {
 
 /// The request the role should make of a task.
 fn as_request(task: &Task) -> Request {
-    let ids = FakeCodec.encode_prompt(&task.prompt.body).unwrap();
+    let ids = FakeCodec.encode_prompt(&task.prompt.body).unwrap().ids;
     Request {
         stop: StopSpec { ids: [EOS].into(), strings: [].into() },
         ..request(task.id.0, &ids, task.group_size, MAX_NEW)

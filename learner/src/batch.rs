@@ -1,17 +1,23 @@
 //! A batch as numbers: its sequences, masks, advantages and totals.
 
+use std::sync::Arc;
+
+use freewheel_model::vision::ImageTile;
 use freewheel_types::{RolloutId, ScoredRollout};
 
 use crate::advantage::{Sample, advantages, overlong_penalty};
 use crate::assembly::Group;
 use crate::objective::{BatchTotals, ObjectiveConfig, SequenceInput, live_tokens, widen};
 use crate::packing::TrainSequence;
+use crate::trainer::PromptImages;
 
 /// One sequence with what the loss needs to know of it. Per-token fields `[T]`, T = completion tokens.
 #[derive(Clone, Debug)]
 pub struct TrainingSample<'a> {
     /// Where it comes from.
     pub scored: &'a ScoredRollout,
+    /// Tiles of its prompt's images.
+    pub tiles: Arc<[ImageTile]>,
     /// Credit of each of its tokens.
     pub advantage: f64,
     /// True on tokens to train on.
@@ -35,7 +41,16 @@ pub struct Batch<'a> {
 
 impl<'a> Batch<'a> {
     /// Turns groups into samples; `step` is that of the weights being trained, `length_max` the run's longest completion.
-    pub fn new(groups: &'a [Group], config: &ObjectiveConfig, step: u64, length_max: u64) -> Self {
+    ///
+    /// # Panics
+    /// If a prompt's images cannot be read: such rollouts are refused when they are received.
+    pub fn new(
+        groups: &'a [Group],
+        config: &ObjectiveConfig,
+        images: &dyn PromptImages,
+        step: u64,
+        length_max: u64,
+    ) -> Self {
         let mut samples = Vec::new();
         let mut group_starts = vec![0];
         let credits = advantages(&config.advantage_config(), &shaped_rewards(groups, config, length_max));
@@ -44,9 +59,11 @@ impl<'a> Batch<'a> {
             let live =
                 |(s, mask): (&ScoredRollout, &Vec<bool>)| live_tokens(mask, &s.rollout.behaviour_logprobs);
             let group_tokens = group.scored().zip(&masks).map(live).sum();
+            let mut shown = Shown::default();
             for ((scored, loss_mask), advantage) in group.scored().zip(masks).zip(credits) {
                 samples.push(TrainingSample {
                     scored,
+                    tiles: shown.tiles(images, scored),
                     advantage: advantage.expect("unscored samples were left out"),
                     loss_mask,
                     group_tokens,
@@ -84,11 +101,12 @@ impl<'a> Batch<'a> {
 
 impl<'a> TrainingSample<'a> {
     /// As the packer takes it.
-    pub fn sequence(&self, router_replay: bool) -> TrainSequence<'a> {
+    pub fn sequence(&self, router_replay: bool) -> TrainSequence<'_> {
         let rollout = &self.scored.rollout;
         TrainSequence {
             prompt_ids: &rollout.prompt_ids,
             output_ids: &rollout.output_ids,
+            tiles: &self.tiles,
             experts: (router_replay && !rollout.experts.ids.is_empty()).then_some(&rollout.experts.ids[..]),
             sampling: rollout.sampling,
         }
@@ -112,6 +130,28 @@ impl<'a> TrainingSample<'a> {
             loss_mask: self.loss_mask.clone(),
             group_tokens: self.group_tokens,
         }
+    }
+}
+
+/// Tiles of the prompt read last: the samples of a group have one prompt, whose images are cut up once.
+#[derive(Default)]
+struct Shown<'a> {
+    last: Option<(&'a ScoredRollout, Arc<[ImageTile]>)>,
+}
+
+impl<'a> Shown<'a> {
+    fn tiles(&mut self, images: &dyn PromptImages, scored: &'a ScoredRollout) -> Arc<[ImageTile]> {
+        let rollout = &scored.rollout;
+        if let Some((other, tiles)) = &self.last
+            && other.rollout.prompt.body == rollout.prompt.body
+            && other.rollout.prompt_ids == rollout.prompt_ids
+        {
+            return tiles.clone();
+        }
+        let tiles = images.tiles_of(&rollout.prompt.body, &rollout.prompt_ids);
+        let tiles: Arc<[ImageTile]> = tiles.expect("checked when it was received").into();
+        self.last = Some((scored, tiles.clone()));
+        tiles
     }
 }
 

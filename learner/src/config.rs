@@ -78,6 +78,9 @@ pub struct TrainingConfig {
     /// Checkpoints kept. 2 or more. Default 2.
     #[schemars(range(min = 2))]
     pub keep_last: usize,
+    /// Whether the image encoder keeps its weights; the projector behind it is trained. Only matters for models that read
+    /// images. Default false.
+    pub freeze_vision: bool,
     /// Compute threads; 0 takes all cores. No result depends on it. Default 0.
     pub threads: usize,
 }
@@ -103,6 +106,7 @@ impl Default for TrainingConfig {
             keyframe_every: 32,
             checkpoint_every: 50,
             keep_last: 2,
+            freeze_vision: false,
             threads: 0,
         }
     }
@@ -190,6 +194,7 @@ impl TrainingConfig {
             weight_decay: self.weight_decay,
             decay_1d: false,
             max_grad_norm: Some(self.max_grad_norm),
+            freeze_vision: self.freeze_vision,
         }
     }
 }

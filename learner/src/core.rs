@@ -25,7 +25,7 @@ use crate::objective::Loss;
 use crate::optim::Schedule;
 use crate::policy::Policy;
 use crate::report::{self, Interval, StepReport, StepTimes};
-use crate::trainer::PolicyTrainer;
+use crate::trainer::{PolicyTrainer, PromptImages};
 use crate::update::{UpdateRules, Updated, update};
 
 pub use recovery::{Recovery, Replayed};
@@ -60,6 +60,8 @@ pub struct LearnerParts {
     pub max_new_tokens: u64,
     /// Digest of the tokenizer.
     pub tokenizer: Digest,
+    /// Reads the images of prompts.
+    pub images: Arc<dyn PromptImages>,
     /// The run's folder.
     pub run_dir: PathBuf,
     /// Where files go.
@@ -285,7 +287,8 @@ impl Learner {
             router_replay: config.router_replay,
             learning_rate: config.learning_rate * self.schedule.factor(before.step),
         };
-        let batch = Batch::new(&groups, &config.loss, before.step, self.parts.max_new_tokens);
+        let batch =
+            Batch::new(&groups, &config.loss, &*self.parts.images, before.step, self.parts.max_new_tokens);
         let updated =
             update(&mut self.parts.policy, self.parts.reference.as_deref(), &self.loss, &batch, &rules);
         if updated.moved {

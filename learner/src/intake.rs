@@ -15,12 +15,13 @@ use crate::assembly::Arrival;
 use crate::consumed::IdSet;
 use crate::core::SharedJournal;
 use crate::journal::{AbandonedRollout, BadRollout, Position, Record};
+use crate::trainer::PromptImages;
 
 const FETCH_MAX: usize = 256;
 const FETCH_WAIT: Duration = Duration::from_millis(20);
 
 /// What the learner requires of a rollout beyond the codec's checks.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Door {
     /// Vocabulary size.
     pub vocab_size: u32,
@@ -34,11 +35,18 @@ pub struct Door {
     pub started_at: u64,
     /// Updates in its newest weights.
     pub step: Arc<AtomicU64>,
+    /// Reads the images of prompts.
+    pub images: Arc<dyn PromptImages>,
 }
 
 impl Door {
     /// What `spec` implies.
-    pub fn new(spec: &ModelSpec, version: PolicyVersion, step: Arc<AtomicU64>) -> Self {
+    pub fn new(
+        spec: &ModelSpec,
+        version: PolicyVersion,
+        step: Arc<AtomicU64>,
+        images: Arc<dyn PromptImages>,
+    ) -> Self {
         let experts = spec.layers.iter().find_map(|(_, ffn)| match ffn {
             freewheel_model::FfnSpec::Moe(moe) => Some(moe.experts),
             freewheel_model::FfnSpec::Dense { .. } => None,
@@ -50,6 +58,7 @@ impl Door {
             epoch: version.epoch,
             started_at: version.step,
             step,
+            images,
         }
     }
 
@@ -72,6 +81,9 @@ impl Door {
             if span.version.epoch < self.epoch && step > self.started_at {
                 return Some(format!("drawn by version {}, which was rolled back", span.version));
             }
+        }
+        if let Err(what) = self.images.tiles_of(&rollout.prompt.body, &rollout.prompt_ids) {
+            return Some(what);
         }
         self.refuse_experts(scored, tokens - 1)
     }

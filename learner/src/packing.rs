@@ -7,6 +7,7 @@
 //! sequence-level objectives see all of it. One longer than the budget gets a micro-batch of its own.
 
 use freewheel_model::TrainSeq;
+use freewheel_model::vision::ImageTile;
 use freewheel_types::SamplingParams;
 
 use crate::trainer::{PackedBatch, PackedSequence, PackedTarget};
@@ -18,6 +19,8 @@ pub struct TrainSequence<'a> {
     pub prompt_ids: &'a [u32],
     /// Completion tokens, at least 1.
     pub output_ids: &'a [u32],
+    /// Tiles of the prompt's images, at their positions.
+    pub tiles: &'a [ImageTile],
     /// Recorded experts, `[prompt + output - 1, moe_layers, top_k]`.
     pub experts: Option<&'a [u16]>,
     /// How the tokens were drawn.
@@ -49,6 +52,7 @@ pub fn pack(sequences: &[TrainSequence<'_>], budget: usize) -> Vec<PackedBatch> 
                 tokens: Vec::new(),
                 seqs: Vec::new(),
                 replay: sequence.experts.map(|_| Vec::new()),
+                tiles: Vec::new(),
                 targets: Vec::new(),
                 sampling: sequence.sampling,
                 sequences: Vec::new(),
@@ -78,12 +82,18 @@ fn shares_prompt(trunk: &TrainSequence<'_>, sequence: &TrainSequence<'_>) -> boo
         let experts = of.experts?;
         Some(experts[..experts.len() / of.rows() * prompt.len()].to_vec())
     };
-    trunk.prompt_ids == prompt && prompt_experts(trunk) == prompt_experts(sequence)
+    let same_tiles = || {
+        let tiles = trunk.tiles.iter().zip(sequence.tiles);
+        trunk.tiles.len() == sequence.tiles.len() && tiles.into_iter().all(|(a, b)| a.shows_the_same(b))
+    };
+    trunk.prompt_ids == prompt && same_tiles() && prompt_experts(trunk) == prompt_experts(sequence)
 }
 
 fn push_whole(batch: &mut PackedBatch, index: usize, sequence: &TrainSequence<'_>) -> Trunk {
     let first_row = batch.tokens.len();
     let prompt = sequence.prompt_ids.len();
+    let placed = |tile: &ImageTile| ImageTile { position: first_row + tile.position, ..tile.clone() };
+    batch.tiles.extend(sequence.tiles.iter().map(placed));
     batch.tokens.extend(sequence.prompt_ids);
     push_rows(batch, index, sequence, 0, first_row + prompt - 1);
     Trunk { index, first_row }
@@ -132,6 +142,7 @@ mod tests {
         TrainSequence {
             prompt_ids: &ids[first..first + prompt],
             output_ids: &ids[first + prompt..first + prompt + output],
+            tiles: &[],
             experts: None,
             sampling: SamplingParams { temperature: if hot { 1.0 } else { 0.5 }, ..Default::default() },
         }

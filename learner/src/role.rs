@@ -36,6 +36,7 @@ use crate::core::{CurriculumSource, LearnerParts, Recovery, checkpoint_dir};
 use crate::disk::{Disk, SystemDisk};
 use crate::metrics::MetricsSink;
 use crate::publish::Publisher;
+use crate::trainer::PromptImages;
 use control::Control;
 use parts::parts;
 use thread::Wires;
@@ -116,6 +117,7 @@ pub async fn run(
         time_limit: deps.time_limit,
         spec: model.model.spec().clone(),
         tokenizer: model.tokenizer.digest(),
+        images: model.tokenizer.clone(),
         keep_last: config.keep_last,
         keyframe_every: config.keyframe_every,
         run_dir: run_dir.clone(),
@@ -141,6 +143,7 @@ pub(crate) struct Outside {
     pub time_limit: Option<Duration>,
     pub spec: ModelSpec,
     pub tokenizer: Digest,
+    pub images: Arc<dyn PromptImages>,
     pub keep_last: usize,
     pub keyframe_every: u64,
     pub run_dir: PathBuf,

@@ -56,6 +56,7 @@ impl Run {
             tied_embeddings: true,
             max_positions: 32,
             architecture: "bigram".into(),
+            vision: None,
         };
         Outside {
             queue: self.queue.clone(),
@@ -66,6 +67,7 @@ impl Run {
             time_limit: None,
             spec,
             tokenizer: Digest::of(b"tokenizer"),
+            images: Arc::new(testing::TextOnly),
             keep_last: 2,
             keyframe_every: 5,
             run_dir: self.dir.path().to_owned(),

@@ -4,6 +4,7 @@
 //! function of the seed alone, so the same data and seed give the same bytes again.
 
 use freewheel_kernels::Threads;
+use freewheel_model::vision::{EncodedPrompt, ImageTile};
 use freewheel_model::{LoadedModel, Tokenizer};
 use freewheel_types::{CounterRng, Prompt, SamplingParams};
 use schemars::JsonSchema;
@@ -53,6 +54,9 @@ pub struct SftConfig {
     pub max_tokens: Option<usize>,
     /// Seed of the order of examples. Default 0.
     pub seed: u64,
+    /// Whether the image encoder keeps its weights; the projector behind it is trained. Only matters for models that read
+    /// images. Default false.
+    pub freeze_vision: bool,
     /// Compute threads; 0 takes all cores. No result depends on it. Default 0.
     pub threads: usize,
 }
@@ -73,6 +77,7 @@ impl Default for SftConfig {
             micro_batch_tokens: 16_384,
             max_tokens: None,
             seed: 0,
+            freeze_vision: false,
             threads: 0,
         }
     }
@@ -93,6 +98,7 @@ impl SftConfig {
             betas: [self.beta1, self.beta2],
             weight_decay: self.weight_decay,
             max_grad_norm: Some(self.max_grad_norm),
+            freeze_vision: self.freeze_vision,
             ..Default::default()
         }
     }
@@ -144,10 +150,12 @@ pub struct SftExample {
 }
 
 /// One example as the model sees it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct TokenisedExample {
     /// Not trained on.
     pub prompt_ids: Vec<u32>,
+    /// Tiles of the prompt's images.
+    pub tiles: Vec<ImageTile>,
     /// Trained on.
     pub output_ids: Vec<u32>,
 }
@@ -181,7 +189,8 @@ pub fn run_sft(
     let eos = model.generation.eos_ids.first().copied();
     let examples = tokenise(&model.tokenizer, eos, examples, limit)?;
     let threads = threads(config.threads);
-    let trainer = TransformerTrainer::new(&model.model, &model.params, threads.clone());
+    let trainer = TransformerTrainer::new(&model.model, &model.params, threads.clone())
+        .freeze_vision(config.freeze_vision);
     let mut policy = Policy::new(Box::new(trainer), model.params.clone(), config.optimizer(), threads);
     let summary = train(config, &mut policy, &examples, metrics)?;
     model.params = policy.weights().clone();
@@ -203,7 +212,7 @@ fn tokenise(
     let bad = |index: usize, what: String| LearnerError::Example { index, what };
     let mut tokenised = Vec::new();
     for (index, example) in examples.into_iter().enumerate() {
-        let prompt_ids =
+        let EncodedPrompt { ids: prompt_ids, tiles } =
             tokenizer.encode_prompt(&example.prompt.body).map_err(|e| bad(index, e.to_string()))?;
         let mut output_ids = tokenizer.encode(&example.completion).map_err(|e| bad(index, e.to_string()))?;
         output_ids.extend(eos);
@@ -214,7 +223,7 @@ fn tokenise(
         if tokens > limit {
             return Err(bad(index, format!("{tokens} tokens, more than max_tokens ({limit})")));
         }
-        tokenised.push(TokenisedExample { prompt_ids, output_ids });
+        tokenised.push(TokenisedExample { prompt_ids, tiles, output_ids });
     }
     if tokenised.is_empty() {
         return Err(LearnerError::Config("no examples to train on".into()));
@@ -292,6 +301,7 @@ fn sequence(example: &TokenisedExample) -> TrainSequence<'_> {
     TrainSequence {
         prompt_ids: &example.prompt_ids,
         output_ids: &example.output_ids,
+        tiles: &example.tiles,
         experts: None,
         sampling: SamplingParams::default(),
     }
@@ -328,7 +338,11 @@ mod tests {
 
     fn run(config: &SftConfig) -> (SftSummary, String, Vec<f64>) {
         let examples: Vec<TokenisedExample> = (0..4)
-            .map(|i| TokenisedExample { prompt_ids: vec![i], output_ids: vec![i + 1, i + 2, 7] })
+            .map(|i| TokenisedExample {
+                prompt_ids: vec![i],
+                output_ids: vec![i + 1, i + 2, 7],
+                ..Default::default()
+            })
             .collect();
         let params = params(WeightsDtype::Bf16);
         let trainer = Box::new(Bigram::new(&params));

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use freewheel_kernels::Threads;
+use freewheel_model::vision::ImageTile;
 use freewheel_model::{ParamData, ParamLayout, Params, TensorKind, TensorSpec};
 use freewheel_types::{
     ActorId, CounterRng, Digest, ExpertTrace, FinishReason, PolicyVersion, Prompt, PromptBody, PromptId,
@@ -18,7 +19,7 @@ use crate::core::LearnerParts;
 use crate::disk::Disk;
 use crate::metrics::NoMetrics;
 use crate::policy::Policy;
-use crate::trainer::{PackedBatch, PolicyTrainer, TokenGradients, TokenLogProbs};
+use crate::trainer::{PackedBatch, PolicyTrainer, PromptImages, TokenGradients, TokenLogProbs};
 
 /// Vocabulary of the bigram model.
 pub const VOCAB: usize = 8;
@@ -101,6 +102,15 @@ impl ModelWriter for PlainWriter {
     }
 }
 
+/// Prompts without images.
+pub struct TextOnly;
+
+impl PromptImages for TextOnly {
+    fn tiles_of(&self, _: &PromptBody, _: &[u32]) -> Result<Vec<ImageTile>, String> {
+        Ok(Vec::new())
+    }
+}
+
 /// Settings of a small run in strict issue order.
 pub fn config(steps: u64) -> LearnerConfig {
     let mut config = LearnerConfig::default();
@@ -120,6 +130,7 @@ pub fn parts(config: &LearnerConfig, run_dir: &Path, disk: Arc<dyn Disk>) -> Lea
         group_size: 3,
         max_new_tokens: 8,
         tokenizer: Digest::of(b"tokenizer"),
+        images: Arc::new(TextOnly),
         run_dir: run_dir.to_owned(),
         writer: Box::new(PlainWriter(disk.clone())),
         disk,

@@ -4,8 +4,9 @@
 
 use std::sync::Arc;
 
-use freewheel_model::{ParamLayout, Params, TrainSeq};
-use freewheel_types::{PolicyVersion, SamplingParams};
+use freewheel_model::vision::ImageTile;
+use freewheel_model::{ParamLayout, Params, Tokenizer, TrainSeq};
+use freewheel_types::{PolicyVersion, PromptBody, SamplingParams};
 
 /// Sequences of one micro-batch, packed without padding.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,6 +18,8 @@ pub struct PackedBatch {
     pub seqs: Vec<TrainSeq>,
     /// Experts to use, `[tokens, moe_layers, top_k]`; `None` lets the router choose.
     pub replay: Option<Vec<u16>>,
+    /// Tiles of images; a tile's position is its first row in `tokens`.
+    pub tiles: Vec<ImageTile>,
     /// What is predicted: for each sequence in order, its completion tokens in order.
     pub targets: Vec<PackedTarget>,
     /// The transform all its tokens were drawn with.
@@ -59,6 +62,21 @@ pub struct TokenGradients {
     pub d_logprobs: Vec<f32>,
     /// d loss / d entropy, where the loss has an entropy term.
     pub d_entropies: Option<Vec<f32>>,
+}
+
+/// What the prompts of a model show beside their tokens.
+pub trait PromptImages: Send + Sync {
+    /// Tiles of the images in `prompt`, at their places in `ids`, which it was encoded to.
+    ///
+    /// # Errors
+    /// What is wrong with them, in words.
+    fn tiles_of(&self, prompt: &PromptBody, ids: &[u32]) -> Result<Vec<ImageTile>, String>;
+}
+
+impl PromptImages for Tokenizer {
+    fn tiles_of(&self, prompt: &PromptBody, ids: &[u32]) -> Result<Vec<ImageTile>, String> {
+        Tokenizer::tiles_of(self, prompt, ids).map_err(|error| error.to_string())
+    }
 }
 
 /// A model that can be trained. Results depend on nothing but weights and batch: same bits on every call.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use freewheel_kernels::Threads;
 use freewheel_model::{
-    LogProbs, ParamLayout, Params, PolicyWeights, Purpose, Tape, Target, TrainBatch, Transformer,
+    LogProbs, ParamLayout, Params, PolicyWeights, Purpose, Tape, Target, TileRows, TrainBatch, Transformer,
 };
 use freewheel_types::PolicyVersion;
 
@@ -23,8 +23,21 @@ impl TransformerTrainer {
         Self { weights: PolicyWeights::pack(model, params, version, Purpose::Training, &threads), threads }
     }
 
+    /// Leaves the image encoder out of training if `frozen`; its gradient is zero then.
+    pub fn freeze_vision(mut self, frozen: bool) -> Self {
+        self.weights.freeze_vision(frozen);
+        self
+    }
+
     fn forward(&self, batch: &PackedBatch) -> (Tape, Vec<Target>, TokenLogProbs) {
-        let train = TrainBatch { tokens: &batch.tokens, seqs: &batch.seqs, replay: batch.replay.as_deref() };
+        let tiles: Vec<TileRows> =
+            batch.tiles.iter().filter_map(|tile| tile.rows_in(0, batch.tokens.len())).collect();
+        let train = TrainBatch {
+            tokens: &batch.tokens,
+            seqs: &batch.seqs,
+            replay: batch.replay.as_deref(),
+            tiles: &tiles,
+        };
         let tape = self.weights.forward_train(&self.threads, &train);
         let targets: Vec<Target> =
             batch.targets.iter().map(|t| Target { row: t.row, token: t.token }).collect();

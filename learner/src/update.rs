@@ -170,11 +170,11 @@ impl Pass<'_> {
     }
 }
 
-fn sequences<'a>(
-    batch: &Batch<'a>,
+fn sequences<'b>(
+    batch: &'b Batch<'_>,
     range: std::ops::Range<usize>,
     rules: &UpdateRules,
-) -> Vec<TrainSequence<'a>> {
+) -> Vec<TrainSequence<'b>> {
     // Replayed and free routing do not share a batch: replay needs a record of every sample.
     let recorded = batch.samples.iter().all(|sample| !sample.scored.rollout.experts.ids.is_empty());
     batch.samples[range].iter().map(|sample| sample.sequence(rules.router_replay && recorded)).collect()

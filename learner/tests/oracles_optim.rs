@@ -51,6 +51,7 @@ fn widened(values: &[f32]) -> Vec<f64> {
 fn settings(config: &Value) -> AdamWConfig {
     let number = |key: &str| config[key].as_f64();
     AdamWConfig {
+        freeze_vision: false,
         betas: [0, 1].map(|i| config["betas"][i].as_f64().unwrap()),
         eps: number("eps").unwrap(),
         weight_decay: number("weight_decay").unwrap(),

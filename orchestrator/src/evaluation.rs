@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 
 use freewheel_actor::{Backend, Engine, Finished, Request, SampleSpec, StopSpec};
+use freewheel_model::vision::EncodedPrompt;
 use freewheel_reward::{Completion, RewardStack};
 use freewheel_types::{CounterRng, FinishReason, PolicyVersion, Prompt, SamplingParams, TaskId};
 use serde_json::{Map, Value, json};
@@ -17,8 +18,8 @@ use serde_json::{Map, Value, json};
 pub struct EvalSet {
     /// Name in metrics.
     pub name: String,
-    /// Held-out prompts with their token ids.
-    pub prompts: Vec<(Prompt, Vec<u32>)>,
+    /// Held-out prompts as they are and as the model reads them.
+    pub prompts: Vec<(Prompt, EncodedPrompt)>,
     /// Completions per prompt.
     pub samples: u32,
     /// How tokens are drawn.
@@ -82,11 +83,12 @@ pub fn evaluate<B: Backend>(
     stack: &RewardStack,
     set: &EvalSet,
 ) -> Result<EvalReport, freewheel_actor::ActorError> {
-    let requests = set.prompts.iter().enumerate().map(|(index, (_, ids))| {
+    let requests = set.prompts.iter().enumerate().map(|(index, (_, encoded))| {
         let task = TaskId(index as u64);
         Request {
             id: index as u64,
-            prompt_ids: ids.clone(),
+            prompt_ids: encoded.ids.clone(),
+            tiles: encoded.tiles.clone(),
             samples: (0..set.samples).map(|k| SampleSpec { rollout: task.rollout(k) }).collect(),
             seed: set.seed,
             sampling: set.sampling,

@@ -16,6 +16,7 @@ pub mod cost;
 pub mod evaluation;
 pub mod folder;
 pub mod hub;
+pub mod images;
 pub mod lines;
 pub mod logging;
 pub mod policy;

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 
 use freewheel_kernels::Threads;
 use freewheel_model::{
-    BatchSeq, ForwardBatch, KvCache, LoadedModel, ModelError, PolicyWeights, Purpose, Tape, Target,
+    BatchSeq, ForwardBatch, KvCache, LoadedModel, ModelError, PolicyWeights, Purpose, Tape, Target, TileRows,
     TrainBatch, TrainSeq, load,
+    vision::{ImageTile, Tile},
 };
 use freewheel_tests::fixtures;
 use freewheel_types::{PolicyVersion, SamplingParams, WeightsDtype};
@@ -56,6 +57,39 @@ impl Oracle {
         let row =
             |(row, &len): (usize, &usize)| ids[row * width..][..len].iter().map(|&id| id as u32).collect();
         lengths.iter().enumerate().map(row).collect()
+    }
+}
+
+/// Tokens of one or more sequences, and the tiles of images that some of them show.
+struct Tokens {
+    ids: Vec<u32>,
+    tiles: Vec<ImageTile>,
+}
+
+impl Tokens {
+    /// `sequences` side by side; the golden tiles `pixels` belong to the runs of image tokens, in order.
+    fn new(model: &LoadedModel, sequences: &[Vec<u32>], pixels: &[f32]) -> Self {
+        let ids = sequences.concat();
+        let Some(vision) = &model.model.spec().vision else {
+            return Self { ids, tiles: Vec::new() };
+        };
+        let image = model.config_json["image_token_index"].as_u64().expect("an id") as u32;
+        let starts = (0..ids.len()).filter(|&i| ids[i] == image && (i == 0 || ids[i - 1] != image));
+        let tiles: Vec<ImageTile> = starts
+            .zip(pixels.chunks_exact(vision.pixels()))
+            .map(|(position, pixels)| ImageTile {
+                position,
+                tokens: vision.tokens(),
+                tile: Tile::new(pixels.to_vec()).into(),
+            })
+            .collect();
+        assert_eq!(tiles.len(), pixels.len() / vision.pixels(), "every tile has a place");
+        Self { ids, tiles }
+    }
+
+    /// The rows that show tiles among the `count` tokens from `from` on.
+    fn tile_rows(&self, from: usize, count: usize) -> Vec<TileRows<'_>> {
+        self.tiles.iter().filter_map(|tile| tile.rows_in(from, count)).collect()
     }
 }
 
@@ -107,19 +141,21 @@ struct Forward {
     rows: usize,
 }
 
-fn forward(weights: &PolicyWeights, sequences: &[Vec<u32>]) -> Forward {
-    let tokens = sequences.concat();
+fn forward(oracle: &Oracle, model: &LoadedModel, weights: &PolicyWeights) -> Forward {
+    let sequences = oracle.sequences();
+    let tokens = Tokens::new(model, &sequences, &oracle.f32("pixel_values").unwrap_or_default());
+    let tiles = tokens.tile_rows(0, tokens.ids.len());
     let seqs: Vec<_> = sequences.iter().map(|s| TrainSeq::whole(s.len())).collect();
-    let batch = TrainBatch { tokens: &tokens, seqs: &seqs, replay: None };
+    let batch = TrainBatch { tokens: &tokens.ids, seqs: &seqs, replay: None, tiles: &tiles };
     let tape = weights.forward_train(&Threads::single(), &batch);
     let mut targets = Vec::new();
     let mut first = 0;
-    for sequence in sequences {
+    for sequence in &sequences {
         let of = |at: usize| Target { row: first + at - 1, token: sequence[at] };
         targets.extend((1..sequence.len()).map(of));
         first += sequence.len();
     }
-    Forward { tape, targets, rows: tokens.len() }
+    Forward { tape, targets, rows: tokens.ids.len() }
 }
 
 #[test]
@@ -128,7 +164,7 @@ fn oracles_logits_and_log_probs() {
         let name = oracle.dir.display();
         let sequences = oracle.sequences();
         let weights = weights(&model, Purpose::Sampling);
-        let run = forward(&weights, &sequences);
+        let run = forward(&oracle, &model, &weights);
         let rows: Vec<usize> = (0..run.rows).collect();
         let logits = run.tape.logits(&Threads::single(), &weights, &rows);
         let error = max_diff(&logits, &oracle.f32("logits").expect("golden logits"));
@@ -158,7 +194,7 @@ fn oracles_routing() {
         if layers == 0 {
             continue;
         }
-        let run = forward(&weights(&model, Purpose::Sampling), &oracle.sequences());
+        let run = forward(&oracle, &model, &weights(&model, Purpose::Sampling));
         for (at, layer) in usizes(&oracle.golden["moe_layers"]).into_iter().enumerate() {
             let golden = oracle.i64(&format!("topk_ids.{layer}"));
             for (row, wanted) in golden.chunks_exact(k).enumerate() {
@@ -177,7 +213,7 @@ fn oracles_gradients() {
     for (oracle, model) in oracles() {
         let name = oracle.dir.display();
         let weights = weights(&model, Purpose::Training);
-        let run = forward(&weights, &oracle.sequences());
+        let run = forward(&oracle, &model, &weights);
         let d = vec![-1.0 / run.targets.len() as f32; run.targets.len()];
         let mut grads = vec![0.0; model.model.layout().total];
         let sampling = SamplingParams::default();
@@ -209,20 +245,32 @@ fn oracles_greedy_continuations() {
         for (case, greedy) in oracle.golden["greedy"].as_array().expect("a list").iter().enumerate() {
             let ids = |key: &str| usizes(&greedy[key]).iter().map(|&x| x as u32).collect::<Vec<u32>>();
             let (prompt, wanted) = (ids("prompt_ids"), ids("output_ids"));
-            assert_eq!(continue_greedily(&weights, &prompt, wanted.len()), wanted, "{name}: case {case}");
+            let pixels = oracle.f32("pixel_values").unwrap_or_default();
+            let shown = match (&greedy["pixel_values_rows"], &model.model.spec().vision) {
+                (Value::Array(range), Some(vision)) if !range.is_empty() => {
+                    let at = |i: usize| range[i].as_u64().expect("a tile") as usize * vision.pixels();
+                    &pixels[at(0)..at(1)]
+                }
+                _ => &[],
+            };
+            let tokens = Tokens::new(&model, &[prompt], shown);
+            assert_eq!(continue_greedily(&weights, &tokens, wanted.len()), wanted, "{name}: case {case}");
         }
     }
 }
 
-fn continue_greedily(weights: &PolicyWeights, prompt: &[u32], count: usize) -> Vec<u32> {
+fn continue_greedily(weights: &PolicyWeights, tokens: &Tokens, count: usize) -> Vec<u32> {
+    let prompt = &tokens.ids;
     let pages: Vec<u32> = (0..(prompt.len() + count).div_ceil(16) as u32).collect();
     let mut kv = KvCache::new(weights.model(), pages.len());
-    let mut sequence = prompt.to_vec();
+    let mut sequence = prompt.clone();
     let mut done = 0;
     while sequence.len() < prompt.len() + count {
         let seqs = [BatchSeq { rows: sequence.len() - done, position: done, pages: &pages }];
+        let tiles = tokens.tile_rows(done, sequence.len() - done);
+        let logit_rows = [sequence.len() - done - 1];
         let batch =
-            ForwardBatch { tokens: &sequence[done..], seqs: &seqs, logit_rows: &[sequence.len() - done - 1] };
+            ForwardBatch { tokens: &sequence[done..], seqs: &seqs, logit_rows: &logit_rows, tiles: &tiles };
         let out = weights.forward(&Threads::single(), &mut kv, &batch);
         done = sequence.len();
         sequence.push(freewheel_kernels::softmax::argmax(&out.logits).expect("a vocabulary") as u32);
@@ -236,7 +284,7 @@ fn oracles_of_bf16_checkpoints_stay_near_in_bf16() {
         let model = load(&oracle.dir, None).expect("loaded before");
         assert_eq!(model.params.dtype(), WeightsDtype::Bf16);
         let weights = weights(&model, Purpose::Sampling);
-        let run = forward(&weights, &oracle.sequences());
+        let run = forward(&oracle, &model, &weights);
         let found =
             run.tape.log_probs(&Threads::single(), &weights, &run.targets, &SamplingParams::default());
         let mean = -found.logprobs.iter().map(|x| f64::from(*x)).sum::<f64>() / found.logprobs.len() as f64;

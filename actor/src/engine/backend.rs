@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use freewheel_model::TileRows;
 use freewheel_types::{PolicyVersion, SamplingParams};
 
 /// What the engine must know of the model behind a backend.
@@ -22,6 +23,8 @@ pub struct BackendInfo {
     pub page_tokens: usize,
     /// Bytes of one KV page, all layers.
     pub page_bytes: usize,
+    /// Whether it reads images.
+    pub images: bool,
 }
 
 /// Rows of one sequence in a step.
@@ -44,6 +47,8 @@ pub struct StepBatch<'a> {
     pub seqs: &'a [SeqRows<'a>],
     /// Rows whose logits are wanted, rising.
     pub logit_rows: &'a [usize],
+    /// Rows that show tiles of images instead of their token.
+    pub tiles: &'a [TileRows<'a>],
 }
 
 /// What a forward gives back.

@@ -321,6 +321,7 @@ mod tests {
         let request = Request {
             id: 1,
             prompt_ids: vec![1, 2, 3],
+            tiles: Vec::new(),
             samples: vec![SampleSpec { rollout: TaskId(1).rollout(0) }],
             seed: 0,
             sampling: SamplingParams::default(),
@@ -344,6 +345,7 @@ mod tests {
             top_k: 0,
             page_tokens: 4,
             page_bytes: 1,
+            images: false,
         };
         let done = group.finish(0, FinishReason::Length, None, &info, &Blank);
         assert_eq!(

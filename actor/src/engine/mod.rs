@@ -25,6 +25,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
+use freewheel_model::TileRows;
 use freewheel_types::{FinishReason, PolicyVersion};
 
 pub use backend::{Backend, BackendInfo, Draw, Drawn, SeqRows, StepBatch, StepOutput, TextDecoder};
@@ -138,6 +139,11 @@ impl<B: Backend> Engine<B> {
                 id.to_string(),
                 format!("the vocabulary has {}", self.info.vocab_size),
             );
+        }
+        let beyond = request.tiles.iter().any(|tile| tile.position + tile.tokens > length);
+        if beyond || !(self.info.images || request.tiles.is_empty()) {
+            let limit = if beyond { "they must lie within the prompt" } else { "the model reads text only" };
+            return refuse("tiles of images", request.tiles.len().to_string(), limit.to_owned());
         }
         if let Err(error) = request.sampling.validate() {
             return refuse("sampling", error.to_string(), "choose values in range".to_owned());
@@ -269,11 +275,18 @@ impl<B: Backend> Engine<B> {
     /// Computes the planned rows, takes in the results and draws.
     fn forward(&mut self, plan: &[Planned]) {
         let mut tokens = Vec::new();
+        let mut tiles = Vec::new();
         let mut logit_rows = Vec::new();
         let mut seqs = Vec::with_capacity(plan.len());
         for planned in plan {
             let group = &self.groups[&planned.unit.age()];
             let positions = planned.position..planned.position + planned.rows;
+            let shown = group.request.tiles.iter();
+            tiles.extend(
+                shown
+                    .filter_map(|tile| tile.rows_in(planned.position, planned.rows))
+                    .map(|part| TileRows { row: tokens.len() + part.row, ..part }),
+            );
             let pages = match planned.unit {
                 Unit::Prompt { .. } => {
                     tokens.extend_from_slice(&group.prompt[positions]);
@@ -290,8 +303,8 @@ impl<B: Backend> Engine<B> {
             }
             seqs.push(SeqRows { rows: planned.rows, position: planned.position, pages: pages.indices() });
         }
-        let output =
-            self.backend.forward(&StepBatch { tokens: &tokens, seqs: &seqs, logit_rows: &logit_rows });
+        let batch = StepBatch { tokens: &tokens, seqs: &seqs, logit_rows: &logit_rows, tiles: &tiles };
+        let output = self.backend.forward(&batch);
         assert_eq!(
             output.logits.len(),
             logit_rows.len() * self.info.vocab_size,

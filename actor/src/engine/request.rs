@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use freewheel_model::vision::ImageTile;
 use freewheel_types::{ExpertTrace, FinishReason, RolloutId, SamplingParams, VersionSpan};
 
 /// One prompt, one or more samples.
@@ -11,6 +12,8 @@ pub struct Request {
     pub id: u64,
     /// Prompt token ids, at least one.
     pub prompt_ids: Vec<u32>,
+    /// Tiles of images that some of the prompt's tokens stand for.
+    pub tiles: Vec<ImageTile>,
     /// Samples to draw, at least one.
     pub samples: Vec<SampleSpec>,
     /// Seed of the draws: token `t` of a sample uses draw `t` of stream `(seed, rollout id)`.

@@ -107,8 +107,8 @@ impl<W> Admission<W> {
             }
             return Ok(true);
         }
-        let prompt_ids = match self.codec.encode_prompt(&task.prompt.body) {
-            Ok(ids) => ids,
+        let prompt = match self.codec.encode_prompt(&task.prompt.body) {
+            Ok(prompt) => prompt,
             Err(error) => {
                 shared.refuse(task.id, &error.to_string()).await;
                 return Ok(true);
@@ -116,7 +116,8 @@ impl<W> Admission<W> {
         };
         let request = Request {
             id: task.id.0,
-            prompt_ids,
+            prompt_ids: prompt.ids,
+            tiles: prompt.tiles,
             samples: missing.into_iter().map(|k| SampleSpec { rollout: task.id.rollout(k) }).collect(),
             seed: task.seed,
             sampling: shared.config.sampling(),

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use freewheel_model::vision::EncodedPrompt;
 use freewheel_types::{PolicyVersion, PromptBody, WeightsPayload};
 
 use crate::ActorError;
@@ -35,9 +36,9 @@ pub type Weights<L> = <<L as PolicyLoader>::Backend as Backend>::Weights;
 
 /// Text to ids and back, as the model was trained.
 pub trait PromptCodec: TextDecoder {
-    /// Ids of a prompt: through the chat template, or plain text.
+    /// Ids of a prompt, through the chat template or as plain text, and the tiles of its images.
     ///
     /// # Errors
-    /// If the template or the tokenizer refuses it.
-    fn encode_prompt(&self, prompt: &PromptBody) -> Result<Vec<u32>, ActorError>;
+    /// If the template or the tokenizer refuses it, or an image is broken.
+    fn encode_prompt(&self, prompt: &PromptBody) -> Result<EncodedPrompt, ActorError>;
 }

@@ -79,6 +79,7 @@ impl Backend for FakeBackend {
             top_k: TOP_K,
             page_tokens: PAGE,
             page_bytes: 100,
+            images: false,
         }
     }
 
@@ -153,6 +154,7 @@ pub fn request(id: u64, prompt: &[u32], samples: u32, max_new_tokens: usize) -> 
     Request {
         id,
         prompt_ids: prompt.to_vec(),
+        tiles: Vec::new(),
         samples: (0..samples).map(spec).collect(),
         seed: 9,
         sampling: SamplingParams::default(),

@@ -40,21 +40,16 @@ pub(crate) fn erf<S: Lanes>(x: S) -> S {
     let size = x.select_lt(zero, zero.sub(x), x);
     let square = x.mul(x);
     let mut small = S::splat(-5.967_617e-4);
-    for c in [4.991_194_2e-3, -2.676_813_5e-2, 1.128_199_25e-1, -3.761_253_36e-1, 1.283_791_66e-1] {
+    for c in [4.991_194_2e-3, -2.676_813_5e-2, 1.128_199_25e-1, -3.761_253_4e-1, 1.283_791_7e-1] {
         small = small.fma(square, S::splat(c));
     }
     let small = small.fma(x, x);
     // Beyond 4 the result is 1; the bound keeps ∞ · 0 out. `min` with the bound first lets a NaN through.
     let size = S::splat(8.0).min(size);
     let mut large = S::splat(-1.728_534_7e-5);
-    for c in [
-        3.831_971_3e-4,
-        -3.883_964_4e-3,
-        2.425_462_2e-2,
-        -1.067_778_77e-1,
-        -6.348_466_87e-1,
-        -1.287_175_12e-1,
-    ] {
+    for c in
+        [3.831_971_3e-4, -3.883_964_4e-3, 2.425_462_2e-2, -1.067_778_8e-1, -6.348_467e-1, -1.287_175_1e-1]
+    {
         large = large.fma(size, S::splat(c));
     }
     let large = S::splat(1.0).sub(exp(large.fma(size, zero.sub(size))));

@@ -35,6 +35,14 @@ pub enum ModelError {
         /// What to do instead, or empty; starts with "; ".
         hint: String,
     },
+    /// An image of a prompt cannot be used.
+    #[error("image {path}: {what}")]
+    Image {
+        /// Its path as the prompt names it.
+        path: String,
+        /// What is wrong with it.
+        what: String,
+    },
     /// Text could not be turned into tokens.
     #[error("tokenizer: {0}")]
     Tokenizer(String),

@@ -14,7 +14,8 @@ use crate::config::{ARCHITECTURES, spec_from_config, supported_architectures};
 use crate::error::ModelError;
 use crate::generation::GenerationConfig;
 use crate::params::{ParamData, ParamLayout, Params, TensorKind, TensorSpec};
-use crate::tokenizer::Tokenizer;
+use crate::spec::VisionSpec;
+use crate::tokenizer::{PREPROCESSOR, Tokenizer};
 use crate::upcycle::normal;
 
 pub use tokenizer::{ChatStyle, TokenizerChoice, build_tokenizer};
@@ -61,35 +62,50 @@ pub fn init_model(request: &InitRequest) -> Result<LoadedModel, ModelError> {
             hint: format!("; supported are {}", supported_architectures()),
         })?;
     let llama = row.model_type.starts_with("llama");
-    let style = if llama { ChatStyle::Llama4 } else { ChatStyle::ChatMl };
-    let tokenizer = build_tokenizer(&request.tokenizer, style)?;
+    let style = match row.model_type {
+        "llama4" => ChatStyle::Llama4Images,
+        _ if llama => ChatStyle::Llama4,
+        _ => ChatStyle::ChatMl,
+    };
+    let mut tokenizer = build_tokenizer(&request.tokenizer, style)?;
     let mut config = defaults(row.name, row.model_type);
-    config.insert("vocab_size".into(), tokenizer.vocab_size().into());
-    config.insert("initializer_range".into(), 0.02.into());
+    text_part(&mut config).insert("vocab_size".into(), tokenizer.vocab_size().into());
+    text_part(&mut config).insert("initializer_range".into(), 0.02.into());
     config.insert(
         "torch_dtype".into(),
         if request.dtype == WeightsDtype::F32 { "float32" } else { "bfloat16" }.into(),
     );
     for (key, value) in &request.overrides {
-        if !config.contains_key(key) {
-            let known: Vec<&str> = config.keys().map(String::as_str).collect();
-            return Err(ModelError::Invalid {
-                path: source.to_owned(),
-                what: format!("{} has no key `{key}`; it has {}", row.name, known.join(", ")),
-            });
-        }
-        config.insert(key.clone(), value.clone());
+        set(&mut config, key, value).map_err(|what| ModelError::Invalid {
+            path: source.to_owned(),
+            what: format!("{} {what}", row.name),
+        })?;
     }
     let ids = GenerationConfig::new(source, Map::new(), &Map::new(), &tokenizer)?;
-    config.insert("bos_token_id".into(), ids.bos_id.into());
-    config.insert("eos_token_id".into(), ids.eos_ids.first().copied().into());
-    config.insert("pad_token_id".into(), ids.pad_id.into());
+    let text = text_part(&mut config);
+    text.insert("bos_token_id".into(), ids.bos_id.into());
+    text.insert("eos_token_id".into(), ids.eos_ids.first().copied().into());
+    text.insert("pad_token_id".into(), ids.pad_id.into());
+    let range = text["initializer_range"].clone();
     let spec = spec_from_config(source, &config)?;
     tokenizer.check_fits(spec.vocab_size)?;
-    let deviation = match config["initializer_range"].as_f64() {
+    if let Some(vision) = &spec.vision {
+        if !matches!(request.tokenizer, TokenizerChoice::Folder(_)) {
+            tokenizer.add_file(PREPROCESSOR, &preprocessor(vision));
+        }
+        tokenizer.read_images(source, vision)?;
+        for (key, token) in [
+            ("boi_token_index", "<|image_start|>"),
+            ("eoi_token_index", "<|image_end|>"),
+            ("image_token_index", "<|patch|>"),
+        ] {
+            config.insert(key.into(), tokenizer.token_to_id(token).into());
+        }
+    }
+    let deviation = match range.as_f64() {
         Some(x) if x.is_finite() && x >= 0.0 => x,
         _ => {
-            let what = format!("initializer_range = {}: expected 0 or more", config["initializer_range"]);
+            let what = format!("initializer_range = {range}: expected 0 or more");
             return Err(ModelError::Invalid { path: source.to_owned(), what });
         }
     };
@@ -99,6 +115,53 @@ pub fn init_model(request: &InitRequest) -> Result<LoadedModel, ModelError> {
     let generation = GenerationConfig::new(source, Map::new(), &config, &tokenizer)?;
     let tokenizer: Arc<Tokenizer> = Arc::new(tokenizer);
     Ok(LoadedModel { model, params, tokenizer, generation, config_json: config, source: source.to_owned() })
+}
+
+/// Where the keys of the text model are.
+fn text_part(config: &mut Map<String, Value>) -> &mut Map<String, Value> {
+    let nested = config.get("text_config").is_some_and(Value::is_object);
+    if !nested {
+        return config;
+    }
+    match config.get_mut("text_config") {
+        Some(Value::Object(text)) => text,
+        _ => unreachable!("just looked"),
+    }
+}
+
+/// Sets a key of the configuration, or of the text model in it; `vision_config.key`, or a table `vision_config`, those
+/// of the image encoder.
+fn set(config: &mut Map<String, Value>, key: &str, value: &Value) -> Result<(), String> {
+    if let (Some(Value::Object(_)), Value::Object(table)) = (config.get(key), value) {
+        return table.iter().try_for_each(|(inner, value)| set(config, &format!("{key}.{inner}"), value));
+    }
+    let (part, inner) = match key.split_once('.') {
+        Some((outer, inner)) => match config.get_mut(outer) {
+            Some(Value::Object(part)) => (part, inner),
+            _ => return Err(format!("has no part `{outer}`")),
+        },
+        None => (text_part(config), key),
+    };
+    if !part.contains_key(inner) {
+        let known: Vec<&str> = part.keys().map(String::as_str).collect();
+        return Err(format!("has no key `{key}`; it has {}", known.join(", ")));
+    }
+    part.insert(inner.to_owned(), value.clone());
+    // What stands at the top too (tied embeddings) means the same there.
+    if config.contains_key(inner) && !key.contains('.') {
+        config.insert(inner.to_owned(), value.clone());
+    }
+    Ok(())
+}
+
+/// Images on up to four tiles.
+fn preprocessor(vision: &VisionSpec) -> Value {
+    json!({
+        "image_processor_type": "Llama4ImageProcessorFast", "do_convert_rgb": true, "do_normalize": true,
+        "do_rescale": true, "do_resize": true, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+        "max_patches": 4, "resample": 2, "rescale_factor": 1.0 / 255.0, "resize_to_max_canvas": false,
+        "size": {"height": vision.image_size, "width": vision.image_size},
+    })
 }
 
 fn random_params(
@@ -113,6 +176,10 @@ fn random_params(
         match tensor.kind {
             TensorKind::Norm => values.extend(std::iter::repeat_n(1.0 - norm_offset, tensor.len())),
             TensorKind::Bias => values.extend(std::iter::repeat_n(0.0f32, tensor.len())),
+            TensorKind::Position => {
+                let width = tensor.shape.last().copied().unwrap_or(1) as f64;
+                values.extend(normal(request.seed, &tensor.name, tensor.len(), width.sqrt().recip()));
+            }
             _ => {
                 let deviation = match request.scale {
                     InitScale::InitializerRange => deviation,
@@ -130,13 +197,20 @@ fn fan_in(tensor: &TensorSpec, layers: usize) -> f64 {
     // `[out, in]`, and `[experts, in, out]` where experts are fused: the second dimension in both.
     let inputs = tensor.shape.get(1).copied().unwrap_or(1) as f64;
     let into_residual = ["o_proj.weight", "down_proj.weight", "w2.weight", "experts.down_proj"];
-    let residual =
-        if into_residual.iter().any(|end| tensor.name.ends_with(end)) { 2.0 * layers as f64 } else { 1.0 };
+    let vision = tensor.name.starts_with("vision_model.model.layers") && tensor.name.ends_with("fc2.weight");
+    let residual = if vision || into_residual.iter().any(|end| tensor.name.ends_with(end)) {
+        2.0 * layers as f64
+    } else {
+        1.0
+    };
     (inputs * residual).sqrt().recip()
 }
 
 /// A small configuration of every architecture, with all the keys that may be set.
 fn defaults(architecture: &str, model_type: &str) -> Map<String, Value> {
+    if model_type == "llama4" {
+        return vision_defaults(architecture);
+    }
     let mut config = json!({
         "architectures": [architecture], "model_type": model_type, "hidden_size": 128, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 384,
@@ -183,6 +257,27 @@ fn defaults(architecture: &str, model_type: &str) -> Map<String, Value> {
     if let (Value::Object(config), Value::Object(more)) = (&mut config, more) {
         config.extend(more);
     }
+    match config {
+        Value::Object(map) => map,
+        _ => Map::new(),
+    }
+}
+
+/// A small Llama 4 that reads images.
+fn vision_defaults(architecture: &str) -> Map<String, Value> {
+    let text = defaults("Llama4ForCausalLM", "llama4_text");
+    let config = json!({
+        "architectures": [architecture], "model_type": "llama4", "tie_word_embeddings": false,
+        "text_config": text,
+        "vision_config": {
+            "model_type": "llama4_vision_model", "hidden_act": "gelu", "hidden_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_channels": 3, "intermediate_size": 256, "vision_output_dim": 128,
+            "image_size": 32, "patch_size": 8, "norm_eps": 1e-5, "pixel_shuffle_ratio": 0.5,
+            "projector_input_dim": 128, "projector_output_dim": 128, "multi_modal_projector_bias": false,
+            "projector_dropout": 0.0, "attention_dropout": 0.0, "vision_feature_select_strategy": "default",
+            "rope_theta": 10_000.0, "initializer_range": 0.02,
+        },
+    });
     match config {
         Value::Object(map) => map,
         _ => Map::new(),

@@ -25,6 +25,7 @@ mod template;
 mod tokenizer;
 mod transformer;
 mod upcycle;
+pub mod vision;
 
 pub use checkpoint::{FileSink, LoadedModel, SaveOptions, convert, load, save, save_into};
 pub use config::{ARCHITECTURES, Architecture, spec_from_config, supported_architectures};
@@ -34,12 +35,12 @@ pub use init::{ChatStyle, InitRequest, InitScale, TokenizerChoice, build_tokeniz
 pub use params::{ParamData, ParamLayout, Params, TensorKind, TensorSpec};
 pub use spec::{
     Activation, AttentionSpec, Family, FfnSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling, RopeSpec, RopeStyle,
-    RouterKind, TemperatureTuning,
+    RouterKind, TemperatureTuning, VisionSpec,
 };
 pub use template::RenderOptions;
 pub use tokenizer::{ChatIds, DecodeStream, Tokenizer};
 pub use transformer::{
-    BatchSeq, ForwardBatch, ForwardOutput, KvCache, LogProbs, PolicyWeights, Purpose, Tape, Target,
+    BatchSeq, ForwardBatch, ForwardOutput, KvCache, LogProbs, PolicyWeights, Purpose, Tape, Target, TileRows,
     TrainBatch, TrainSeq, Transformer,
 };
 pub use upcycle::{UpcycleOptions, upcycle};

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use freewheel_types::{Digest, TensorEntry, WeightsDtype};
 use half::bf16;
 
-use crate::spec::{Family, FfnSpec, ModelSpec, MoeSpec, QkNorm};
+use crate::spec::{Family, FfnSpec, ModelSpec, MoeSpec, QkNorm, VisionSpec};
 
 /// What a tensor is, for initialisation, decay and parametrisation rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,6 +30,8 @@ pub enum TensorKind {
     Expert,
     /// Router `[E, D]`.
     Router,
+    /// Learned positions and class token of an image encoder.
+    Position,
 }
 
 /// One tensor in the arena.
@@ -93,13 +95,22 @@ impl ParamLayout {
     /// The layout of `spec`.
     pub fn new(spec: &ModelSpec) -> Self {
         let mut builder = Builder { tensors: Vec::new(), total: 0 };
-        builder.push("model.embed_tokens.weight", &[spec.vocab_size, spec.hidden], TensorKind::Embedding);
+        let prefix = spec.prefix();
+        builder.push(
+            &format!("{prefix}model.embed_tokens.weight"),
+            &[spec.vocab_size, spec.hidden],
+            TensorKind::Embedding,
+        );
         for index in 0..spec.layers.len() {
             builder.layer(spec, index);
         }
-        builder.push("model.norm.weight", &[spec.hidden], TensorKind::Norm);
+        builder.push(&format!("{prefix}model.norm.weight"), &[spec.hidden], TensorKind::Norm);
         if !spec.tied_embeddings {
-            builder.push("lm_head.weight", &[spec.vocab_size, spec.hidden], TensorKind::Head);
+            let shape = [spec.vocab_size, spec.hidden];
+            builder.push(&format!("{prefix}lm_head.weight"), &shape, TensorKind::Head);
+        }
+        if let Some(vision) = &spec.vision {
+            builder.vision(vision, spec.hidden);
         }
         Self { tensors: builder.tensors, total: builder.total }
     }
@@ -133,7 +144,7 @@ impl Builder {
     fn layer(&mut self, spec: &ModelSpec, index: usize) {
         let (attention, ffn) = &spec.layers[index];
         let d = spec.hidden;
-        let at = format!("model.layers.{index}");
+        let at = format!("{}model.layers.{index}", spec.prefix());
         let (q, kv) = (attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim);
         self.push(&format!("{at}.input_layernorm.weight"), &[d], TensorKind::Norm);
         for (name, rows) in [("q", q), ("k", kv), ("v", kv)] {
@@ -174,6 +185,45 @@ impl Builder {
             FfnSpec::Dense { width, .. } => self.mlp(&ffn_at, d, *width, TensorKind::Mlp),
             FfnSpec::Moe(moe) => self.moe(spec.family, &ffn_at, d, moe),
         }
+    }
+
+    /// An image encoder with its adapter and the projector to the decoder's width `d`.
+    fn vision(&mut self, spec: &VisionSpec, d: usize) {
+        let (h, at) = (spec.hidden, "vision_model");
+        let patch = spec.channels * spec.patch_size * spec.patch_size;
+        self.push(&format!("{at}.patch_embedding.linear.weight"), &[h, patch], TensorKind::Mlp);
+        self.push(&format!("{at}.class_embedding"), &[h], TensorKind::Position);
+        self.push(&format!("{at}.positional_embedding_vlm"), &[spec.rows(), h], TensorKind::Position);
+        self.layer_norm(&format!("{at}.layernorm_pre"), h);
+        for layer in 0..spec.layers {
+            let at = format!("{at}.model.layers.{layer}");
+            self.layer_norm(&format!("{at}.input_layernorm"), h);
+            for name in ["q", "k", "v"] {
+                self.push(&format!("{at}.self_attn.{name}_proj.weight"), &[h, h], TensorKind::Attention);
+            }
+            for name in ["q", "k", "v"] {
+                self.push(&format!("{at}.self_attn.{name}_proj.bias"), &[h], TensorKind::Bias);
+            }
+            self.push(&format!("{at}.self_attn.o_proj.weight"), &[h, h], TensorKind::Attention);
+            self.push(&format!("{at}.self_attn.o_proj.bias"), &[h], TensorKind::Bias);
+            self.layer_norm(&format!("{at}.post_attention_layernorm"), h);
+            self.push(&format!("{at}.mlp.fc1.weight"), &[spec.width, h], TensorKind::Mlp);
+            self.push(&format!("{at}.mlp.fc1.bias"), &[spec.width], TensorKind::Bias);
+            self.push(&format!("{at}.mlp.fc2.weight"), &[h, spec.width], TensorKind::Mlp);
+            self.push(&format!("{at}.mlp.fc2.bias"), &[h], TensorKind::Bias);
+        }
+        self.layer_norm(&format!("{at}.layernorm_post"), h);
+        let shuffled = h * spec.shuffle * spec.shuffle;
+        let adapter = format!("{at}.vision_adapter.mlp");
+        self.push(&format!("{adapter}.fc1.weight"), &[spec.adapter_width, shuffled], TensorKind::Mlp);
+        self.push(&format!("{adapter}.fc2.weight"), &[spec.output, spec.adapter_width], TensorKind::Mlp);
+        self.push("multi_modal_projector.linear_1.weight", &[d, spec.output], TensorKind::Mlp);
+    }
+
+    /// Gain, then bias.
+    fn layer_norm(&mut self, at: &str, width: usize) {
+        self.push(&format!("{at}.weight"), &[width], TensorKind::Norm);
+        self.push(&format!("{at}.bias"), &[width], TensorKind::Bias);
     }
 
     fn mlp(&mut self, at: &str, d: usize, width: usize, kind: TensorKind) {

@@ -43,6 +43,64 @@ pub struct ModelSpec {
     pub max_positions: usize,
     /// Architecture string as in `config.json`, for messages and export.
     pub architecture: String,
+    /// The image encoder, for models that read images.
+    pub vision: Option<VisionSpec>,
+}
+
+/// Llama 4's image encoder: tiles of an image, each on its own, to rows of the residual stream.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VisionSpec {
+    /// Side of a square tile, pixels.
+    pub image_size: usize,
+    /// Side of a square patch, pixels; divides `image_size`.
+    pub patch_size: usize,
+    /// Colour channels.
+    pub channels: usize,
+    /// Width of the encoder.
+    pub hidden: usize,
+    /// Encoder layers.
+    pub layers: usize,
+    /// Attention heads; `hidden / heads` is a multiple of 4.
+    pub heads: usize,
+    /// Hidden width of an encoder layer's feed-forward.
+    pub width: usize,
+    /// Epsilon of every layer norm.
+    pub norm_eps: f32,
+    /// Inverse rotary frequencies of a patch's column, and of its row; `head_dim / 4` of them.
+    pub inv_freq: Vec<f32>,
+    /// Patches along each side that the pixel shuffle joins into one token (2 for a ratio of 0.5).
+    pub shuffle: usize,
+    /// Hidden width of the adapter after the pixel shuffle.
+    pub adapter_width: usize,
+    /// Width that leaves the adapter and enters the projector.
+    pub output: usize,
+}
+
+impl VisionSpec {
+    /// Patches along a side of a tile.
+    pub fn grid(&self) -> usize {
+        self.image_size / self.patch_size
+    }
+
+    /// Rows of a tile inside the encoder: its patches, and the class token behind them.
+    pub fn rows(&self) -> usize {
+        self.grid() * self.grid() + 1
+    }
+
+    /// Tokens that a tile takes in the sequence.
+    pub fn tokens(&self) -> usize {
+        (self.grid() / self.shuffle).pow(2)
+    }
+
+    /// Values of a tile, `[channels, image_size, image_size]`.
+    pub fn pixels(&self) -> usize {
+        self.channels * self.image_size * self.image_size
+    }
+
+    /// Width of one head.
+    pub fn head_dim(&self) -> usize {
+        self.hidden / self.heads
+    }
 }
 
 /// One attention layer.
@@ -228,6 +286,11 @@ impl Family {
 }
 
 impl ModelSpec {
+    /// What precedes the names of the decoder's tensors in a checkpoint.
+    pub fn prefix(&self) -> &'static str {
+        if self.vision.is_some() { "language_model." } else { "" }
+    }
+
     /// Number of MoE layers.
     pub fn moe_layers(&self) -> usize {
         self.layers.iter().filter(|(_, ffn)| matches!(ffn, FfnSpec::Moe(_))).count()

@@ -11,17 +11,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
-use freewheel_types::{Digest, Message, PromptBody};
+use freewheel_types::{Digest, ImagePart, Message, PromptBody};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::read_text;
 use crate::error::ModelError;
 use crate::template::{ChatTemplate, RenderOptions, Rendered, Shield, messages_json};
 
+use crate::spec::VisionSpec;
+use crate::vision::{EncodedPrompt, ImageProcessor, ImageTile};
 pub use stream::DecodeStream;
 
 /// Files that make up a tokenizer in Hugging Face's layout; kept as they are, to be saved as they were.
-const FILES: [&str; 8] = [
+const FILES: [&str; 10] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -30,7 +32,12 @@ const FILES: [&str; 8] = [
     "chat_template.json",
     "vocab.json",
     "merges.txt",
+    PREPROCESSOR,
+    PROCESSOR,
 ];
+/// How a model cuts up images; newer checkpoints keep it inside the second file.
+pub(crate) const PREPROCESSOR: &str = "preprocessor_config.json";
+const PROCESSOR: &str = "processor_config.json";
 const SPECIAL_NAMES: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
@@ -51,6 +58,7 @@ pub struct Tokenizer {
     /// Ids put before a raw text (usually BOS or nothing).
     prefix: Vec<u32>,
     template: Option<ChatTemplate>,
+    images: Option<ImageProcessor>,
     files: Vec<(String, Vec<u8>)>,
     digest: Digest,
 }
@@ -128,6 +136,7 @@ impl Tokenizer {
             names: special_names(&config, &map),
             prefix,
             template,
+            images: None,
             files,
             digest,
         })
@@ -174,17 +183,90 @@ impl Tokenizer {
     ///
     /// # Errors
     /// If there is no chat template and one is needed, or it refuses the conversation.
-    pub fn encode_prompt(&self, prompt: &PromptBody) -> Result<Vec<u32>, ModelError> {
-        match prompt {
+    pub fn encode_prompt(&self, prompt: &PromptBody) -> Result<EncodedPrompt, ModelError> {
+        let images = prompt.images();
+        // Text models say so themselves: their chat templates stumble in other words.
+        let processor = if images.is_empty() { None } else { Some(self.image_processor()?) };
+        let ids = match prompt {
             PromptBody::Text(text) => {
                 let mut ids = self.prefix.clone();
                 ids.extend(self.encode(text)?);
-                Ok(ids)
+                ids
             }
             PromptBody::Messages(messages) => {
-                Ok(self.encode_chat(&messages_json(messages), &RenderOptions::default())?.ids)
+                self.encode_chat(&messages_json(messages), &RenderOptions::default())?.ids
             }
+        };
+        match processor {
+            None => Ok(EncodedPrompt { ids, tiles: Vec::new() }),
+            Some(processor) => processor.encode(&ids, &images),
         }
+    }
+
+    /// Renders and encodes a conversation in JSON with the images that its parts of type `image` stand for, in order.
+    ///
+    /// # Errors
+    /// As [`Self::encode_prompt`].
+    pub fn encode_chat_with_images(
+        &self,
+        messages: &[Value],
+        options: &RenderOptions,
+        images: &[ImagePart],
+    ) -> Result<EncodedPrompt, ModelError> {
+        let processor = if images.is_empty() { None } else { Some(self.image_processor()?) };
+        let ids = self.encode_chat(messages, options)?.ids;
+        match processor {
+            None => Ok(EncodedPrompt { ids, tiles: Vec::new() }),
+            Some(processor) => processor.encode(&ids, &images.iter().collect::<Vec<_>>()),
+        }
+    }
+
+    /// The tiles of a prompt's images at their places in `ids`, which [`Self::encode_prompt`] made of it.
+    ///
+    /// # Errors
+    /// If the model reads no images, an image is broken, or the ids are of another prompt.
+    pub fn tiles_of(&self, prompt: &PromptBody, ids: &[u32]) -> Result<Vec<ImageTile>, ModelError> {
+        match prompt.images().as_slice() {
+            [] => Ok(Vec::new()),
+            images => self.image_processor()?.tiles_in(ids, images),
+        }
+    }
+
+    /// Adds a file to be saved with the tokenizer.
+    pub(crate) fn add_file(&mut self, name: &str, content: &Value) {
+        self.files.push((name.to_owned(), format!("{content:#}\n").into_bytes()));
+    }
+
+    /// Reads how images are cut up, for a model with encoder `vision`; `dir` is for messages.
+    ///
+    /// # Errors
+    /// If the files ask for what this build does not do, or the tokenizer lacks a token that images need.
+    pub(crate) fn read_images(&mut self, dir: &Path, vision: &VisionSpec) -> Result<(), ModelError> {
+        let file = |name: &str| {
+            let bytes = self.files.iter().find(|(file, _)| file == name).map(|(_, bytes)| bytes.as_slice());
+            object(bytes).map_err(|what| ModelError::Invalid { path: dir.join(name), what })
+        };
+        let inner = |config: Map<String, Value>| match config.get("image_processor") {
+            Some(Value::Object(inner)) => Some(inner.clone()),
+            _ => None,
+        };
+        let (name, config) = match file(PREPROCESSOR)? {
+            Some(config) => (PREPROCESSOR, config),
+            None => (PROCESSOR, file(PROCESSOR)?.and_then(inner).unwrap_or_default()),
+        };
+        let id_of = |token: &str| self.token_to_id(token);
+        self.images = Some(ImageProcessor::new(&dir.join(name), &config, vision, &id_of)?);
+        Ok(())
+    }
+
+    /// How images are cut up.
+    ///
+    /// # Errors
+    /// If the model reads no images.
+    pub fn image_processor(&self) -> Result<&ImageProcessor, ModelError> {
+        self.images.as_ref().ok_or_else(|| {
+            ModelError::Template("the prompt holds an image, but the model reads text only".into())
+        })
     }
 
     /// The chat template's text for `messages`, for people to look at. Encode with [`Self::encode_chat`] instead, which

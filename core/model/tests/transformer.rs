@@ -56,6 +56,7 @@ fn spec(family: Family, layers: Vec<(AttentionSpec, FfnSpec)>, tied_embeddings: 
         tied_embeddings,
         max_positions: 128,
         architecture: "Test".into(),
+        vision: None,
     }
 }
 
@@ -189,7 +190,7 @@ fn stepwise(
             BatchSeq { rows, position: done, pages: &pages_a },
         ];
         let logit_rows: Vec<usize> = (rows_other..rows_other + rows).collect();
-        let batch = ForwardBatch { tokens: &batch_tokens, seqs: &seqs, logit_rows: &logit_rows };
+        let batch = ForwardBatch { tokens: &batch_tokens, seqs: &seqs, logit_rows: &logit_rows, tiles: &[] };
         let out = weights.forward(&Threads::single(), &mut kv, &batch);
         for (row, logits) in out.logits.chunks_exact(VOCAB).enumerate() {
             if let Some(&next) = sequence.get(done + row + 1) {
@@ -212,7 +213,7 @@ fn prefill_decode_and_training_give_the_same_bits() {
             let weights = pack(&model, &params, Purpose::Sampling, &Threads::single());
             let (a, b) = (tokens(1, 50), tokens(2, 61));
             let packed = [&b[..], &a[..], &b[..7]].concat();
-            let batch = TrainBatch { tokens: &packed, seqs: &whole(&[61, 50, 7]), replay: None };
+            let batch = TrainBatch { tokens: &packed, seqs: &whole(&[61, 50, 7]), replay: None, tiles: &[] };
             for threads in [Threads::single(), Threads::new(2)] {
                 let tape = weights.forward_train(&threads, &batch);
                 let targets: Vec<_> = (0..49).map(|i| Target { row: 61 + i, token: a[i + 1] }).collect();
@@ -243,7 +244,7 @@ fn replaying_the_routers_own_choice_changes_nothing() {
         let sequence = tokens(3, 30);
         let targets = targets_of(&sequence, &[30]);
         let run = |replay: Option<&[u16]>| {
-            let batch = TrainBatch { tokens: &sequence, seqs: &whole(&[30]), replay };
+            let batch = TrainBatch { tokens: &sequence, seqs: &whole(&[30]), replay, tiles: &[] };
             let tape = weights.forward_train(&Threads::single(), &batch);
             let found = tape.log_probs(&Threads::single(), &weights, &targets, &SamplingParams::default());
             (tape.experts().to_vec(), found)
@@ -266,7 +267,8 @@ fn branches_give_the_bits_of_whole_sequences_and_the_sum_of_their_gradients() {
         let threads = Threads::new(2);
         let run = |batch: &[u32], seqs: &[TrainSeq], targets: &[Target], replay: Option<&[u16]>| {
             let sampling = SamplingParams::default();
-            let tape = weights.forward_train(&threads, &TrainBatch { tokens: batch, seqs, replay });
+            let tape =
+                weights.forward_train(&threads, &TrainBatch { tokens: batch, seqs, replay, tiles: &[] });
             let found = tape.log_probs(&threads, &weights, targets, &sampling);
             let experts = tape.experts().to_vec();
             let d: Vec<f32> = targets.iter().map(|t| 0.1 + (t.token % 7) as f32).collect();
@@ -320,8 +322,10 @@ fn gradients_are_those_of_finite_differences() {
         let threads = Threads::single();
         let weights = pack(&model, &start, Purpose::Training, &threads);
         // Experts are held fixed, so that the loss is smooth.
-        let tape = weights
-            .forward_train(&threads, &TrainBatch { tokens: &packed, seqs: &whole(&lengths), replay: None });
+        let tape = weights.forward_train(
+            &threads,
+            &TrainBatch { tokens: &packed, seqs: &whole(&lengths), replay: None, tiles: &[] },
+        );
         let experts = tape.experts().to_vec();
         let mut grads = vec![0.0; model.layout().total];
         tape.backward(&threads, &weights, &targets, &sampling, &d_logprobs, Some(&d_entropies), &mut grads);
@@ -329,7 +333,8 @@ fn gradients_are_those_of_finite_differences() {
         let objective = |values: Vec<f32>| {
             let moved = Params { layout: model.layout().clone(), data: ParamData::F32(values) };
             let weights = pack(&model, &moved, Purpose::Sampling, &threads);
-            let batch = TrainBatch { tokens: &packed, seqs: &whole(&lengths), replay: Some(&experts) };
+            let batch =
+                TrainBatch { tokens: &packed, seqs: &whole(&lengths), replay: Some(&experts), tiles: &[] };
             let found =
                 weights.forward_train(&threads, &batch).log_probs(&threads, &weights, &targets, &sampling);
             let each = d_logprobs.iter().zip(&found.logprobs).chain(d_entropies.iter().zip(&found.entropies));

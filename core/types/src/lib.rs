@@ -26,7 +26,7 @@ pub use accounting::{Accounting, DropReason, Dropped};
 pub use error::TypesError;
 pub use ids::{ActorId, GroupId, MAX_GROUP_SIZE, PolicyVersion, PromptId, RolloutId, RunId, TaskId};
 pub use outcome::{GroupFate, GroupOutcome};
-pub use prompt::{ContentPart, Message, MessageContent, Prompt, PromptBody};
+pub use prompt::{ContentPart, ImagePart, MAX_IMAGE_BYTES, Message, MessageContent, Prompt, PromptBody};
 pub use random::CounterRng;
 pub use rollout::{ExpertTrace, FinishReason, Rollout, VersionSpan};
 pub use sampling::SamplingParams;

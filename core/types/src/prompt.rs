@@ -1,8 +1,11 @@
 //! A prompt: what the policy is asked, and what its answer is checked against.
 
-use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::sync::Arc;
 
-use crate::PromptId;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::{Digest, PromptId};
 
 /// One line of a prompt file, checked.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -56,8 +59,68 @@ pub enum MessageContent {
 pub enum ContentPart {
     /// Text.
     Text(String),
-    /// Path of an image file, relative to the prompt file.
-    Image(String),
+    /// An image.
+    Image(ImagePart),
+}
+
+/// An image with its encoded bytes, so that a prompt is whole wherever it goes. Clones share the bytes.
+///
+/// In text formats it shows as its digest: what makes an image *that* image, wherever its file lies. It cannot be read
+/// back from them.
+#[derive(Clone, PartialEq, Eq)]
+pub struct ImagePart {
+    path: String,
+    bytes: Arc<[u8]>,
+}
+
+/// Most bytes of one encoded image.
+pub const MAX_IMAGE_BYTES: usize = 4 << 20;
+
+impl ImagePart {
+    /// The image in the file `path`, whose content is `bytes`.
+    pub fn new(path: impl Into<String>, bytes: impl Into<Arc<[u8]>>) -> Self {
+        Self { path: path.into(), bytes: bytes.into() }
+    }
+
+    /// Path of its file, for people.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// The file's content.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl fmt::Debug for ImagePart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ImagePart({}, {} bytes)", self.path, self.bytes.len())
+    }
+}
+
+impl Serialize for ImagePart {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if serializer.is_human_readable() {
+            Digest::of(&self.bytes).to_string().serialize(serializer)
+        } else {
+            (&self.path, &*self.bytes).serialize(serializer)
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for ImagePart {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        if deserializer.is_human_readable() {
+            return Err(serde::de::Error::custom("an image is not carried in text; name its file"));
+        }
+        let (path, bytes): (String, Vec<u8>) = Deserialize::deserialize(deserializer)?;
+        if bytes.len() > MAX_IMAGE_BYTES {
+            let what = format!("an image of {} bytes, more than {MAX_IMAGE_BYTES}", bytes.len());
+            return Err(serde::de::Error::custom(what));
+        }
+        Ok(Self::new(path, bytes))
+    }
 }
 
 impl Message {
@@ -67,7 +130,29 @@ impl Message {
     }
 }
 
+impl PromptBody {
+    /// The images in it, in order.
+    pub fn images(&self) -> Vec<&ImagePart> {
+        let PromptBody::Messages(messages) = self else { return Vec::new() };
+        let parts = messages.iter().flat_map(|message| match &message.content {
+            MessageContent::Parts(parts) => parts.as_slice(),
+            MessageContent::Text(_) => &[],
+        });
+        parts
+            .filter_map(|part| match part {
+                ContentPart::Image(image) => Some(image),
+                ContentPart::Text(_) => None,
+            })
+            .collect()
+    }
+}
+
 impl Prompt {
+    /// The images in it, in order.
+    pub fn images(&self) -> Vec<&ImagePart> {
+        self.body.images()
+    }
+
     /// The last thing the user said, for logs and reports.
     pub fn question(&self) -> &str {
         match &self.body {

@@ -20,11 +20,20 @@ pub struct AdamWConfig {
     pub decay_1d: bool,
     /// Gradients with a larger global norm are scaled down to it; `None`: never.
     pub max_grad_norm: Option<f64>,
+    /// Whether the image encoder is frozen: it does not decay either, so that with no gradient it stays as it is.
+    pub freeze_vision: bool,
 }
 
 impl Default for AdamWConfig {
     fn default() -> Self {
-        Self { betas: [0.9, 0.95], eps: 1e-8, weight_decay: 0.0, decay_1d: false, max_grad_norm: Some(1.0) }
+        Self {
+            betas: [0.9, 0.95],
+            eps: 1e-8,
+            weight_decay: 0.0,
+            decay_1d: false,
+            max_grad_norm: Some(1.0),
+            freeze_vision: false,
+        }
     }
 }
 
@@ -88,6 +97,9 @@ pub struct AdamW {
     steps: u64,
 }
 
+/// What the names of an image encoder's tensors begin with.
+const VISION: &str = "vision_model.";
+
 const PARTS: [&str; 3] = ["master", "exp_avg", "exp_avg_sq"];
 
 impl AdamW {
@@ -96,7 +108,7 @@ impl AdamW {
         let layout = params.layout.clone();
         Self {
             config,
-            groups: decay_groups(&layout, config.decay_1d),
+            groups: decay_groups(&layout, &config),
             masters: params.to_f32(),
             exp_avg: vec![0.0; layout.total],
             exp_avg_sq: vec![0.0; layout.total],
@@ -208,10 +220,11 @@ impl AdamW {
     }
 }
 
-fn decay_groups(layout: &ParamLayout, decay_1d: bool) -> Vec<(Range<usize>, bool)> {
+fn decay_groups(layout: &ParamLayout, config: &AdamWConfig) -> Vec<(Range<usize>, bool)> {
     let mut groups: Vec<(Range<usize>, bool)> = Vec::new();
     for tensor in &layout.tensors {
-        let (range, decays) = (tensor.range(), decay_1d || tensor.shape.len() > 1);
+        let frozen = config.freeze_vision && tensor.name.starts_with(VISION);
+        let (range, decays) = (tensor.range(), !frozen && (config.decay_1d || tensor.shape.len() > 1));
         match groups.last_mut() {
             Some((last, same)) if *same == decays && last.end == range.start => last.end = range.end,
             _ => groups.push((range, decays)),

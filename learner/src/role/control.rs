@@ -97,7 +97,7 @@ impl Control {
         let intake = Intake {
             queue: self.outside.queue.clone(),
             epoch: self.epoch,
-            door: Door::new(&self.outside.spec, version, self.step.clone()),
+            door: Door::new(&self.outside.spec, version, self.step.clone(), self.outside.images.clone()),
             journal: recovered.journal,
             seen: recovered.seen,
             received: recovered.ledger.received,

@@ -47,7 +47,8 @@ pub(super) fn parts(
 ) -> LearnerParts {
     let threads = threads(config.threads);
     let reference = (config.loss.kl_coef > 0.0).then(|| frozen(&model, threads.clone()));
-    let trainer = TransformerTrainer::new(&model.model, &model.params, threads.clone());
+    let trainer = TransformerTrainer::new(&model.model, &model.params, threads.clone())
+        .freeze_vision(config.freeze_vision);
     LearnerParts {
         policy: Policy::new(Box::new(trainer), model.params.clone(), config.optimizer(), threads),
         config,
@@ -55,6 +56,7 @@ pub(super) fn parts(
         group_size: 1,
         max_new_tokens: model.model.spec().max_positions as u64,
         tokenizer: model.tokenizer.digest(),
+        images: model.tokenizer.clone(),
         run_dir,
         writer: Box::new(HuggingFaceWriter { model, disk: disk.clone() }),
         disk,

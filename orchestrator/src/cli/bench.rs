@@ -173,6 +173,7 @@ fn decode(
             engine.submit(Request {
                 id: index,
                 prompt_ids: ids(loaded, index, PROMPT),
+                tiles: Vec::new(),
                 samples: vec![SampleSpec { rollout: task.rollout(0) }],
                 seed: 0,
                 sampling: SamplingParams::default(),
@@ -254,7 +255,8 @@ fn train(
     let gradient = vec![-1.0 / targets.len().max(1) as f32; targets.len()];
     let mut grads = vec![0.0; loaded.model.layout().total];
     let mut once = || {
-        let tape = weights.forward_train(threads, &TrainBatch { tokens: &tokens, seqs: &seqs, replay: None });
+        let tape = weights
+            .forward_train(threads, &TrainBatch { tokens: &tokens, seqs: &seqs, replay: None, tiles: &[] });
         let found = tape.log_probs(threads, &weights, &targets, &sampling);
         tape.backward(threads, &weights, &targets, &sampling, &gradient, None, &mut grads);
         found.logprobs.first().copied()

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use freewheel_actor::{EngineConfig, Finished, InFlight, Request, SampleSpec, StopSpec};
+use freewheel_model::vision::EncodedPrompt;
 use freewheel_model::{LoadedModel, RenderOptions};
 use freewheel_types::{MAX_GROUP_SIZE, PromptBody, TaskId};
 use serde::Deserialize;
@@ -18,7 +19,7 @@ use crate::lines;
 /// Generate completions: JSONL in, JSONL out.
 ///
 /// A line holds `prompt` (text as it is), `messages` (through the chat template) or `input_ids`; optionally `id` and
-/// `max_new_tokens`. Out comes a line for each completion with `output_ids`, `text`, `logprobs`, `finish_reason`.
+/// `max_new_tokens`. Messages may hold images, `{"type":"image","path":…}`, with paths from the input file's folder. Out comes a line for each completion with `output_ids`, `text`, `logprobs`, `finish_reason`.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  freewheel generate --model assets/sprout --prompt '17+25-9=?' --greedy\n  \
@@ -88,13 +89,15 @@ impl Line {
         }
     }
 
-    fn encode(&self, loaded: &LoadedModel) -> anyhow::Result<Vec<u32>> {
+    /// Ids and image tiles; paths of images start at `folder`.
+    fn encode(&self, loaded: &LoadedModel, folder: &Path) -> anyhow::Result<EncodedPrompt> {
         if let Some(ids) = &self.input_ids {
-            return Ok(ids.clone());
+            return Ok(EncodedPrompt { ids: ids.clone(), tiles: Vec::new() });
         }
         if let Some(messages) = &self.messages {
             let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
-            return Ok(loaded.tokenizer.encode_chat(messages, &options)?.ids);
+            let images = crate::images::of_messages(messages, folder).map_err(anyhow::Error::msg)?;
+            return Ok(loaded.tokenizer.encode_chat_with_images(messages, &options, &images)?);
         }
         let text = self.prompt.clone().unwrap_or_default();
         Ok(loaded.tokenizer.encode_prompt(&PromptBody::Text(text))?)
@@ -115,13 +118,15 @@ impl GenerateArgs {
         let mut engine = crate::policy::engine(&loaded, &self.model.threads(), config)?;
         let eos = if self.ignore_eos { Vec::new() } else { loaded.generation.eos_ids.clone() };
         let stop = StopSpec { ids: eos.into(), strings: self.stop.clone().into() };
+        let folder = self.input.as_deref().and_then(Path::parent).unwrap_or(Path::new(""));
         for (index, (at, line)) in lines.iter().enumerate() {
-            let prompt_ids =
-                line.encode(&loaded).map_err(|error| error.context(format!("line {at}"))).input()?;
+            let prompt =
+                line.encode(&loaded, folder).map_err(|error| error.context(format!("line {at}"))).input()?;
             let task = TaskId(index as u64);
             let request = Request {
                 id: index as u64,
-                prompt_ids,
+                prompt_ids: prompt.ids,
+                tiles: prompt.tiles,
                 samples: (0..self.samples).map(|k| SampleSpec { rollout: task.rollout(k) }).collect(),
                 seed: self.seed,
                 sampling,

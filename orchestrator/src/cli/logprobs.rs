@@ -1,13 +1,15 @@
 //! `freewheel logprobs`: what a model thinks of given tokens.
 
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use freewheel_kernels::Threads;
 use freewheel_model::sampling::{SampleScratch, log_prob_of};
+use freewheel_model::vision::EncodedPrompt;
 use freewheel_model::{
     BatchSeq, ForwardBatch, ForwardOutput, KvCache, LoadedModel, PolicyWeights, Purpose, RenderOptions,
+    TileRows,
 };
 use freewheel_types::{PolicyVersion, SamplingParams};
 use serde::Deserialize;
@@ -66,23 +68,27 @@ impl Line {
         }
     }
 
-    fn encode(&self, loaded: &LoadedModel) -> anyhow::Result<Vec<u32>> {
-        let ids = match (&self.input_ids, &self.messages) {
-            (Some(ids), _) => ids.clone(),
-            (None, Some(messages)) => loaded.tokenizer.encode_chat(messages, &RenderOptions::default())?.ids,
+    /// Ids and image tiles; paths of images start at `folder`.
+    fn encode(&self, loaded: &LoadedModel, folder: &Path) -> anyhow::Result<EncodedPrompt> {
+        let prompt = match (&self.input_ids, &self.messages) {
+            (Some(ids), _) => EncodedPrompt { ids: ids.clone(), tiles: Vec::new() },
+            (None, Some(messages)) => {
+                let images = crate::images::of_messages(messages, folder).map_err(anyhow::Error::msg)?;
+                loaded.tokenizer.encode_chat_with_images(messages, &RenderOptions::default(), &images)?
+            }
             (None, None) => {
                 let body = freewheel_types::PromptBody::Text(self.text.clone().unwrap_or_default());
                 loaded.tokenizer.encode_prompt(&body)?
             }
         };
-        let spec = loaded.model.spec();
+        let (spec, ids) = (loaded.model.spec(), &prompt.ids);
         if ids.len() < 2 || ids.len() > spec.max_positions {
             anyhow::bail!("{} tokens, must be 2 to {} (the model's context)", ids.len(), spec.max_positions);
         }
         if let Some(id) = ids.iter().find(|id| **id as usize >= spec.vocab_size) {
             anyhow::bail!("token id {id}, the vocabulary has {}", spec.vocab_size);
         }
-        Ok(ids)
+        Ok(prompt)
     }
 }
 
@@ -102,9 +108,12 @@ impl LogprobsArgs {
         let weights =
             PolicyWeights::pack(&loaded.model, &loaded.params, version, Purpose::Sampling, &threads);
         let mut out = std::io::BufWriter::new(std::io::stdout());
+        let folder = self.input.as_deref().and_then(Path::parent).unwrap_or(Path::new(""));
         for (at, line) in &lines {
-            let ids = line.encode(&loaded).map_err(|error| error.context(format!("line {at}"))).input()?;
-            let row = self.row(line, &ids, &forward(&weights, &threads, &ids), &loaded, &sampling);
+            let prompt =
+                line.encode(&loaded, folder).map_err(|error| error.context(format!("line {at}"))).input()?;
+            let output = forward(&weights, &threads, &prompt);
+            let row = self.row(line, &prompt.ids, &output, &loaded, &sampling);
             writeln!(out, "{row}")?;
         }
         out.flush()?;
@@ -151,11 +160,14 @@ impl LogprobsArgs {
 }
 
 /// All positions of one sequence at once, logits of every row.
-fn forward(weights: &PolicyWeights, threads: &Threads, ids: &[u32]) -> ForwardOutput {
+fn forward(weights: &PolicyWeights, threads: &Threads, prompt: &EncodedPrompt) -> ForwardOutput {
+    let ids = &prompt.ids;
+    let tiles: Vec<TileRows> = prompt.tiles.iter().filter_map(|tile| tile.rows_in(0, ids.len())).collect();
     let page = freewheel_kernels::attention::KV_BLOCK;
     let pages: Vec<u32> = (0..ids.len().div_ceil(page) as u32).collect();
     let mut cache = KvCache::new(weights.model(), pages.len());
     let seqs = [BatchSeq { rows: ids.len(), position: 0, pages: &pages }];
     let logit_rows: Vec<usize> = (0..ids.len()).collect();
-    weights.forward(threads, &mut cache, &ForwardBatch { tokens: ids, seqs: &seqs, logit_rows: &logit_rows })
+    let batch = ForwardBatch { tokens: ids, seqs: &seqs, logit_rows: &logit_rows, tiles: &tiles };
+    weights.forward(threads, &mut cache, &batch)
 }

@@ -1,6 +1,6 @@
 //! `freewheel sft`: supervised fine-tuning of a given or a new model.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Instant;
 
@@ -9,7 +9,7 @@ use clap::Args;
 use freewheel_learner::metrics::MetricsSink;
 use freewheel_learner::sft::{SftConfig, SftExample, run_sft};
 use freewheel_model::{InitRequest, InitScale, LoadedModel, SaveOptions, TokenizerChoice};
-use freewheel_types::{Message, MessageContent, Prompt, PromptBody, PromptId, WeightsDtype};
+use freewheel_types::{Prompt, PromptBody, PromptId, WeightsDtype};
 use indicatif::{ProgressBar, ProgressStyle};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -20,7 +20,9 @@ use super::fail::Explain as _;
 use crate::config::{Checks, Dtype, GeneratorKind, Loaded, ModelSection, Node, Problem};
 use crate::folder::StepLine;
 use crate::lines;
-use crate::prompts::{ArithmeticGenerator, Split, demonstration, is_worked};
+use crate::prompts::{
+    ArithmeticGenerator, ShapesGenerator, ShapesItem, Split, demonstration, is_worked, messages_of,
+};
 
 /// Supervised fine-tuning: from demonstrations to a model, the same bytes again from the same seed.
 #[derive(Debug, Args)]
@@ -81,7 +83,7 @@ impl Default for InitSection {
 pub struct DataSection {
     /// JSONL with `prompt` or `messages`, and `completion`. Give this or `generator`.
     pub file: Option<String>,
-    /// Built-in source: "arithmetic". Give this or `file`.
+    /// Built-in source: "arithmetic" or "shapes" (images). Give this or `file`.
     pub generator: Option<GeneratorKind>,
     /// Levels of the generator, each 1 to 6. Default [1, 2, 3].
     pub levels: Vec<u32>,
@@ -199,14 +201,8 @@ fn model(loaded: &Loaded<SftJob>) -> anyhow::Result<LoadedModel> {
 #[derive(Debug, Deserialize)]
 struct Line {
     prompt: Option<String>,
-    messages: Option<Vec<Turn>>,
+    messages: Option<Value>,
     completion: String,
-}
-
-#[derive(Debug, Deserialize)]
-struct Turn {
-    role: String,
-    content: String,
 }
 
 fn examples(loaded: &Loaded<SftJob>) -> anyhow::Result<Vec<SftExample>> {
@@ -216,31 +212,37 @@ fn examples(loaded: &Loaded<SftJob>) -> anyhow::Result<Vec<SftExample>> {
             (Some(_), None) | (None, Some(_)) => Ok(()),
             _ => Err("must hold one of `prompt`, `messages`".to_owned()),
         };
-        let lines = lines::read(&crate::config::resolve(file, &loaded.path), check)?;
-        return Ok(lines.into_iter().map(|(_, line)| example(line)).collect());
+        let path = crate::config::resolve(file, &loaded.path);
+        let folder = path.parent().unwrap_or(Path::new(""));
+        let named = |(at, line)| {
+            example(line, folder).map_err(|what| anyhow::anyhow!("{}:{at}: {what}", path.display())).input()
+        };
+        return lines::read(&path, check)?.into_iter().map(named).collect();
     }
-    let generator = ArithmeticGenerator::new(data.seed.into(), &data.levels, Split::Train);
-    Ok((0..data.count as u64)
+    let (seed, indices) = (u64::from(data.seed), 0..data.count as u64);
+    if data.generator == Some(GeneratorKind::Shapes) {
+        let generator = ShapesGenerator::new(seed, &data.levels, Split::Train);
+        let example =
+            |item: ShapesItem| SftExample { prompt: item.prompt(), completion: item.demonstration() };
+        return Ok(indices.map(|index| example(generator.question(index))).collect());
+    }
+    let generator = ArithmeticGenerator::new(seed, &data.levels, Split::Train);
+    Ok(indices
         .map(|index| {
             let item = generator.question(index);
-            let worked = is_worked(data.seed.into(), index, data.worked);
-            let completion = demonstration(&item, worked);
+            let completion = demonstration(&item, is_worked(seed, index, data.worked));
             SftExample { prompt: item.prompt(), completion }
         })
         .collect())
 }
 
-fn example(line: Line) -> SftExample {
+/// Paths of images start at `folder`.
+fn example(line: Line, folder: &Path) -> Result<SftExample, String> {
     let body = match line.messages {
-        Some(turns) => PromptBody::Messages(
-            turns
-                .into_iter()
-                .map(|turn| Message { role: turn.role, content: MessageContent::Text(turn.content) })
-                .collect(),
-        ),
+        Some(turns) => PromptBody::Messages(messages_of(turns, folder)?),
         None => PromptBody::Text(line.prompt.unwrap_or_default()),
     };
-    SftExample { prompt: plain(body), completion: line.completion }
+    Ok(SftExample { prompt: plain(body), completion: line.completion })
 }
 
 /// A prompt that is only its text: nothing scores or chooses it.

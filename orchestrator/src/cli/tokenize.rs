@@ -1,6 +1,6 @@
 //! `freewheel tokenize`: text or messages to ids, and back.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use freewheel_model::{RenderOptions, Tokenizer};
@@ -64,7 +64,9 @@ impl Line {
 
 impl TokenizeArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let tokenizer = if self.model.join("tokenizer.json").exists() {
+        // How images are cut up hangs on the model's configuration, which `open` reads.
+        let text_only = !self.model.join("preprocessor_config.json").exists();
+        let tokenizer = if text_only && self.model.join("tokenizer.json").exists() {
             std::sync::Arc::new(Tokenizer::from_folder(&self.model).input()?)
         } else {
             crate::policy::open(&self.model, None)?.tokenizer
@@ -93,6 +95,11 @@ impl TokenizeArgs {
         Ok(lines)
     }
 
+    /// Where paths of images start.
+    fn folder(&self) -> PathBuf {
+        self.input.as_deref().and_then(Path::parent).map(Path::to_owned).unwrap_or_default()
+    }
+
     fn row(&self, tokenizer: &Tokenizer, line: &Line) -> anyhow::Result<Value> {
         let mut row = serde_json::Map::new();
         if let Some(id) = &line.id {
@@ -107,7 +114,9 @@ impl TokenizeArgs {
                 if self.render {
                     row.insert("rendered".into(), json!(tokenizer.render_json(messages, &options)?));
                 }
-                tokenizer.encode_chat(messages, &options)?.ids
+                let images =
+                    crate::images::of_messages(messages, &self.folder()).map_err(anyhow::Error::msg)?;
+                tokenizer.encode_chat_with_images(messages, &options, &images)?.ids
             }
             (None, Some(ids)) => {
                 let size = tokenizer.vocab_size();

@@ -9,7 +9,7 @@ use super::document::Node;
 use super::problem::{Origin, Problem};
 use crate::prompts::PoolParams;
 
-use super::{EvalSection, GeneratorKind, PromptsSection, RunConfig};
+use super::{EvalSection, PromptsSection, RunConfig};
 
 /// Collects problems with the place of the key they are about.
 pub struct Checks<'d> {
@@ -137,7 +137,7 @@ fn prompts(prompts: &PromptsSection, checks: &mut Checks<'_>) {
         }
         _ => {}
     }
-    if prompts.generator == Some(GeneratorKind::Arithmetic) {
+    if prompts.generator.is_some() {
         checks.require(
             !prompts.levels.is_empty(),
             "prompts.levels",

@@ -77,6 +77,8 @@ impl Dtype {
 pub enum GeneratorKind {
     /// Chains of additions and subtractions, `17+25-9=?`, in levels by the number of operations.
     Arithmetic,
+    /// Images of squares and circles, `How many squares?`, in levels by the most there are. For models that read images.
+    Shapes,
 }
 
 /// The `[prompts]` section: where prompts come from and how many rollouts each gets.
@@ -85,9 +87,9 @@ pub enum GeneratorKind {
 pub struct PromptsSection {
     /// Prompt file (JSONL). Give this or `generator`.
     pub file: Option<String>,
-    /// Built-in prompt source: "arithmetic". Give this or `file`.
+    /// Built-in prompt source: "arithmetic" or "shapes" (images). Give this or `file`.
     pub generator: Option<GeneratorKind>,
-    /// Levels of the generator, each 1 to 6 (operations a question). Default [1, 2, 3].
+    /// Levels of the generator, each 1 to 6: operations a question, or shapes of each kind in an image. Default [1, 2, 3].
     pub levels: Vec<u32>,
     /// Questions the generator makes, all levels together. 1 to 1,000,000. Default 4000.
     #[schemars(range(min = 1, max = 1_000_000))]

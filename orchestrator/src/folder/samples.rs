@@ -5,7 +5,7 @@ use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use freewheel_types::{MessageContent, PromptBody, ScoredRollout};
+use freewheel_types::{ContentPart, MessageContent, PromptBody, ScoredRollout};
 use serde_json::{Value, json};
 
 use crate::cli::reward_json;
@@ -81,6 +81,13 @@ impl SampleLog {
     }
 }
 
+fn part(part: &ContentPart) -> Value {
+    match part {
+        ContentPart::Text(text) => json!({"type": "text", "text": text}),
+        ContentPart::Image(image) => json!({"type": "image", "path": image.path()}),
+    }
+}
+
 fn sample(step: u64, scored: &ScoredRollout) -> Value {
     let rollout = &scored.rollout;
     let prompt = match &rollout.prompt.body {
@@ -90,7 +97,7 @@ fn sample(step: u64, scored: &ScoredRollout) -> Value {
             .map(|turn| {
                 let content = match &turn.content {
                     MessageContent::Text(text) => json!(text),
-                    MessageContent::Parts(parts) => json!(parts),
+                    MessageContent::Parts(parts) => parts.iter().map(part).collect(),
                 };
                 json!({"role": turn.role, "content": content})
             })

@@ -1,6 +1,7 @@
 //! Prompt files: JSON Lines, one prompt a line.
 //!
-//! `{"id"?, "prompt" | "messages", "answer"?, "tags"?, "verifier"?, "meta"?}`. Every bad line is reported as
+//! `{"id"?, "prompt" | "messages", "answer"?, "tags"?, "verifier"?, "meta"?}`; a message may hold parts, `{"type":"text","text"}`
+//! and `{"type":"image","path"}` with a PNG file beside the prompt file. Every bad line is reported as
 //! `file:line: reason`. Nothing is repaired or guessed; text is data (special tokens in it stay text).
 
 use std::collections::BTreeMap;
@@ -94,14 +95,19 @@ pub fn load(path: &Path, strict: bool) -> Result<Loaded, PromptFileError> {
     if file.metadata().map_err(read)?.is_dir() {
         return Err(read(std::io::ErrorKind::IsADirectory.into()));
     }
-    parse(BufReader::new(file), &name, strict)
+    parse(BufReader::new(file), &name, path.parent().unwrap_or(Path::new("")), strict)
 }
 
-/// Like [`load`], from any source; `name` stands for the file in messages.
+/// Like [`load`], from any source; `name` stands for the file in messages, paths of images start at `folder`.
 ///
 /// # Errors
 /// As [`load`].
-pub fn parse(mut reader: impl BufRead, name: &str, strict: bool) -> Result<Loaded, PromptFileError> {
+pub fn parse(
+    mut reader: impl BufRead,
+    name: &str,
+    folder: &Path,
+    strict: bool,
+) -> Result<Loaded, PromptFileError> {
     let read = |source| PromptFileError::Read { path: name.to_owned(), source };
     let (mut prompts, mut problems, mut bad, mut lines) = (Vec::new(), Vec::new(), 0_usize, 0_usize);
     let mut seen: BTreeMap<PromptId, usize> = BTreeMap::new();
@@ -111,7 +117,7 @@ pub fn parse(mut reader: impl BufRead, name: &str, strict: bool) -> Result<Loade
         let parsed = match line {
             Line::TooLong(bytes) => Err(format!("the line has {bytes} bytes, more than {LINE_BYTES_MAX}")),
             Line::Bytes(bytes) if bytes.iter().all(u8::is_ascii_whitespace) => continue,
-            Line::Bytes(bytes) => prompt_of(&bytes, number == 1),
+            Line::Bytes(bytes) => prompt_of(&bytes, number == 1, folder),
         };
         lines += 1;
         let checked = parsed.and_then(|prompt| match seen.insert(prompt.id, number) {
@@ -189,7 +195,7 @@ struct RawPrompt {
 
 const FIELDS: [&str; 7] = ["id", "prompt", "messages", "answer", "tags", "verifier", "meta"];
 
-fn prompt_of(bytes: &[u8], first: bool) -> Result<Prompt, String> {
+fn prompt_of(bytes: &[u8], first: bool, folder: &Path) -> Result<Prompt, String> {
     if first && bytes.starts_with(b"\xEF\xBB\xBF") {
         return Err("the file starts with a byte order mark; save it as UTF-8 without BOM".into());
     }
@@ -208,7 +214,7 @@ fn prompt_of(bytes: &[u8], first: bool) -> Result<Prompt, String> {
         ));
     }
     let raw: RawPrompt = serde_json::from_str(text).map_err(|error| describe(&error))?;
-    checked(raw)
+    checked(raw, folder)
 }
 
 /// serde's message with the column, and the nearest field for an unknown one.
@@ -227,7 +233,7 @@ fn describe(error: &serde_json::Error) -> String {
     out
 }
 
-fn checked(raw: RawPrompt) -> Result<Prompt, String> {
+fn checked(raw: RawPrompt, folder: &Path) -> Result<Prompt, String> {
     let name = match raw.id {
         None | Some(Value::Null) => None,
         Some(Value::String(id)) if !id.is_empty() => Some(id),
@@ -238,7 +244,7 @@ fn checked(raw: RawPrompt) -> Result<Prompt, String> {
         (Some(Value::String(text)), None) if !text.is_empty() => PromptBody::Text(text),
         (Some(Value::String(_)), None) => return Err("`prompt` is empty".into()),
         (Some(other), None) => return Err(format!("`prompt` must be text, is {}", kind(&other))),
-        (None, Some(messages)) => PromptBody::Messages(messages_of(messages)?),
+        (None, Some(messages)) => PromptBody::Messages(messages_of(messages, folder)?),
         (None, None) => return Err("neither `prompt` nor `messages` is there; give one".into()),
         (Some(_), Some(_)) => return Err("both `prompt` and `messages` are there; give one".into()),
     };
@@ -278,7 +284,8 @@ fn sorted(value: Value) -> Value {
     }
 }
 
-fn messages_of(value: Value) -> Result<Vec<Message>, String> {
+/// A conversation. Images are read, their paths start at `folder`.
+pub(crate) fn messages_of(value: Value, folder: &Path) -> Result<Vec<Message>, String> {
     let Value::Array(turns) = value else {
         return Err(format!("`messages` must be a list, is {}", kind(&value)));
     };
@@ -288,11 +295,11 @@ fn messages_of(value: Value) -> Result<Vec<Message>, String> {
     turns
         .into_iter()
         .enumerate()
-        .map(|(i, turn)| message_of(turn).map_err(|e| format!("`messages[{i}]`: {e}")))
+        .map(|(i, turn)| message_of(turn, folder).map_err(|e| format!("`messages[{i}]`: {e}")))
         .collect()
 }
 
-fn message_of(value: Value) -> Result<Message, String> {
+fn message_of(value: Value, folder: &Path) -> Result<Message, String> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct Raw {
@@ -306,14 +313,15 @@ fn message_of(value: Value) -> Result<Message, String> {
     let content = match raw.content {
         Value::String(text) => MessageContent::Text(text),
         Value::Array(parts) => {
-            MessageContent::Parts(parts.into_iter().map(part_of).collect::<Result<_, _>>()?)
+            let parts = parts.into_iter().map(|part| part_of(part, folder));
+            MessageContent::Parts(parts.collect::<Result<_, _>>()?)
         }
         other => return Err(format!("`content` must be text or a list of parts, is {}", kind(&other))),
     };
     Ok(Message { role: raw.role, content })
 }
 
-fn part_of(value: Value) -> Result<ContentPart, String> {
+fn part_of(value: Value, folder: &Path) -> Result<ContentPart, String> {
     #[derive(Deserialize)]
     #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
     enum Raw {
@@ -322,7 +330,7 @@ fn part_of(value: Value) -> Result<ContentPart, String> {
     }
     match serde_json::from_value(value) {
         Ok(Raw::Text { text }) => Ok(ContentPart::Text(text)),
-        Ok(Raw::Image { path }) => Ok(ContentPart::Image(path)),
+        Ok(Raw::Image { path }) => Ok(ContentPart::Image(crate::images::read(&path, folder)?)),
         Err(error) => Err(format!(
             "a content part is {{\"type\":\"text\",\"text\"}} or {{\"type\":\"image\",\"path\"}}: {error}"
         )),
@@ -344,16 +352,17 @@ fn kind(value: &Value) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::prompts::{Shape, ShapesItem};
 
     fn read(text: &[u8]) -> Result<Loaded, PromptFileError> {
-        parse(text, "p.jsonl", true)
+        parse(text, "p.jsonl", Path::new("."), true)
     }
 
     #[test]
     fn a_good_file_keeps_every_field() {
         let text = r#"{"prompt":"1+1=?","answer":2,"tags":["math"],"verifier":"number","meta":{"b":1,"a":2}}
 
-{"id":"chat-1","messages":[{"role":"user","content":"hi"},{"role":"user","content":[{"type":"text","text":"a"},{"type":"image","path":"x.png"}]}],"answer":{"b":1,"a":[true]}}
+{"id":"chat-1","messages":[{"role":"user","content":"hi"},{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]}],"answer":{"b":1,"a":[true]}}
 {"id":7,"prompt":"<|eot|>\u001b[2J"}"#;
         let prompts = read(text.as_bytes()).unwrap().prompts;
         assert_eq!(prompts.len(), 3);
@@ -364,6 +373,39 @@ mod tests {
         let PromptBody::Messages(turns) = &prompts[1].body else { panic!("a conversation") };
         assert!(matches!(&turns[1].content, MessageContent::Parts(parts) if parts.len() == 2));
         assert_eq!(prompts[2].body, PromptBody::Text("<|eot|>\u{1b}[2J".into()));
+    }
+
+    #[test]
+    fn images_are_read_from_beside_the_file_and_make_the_identity() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, bytes: &[u8]| std::fs::write(dir.path().join(name), bytes).unwrap();
+        let image = ShapesItem::new(&[Shape::Square; 3], Shape::Square).png();
+        write("a.png", &image);
+        write("same.png", &image);
+        write("b.png", &ShapesItem::new(&[Shape::Square; 4], Shape::Square).png());
+        write("cut.png", &image[..20]);
+        write("huge.png", &vec![0; freewheel_types::MAX_IMAGE_BYTES + 1]);
+        let read = |path: &str| {
+            let part = serde_json::json!({"type": "image", "path": path});
+            let line = serde_json::json!({"messages": [{"role": "user", "content": [part]}]});
+            parse(line.to_string().as_bytes(), "p.jsonl", dir.path(), true)
+        };
+        let prompt = |path: &str| read(path).unwrap().prompts.remove(0);
+        let PromptBody::Messages(turns) = &prompt("a.png").body else { panic!("a conversation") };
+        let MessageContent::Parts(parts) = &turns[0].content else { panic!("parts") };
+        assert!(
+            matches!(&parts[0], ContentPart::Image(part) if part.bytes() == image && part.path() == "a.png")
+        );
+        assert_eq!(prompt("a.png").id, prompt("same.png").id);
+        assert_ne!(prompt("a.png").id, prompt("b.png").id);
+        for (path, reason) in [
+            ("none.png", "image none.png: cannot be read"),
+            ("cut.png", "image cut.png: not a readable PNG"),
+            ("huge.png", "image huge.png: 4194305 bytes, more than the limit of 4194304"),
+        ] {
+            let error = read(path).unwrap_err().to_string();
+            assert!(error.starts_with("p.jsonl:1: ") && error.contains(reason), "{error}");
+        }
     }
 
     #[test]
@@ -438,10 +480,10 @@ mod tests {
     #[test]
     fn a_lenient_read_skips_one_in_a_thousand_and_no_more() {
         let good: String = (0..1999).map(|i| format!("{{\"prompt\":\"{i}\"}}\n")).collect();
-        let loaded = parse(format!("{good}x\n").as_bytes(), "p", false).unwrap();
+        let loaded = parse(format!("{good}x\n").as_bytes(), "p", Path::new("."), false).unwrap();
         assert_eq!((loaded.prompts.len(), loaded.skipped.len()), (1999, 1));
-        assert!(parse(format!("{good}x\n").as_bytes(), "p", true).is_err());
-        assert!(parse(format!("{good}x\ny\nz\n").as_bytes(), "p", false).is_err());
+        assert!(parse(format!("{good}x\n").as_bytes(), "p", Path::new("."), true).is_err());
+        assert!(parse(format!("{good}x\ny\nz\n").as_bytes(), "p", Path::new("."), false).is_err());
     }
 
     #[test]

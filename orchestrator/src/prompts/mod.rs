@@ -16,7 +16,9 @@ mod params;
 mod pool;
 mod posterior;
 mod role;
+mod shapes;
 
+pub(crate) use file::messages_of;
 pub use file::{LINE_BYTES_MAX, LineProblem, Loaded, PromptFileError, load, parse};
 pub use generator::{ArithmeticGenerator, ArithmeticItem, LEVEL_MAX, Split, Step, demonstration, is_worked};
 pub use log::{LogError, PoolLog, PoolRecord};
@@ -24,3 +26,37 @@ pub use params::{CurriculumConfig, PoolError, PoolParams, Selection};
 pub use pool::{Applied, PoolMetrics, PoolState, PromptPool};
 pub use posterior::{Posterior, informative_probability};
 pub use role::{PoolDeps, PoolRoleError, PoolSummary, run};
+pub use shapes::{Shape, ShapesGenerator, ShapesItem};
+
+use crate::config::GeneratorKind;
+use freewheel_types::Prompt;
+
+/// A built-in prompt source.
+#[derive(Clone, Debug)]
+pub enum Generator {
+    /// Chains of additions and subtractions.
+    Arithmetic(ArithmeticGenerator),
+    /// Images of shapes to count.
+    Shapes(ShapesGenerator),
+}
+
+impl Generator {
+    /// The source `kind` with questions of `levels` from one side of the split; `seed` gives their order.
+    ///
+    /// # Panics
+    /// If `levels` is empty or one is not 1 to [`LEVEL_MAX`]: the configuration is checked before.
+    pub fn new(kind: GeneratorKind, seed: u64, levels: &[u32], split: Split) -> Self {
+        match kind {
+            GeneratorKind::Arithmetic => Self::Arithmetic(ArithmeticGenerator::new(seed, levels, split)),
+            GeneratorKind::Shapes => Self::Shapes(ShapesGenerator::new(seed, levels, split)),
+        }
+    }
+
+    /// The first `n` questions; fewer, with a warning, if there are not so many.
+    pub fn prompts(&self, n: usize) -> Vec<Prompt> {
+        match self {
+            Self::Arithmetic(generator) => generator.prompts(n),
+            Self::Shapes(generator) => generator.prompts(n),
+        }
+    }
+}

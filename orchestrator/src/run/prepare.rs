@@ -11,7 +11,7 @@ use freewheel_types::{Prompt, SamplingParams};
 use crate::cli::fail::Explain as _;
 use crate::config::{GeneratorKind, Loaded};
 use crate::evaluation::EvalSet;
-use crate::prompts::{ArithmeticGenerator, Split};
+use crate::prompts::{Generator, Split};
 
 /// Prompts encoded to find the longest: those with the longest text.
 const ENCODED: usize = 32;
@@ -24,7 +24,7 @@ pub fn training_prompts(loaded: &Loaded) -> anyhow::Result<Vec<Prompt>> {
     let section = &loaded.config.prompts;
     match (&section.file, section.generator) {
         (Some(file), _) => read(&loaded.resolve(file)),
-        (None, Some(GeneratorKind::Arithmetic)) => Ok(generator(loaded, Split::Train).prompts(section.count)),
+        (None, Some(kind)) => Ok(generator(loaded, kind, Split::Train).prompts(section.count)),
         (None, None) => Err(anyhow::anyhow!("there are no prompts")).input(),
     }
 }
@@ -37,17 +37,17 @@ pub fn held_out_prompts(loaded: &Loaded) -> anyhow::Result<Vec<Prompt>> {
     let count = loaded.config.eval.count;
     let mut prompts = match (&loaded.config.eval.file, loaded.config.prompts.generator) {
         (Some(file), _) => read(&loaded.resolve(file))?,
-        (None, Some(GeneratorKind::Arithmetic)) => generator(loaded, Split::HeldOut).prompts(count),
+        (None, Some(kind)) => generator(loaded, kind, Split::HeldOut).prompts(count),
         (None, None) => Vec::new(),
     };
     prompts.truncate(count);
     Ok(prompts)
 }
 
-fn generator(loaded: &Loaded, split: Split) -> ArithmeticGenerator {
+fn generator(loaded: &Loaded, kind: GeneratorKind, split: Split) -> Generator {
     let section = &loaded.config.prompts;
     let seed = section.seed.map_or(loaded.config.run.seed, u64::from);
-    ArithmeticGenerator::new(seed, &section.levels, split)
+    Generator::new(kind, seed, &section.levels, split)
 }
 
 fn read(path: &Path) -> anyhow::Result<Vec<Prompt>> {
@@ -70,13 +70,15 @@ pub fn model(loaded: &Loaded) -> anyhow::Result<LoadedModel> {
 pub fn check_lengths(loaded: &Loaded, model: &LoadedModel, prompts: &[Prompt]) -> anyhow::Result<()> {
     let mut by_length: Vec<&Prompt> = prompts.iter().collect();
     by_length.sort_by_key(|prompt| std::cmp::Reverse(prompt.question().len()));
+    let mut by_images: Vec<&Prompt> = prompts.iter().filter(|prompt| !prompt.images().is_empty()).collect();
+    by_images.sort_by_key(|prompt| std::cmp::Reverse(image_pixels(prompt)));
     let mut longest = 0;
-    for prompt in by_length.into_iter().take(ENCODED) {
+    for prompt in by_length.into_iter().take(ENCODED).chain(by_images.into_iter().take(ENCODED)) {
         let ids = model.tokenizer.encode_prompt(&prompt.body).map_err(|error| {
             anyhow::Error::from(error)
                 .context(format!("prompt {:?} cannot be encoded", shorten(prompt.question())))
         });
-        longest = longest.max(ids.input()?.len());
+        longest = longest.max(ids.input()?.ids.len());
     }
     let (context, wanted) = (model.model.spec().max_positions, loaded.config.actor.max_new_tokens);
     if longest + wanted <= context {
@@ -89,6 +91,14 @@ pub fn check_lengths(loaded: &Loaded, model: &LoadedModel, prompts: &[Prompt]) -
         0 => format!("leave out prompts of {context} tokens and more"),
         room => format!("at most {room} fit"),
     })
+}
+
+/// Pixels of a prompt's images: what has more of them takes no fewer tokens, but for its shape.
+fn image_pixels(prompt: &Prompt) -> usize {
+    let pixels = |image: &&freewheel_types::ImagePart| {
+        freewheel_model::vision::image_size(image.bytes()).map_or(0, |(height, width)| height * width)
+    };
+    prompt.images().iter().map(pixels).sum()
 }
 
 fn shorten(text: &str) -> String {

@@ -139,5 +139,6 @@ pub(super) fn assemble(
         tied_embeddings: fields.flag_or("tie_word_embeddings", false)?,
         max_positions,
         architecture: variant.architecture.to_owned(),
+        vision: None,
     })
 }

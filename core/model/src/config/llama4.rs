@@ -1,11 +1,12 @@
-//! Llama 4 text: rotary layers with chunked attention, every n-th layer without positions (iRoPE); routed experts beside
-//! a shared one.
+//! Llama 4: rotary layers with chunked attention, every n-th layer without positions (iRoPE); routed experts beside
+//! a shared one. And the image encoder that stands before the text model (early fusion).
 
 use super::fields::Fields;
 use super::rope::rope;
 use crate::error::ModelError;
 use crate::spec::{
     AttentionSpec, Family, FfnSpec, ModelSpec, MoeSpec, QkNorm, RopeStyle, RouterKind, TemperatureTuning,
+    VisionSpec,
 };
 
 /// Llama4ForCausalLM.
@@ -40,7 +41,93 @@ pub(super) fn llama4_text(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> 
         tied_embeddings: fields.flag_or("tie_word_embeddings", false)?,
         max_positions: fields.size_or("max_position_embeddings", 4096 * 32)?,
         architecture: "Llama4ForCausalLM".to_owned(),
+        vision: None,
     })
+}
+
+/// Llama4ForConditionalGeneration: the text model, and an image encoder before it.
+pub(super) fn llama4(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
+    let part = |key: &str| fields.object(key)?.ok_or_else(|| fields.invalid(format!("{key} is missing")));
+    let mut spec = llama4_text(&part("text_config")?)?;
+    spec.tied_embeddings = fields.flag_or("tie_word_embeddings", spec.tied_embeddings)?;
+    spec.architecture = "Llama4ForConditionalGeneration".to_owned();
+    spec.vision = Some(vision(&part("vision_config")?)?);
+    Ok(spec)
+}
+
+fn vision(fields: &Fields<'_>) -> Result<VisionSpec, ModelError> {
+    match fields.text("hidden_act")?.unwrap_or("gelu") {
+        "gelu" => {}
+        other => return Err(fields.unsupported(format!("vision_config.hidden_act `{other}`"), "")),
+    }
+    fields.refuse_flag("multi_modal_projector_bias")?;
+    let ratio = fields.number_or("pixel_shuffle_ratio", 0.5)?;
+    let shuffle = ratio.recip().round();
+    if !(1.0..=64.0).contains(&shuffle) || shuffle.recip() != ratio {
+        return Err(fields.invalid(format!("pixel_shuffle_ratio = {ratio}: expected 1, 1/2, 1/4 …")));
+    }
+    let (hidden, heads) = (fields.size_or("hidden_size", 768)?, fields.size_or("num_attention_heads", 16)?);
+    if hidden % heads != 0 || (hidden / heads) % 4 != 0 {
+        return Err(fields.invalid(format!(
+            "vision_config: hidden_size = {hidden} over num_attention_heads = {heads} must give heads of a multiple of 4"
+        )));
+    }
+    let spec = VisionSpec {
+        image_size: fields.size_or("image_size", 448)?,
+        patch_size: fields.size_or("patch_size", 14)?,
+        channels: fields.size_or("num_channels", 3)?,
+        hidden,
+        layers: fields.layers()?,
+        heads,
+        width: fields.size_or("intermediate_size", 5632)?,
+        norm_eps: fields.number_or("norm_eps", 1e-5)? as f32,
+        // One half of a head turns by the patch's column, the other by its row.
+        inv_freq: rope(fields, hidden / heads / 2, 10_000.0, RopeStyle::Interleaved)?.inv_freq,
+        shuffle: shuffle as usize,
+        adapter_width: fields.size_or("projector_input_dim", 4096)?,
+        output: fields.size_or("vision_output_dim", 4096)?,
+    };
+    check_vision(fields, &spec)?;
+    Ok(spec)
+}
+
+/// Sides are bounded so that a hostile file cannot make us build a huge table of rotations.
+const MAX_SIDE: usize = 4096;
+
+fn check_vision(fields: &Fields<'_>, spec: &VisionSpec) -> Result<(), ModelError> {
+    let VisionSpec { image_size, patch_size, shuffle, .. } = *spec;
+    if image_size > MAX_SIDE || patch_size > image_size || image_size % patch_size != 0 {
+        return Err(fields.invalid(format!(
+            "vision_config: image_size = {image_size} must be at most {MAX_SIDE} and a multiple of patch_size = {patch_size}"
+        )));
+    }
+    if spec.grid() > 256 || !spec.grid().is_multiple_of(shuffle) {
+        return Err(fields.invalid(format!(
+            "vision_config: {} patches a side; expected at most 256 and a multiple of {shuffle} (pixel_shuffle_ratio)",
+            spec.grid()
+        )));
+    }
+    // The reference library gives the width of the feed-forward and of the shuffled patches one key.
+    let shuffled = spec.hidden * shuffle * shuffle;
+    if spec.width != shuffled {
+        return Err(fields.invalid(format!(
+            "vision_config: intermediate_size = {}, but hidden_size over pixel_shuffle_ratio squared is {shuffled}",
+            spec.width
+        )));
+    }
+    if spec.channels != 3 {
+        return Err(
+            fields.unsupported(format!("vision_config: num_channels = {}", spec.channels), "only 3 are")
+        );
+    }
+    let projector = fields.size_or("projector_output_dim", spec.output)?;
+    if projector != spec.output || spec.adapter_width != spec.output {
+        return Err(fields.invalid(format!(
+            "vision_config: projector_input_dim = {}, projector_output_dim = {projector} and vision_output_dim = {} differ",
+            spec.adapter_width, spec.output
+        )));
+    }
+    Ok(())
 }
 
 /// `no_rope_layers` holds 1 for layers *with* rotary embedding, whatever its name says.

@@ -44,6 +44,7 @@ pub const ARCHITECTURES: &[Architecture] = &[
     Architecture { name: "Llama4ForCausalLM", model_type: "llama4_text", build: llama4::llama4_text },
     Architecture { name: "GptOssForCausalLM", model_type: "gpt_oss", build: gpt_oss::gpt_oss },
     Architecture { name: "Gemma3ForCausalLM", model_type: "gemma3_text", build: gemma3::gemma3_text },
+    Architecture { name: "Llama4ForConditionalGeneration", model_type: "llama4", build: llama4::llama4 },
 ];
 
 /// The names in [`ARCHITECTURES`], for messages.

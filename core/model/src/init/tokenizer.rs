@@ -34,6 +34,8 @@ pub enum ChatStyle {
     ChatMl,
     /// `<|header_start|>role<|header_end|> … <|eot|>` after `<|begin_of_text|>`.
     Llama4,
+    /// The same, for messages that may hold images.
+    Llama4Images,
 }
 
 const CHATML: &str = "{%- for message in messages %}
@@ -64,6 +66,29 @@ const LLAMA4: &str = "{{- bos_token }}
 {%- endif %}
 ";
 
+const LLAMA4_IMAGES: &str = "{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|header_start|>' + message['role'] + '<|header_end|>\\n\\n' }}
+    {%- if message['role'] == 'assistant' %}
+        {%- generation %}{{- message['content'] + '<|eot|>' }}{%- endgeneration %}
+    {%- elif message['content'] is string %}
+        {{- message['content'] + '<|eot|>' }}
+    {%- else %}
+        {%- for part in message['content'] %}
+            {%- if part['type'] == 'image' %}
+                {{- '<|image|>' }}
+            {%- else %}
+                {{- part['text'] }}
+            {%- endif %}
+        {%- endfor %}
+        {{- '<|eot|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|header_start|>assistant<|header_end|>\\n\\n' }}
+{%- endif %}
+";
+
 impl ChatStyle {
     /// Special tokens in the order of their ids.
     fn specials(self) -> &'static [&'static str] {
@@ -76,6 +101,19 @@ impl ChatStyle {
                 "<|eot|>",
                 "<|finetune_right_pad|>",
             ],
+            Self::Llama4Images => &[
+                "<|begin_of_text|>",
+                "<|header_start|>",
+                "<|header_end|>",
+                "<|eot|>",
+                "<|finetune_right_pad|>",
+                "<|image_start|>",
+                "<|image_end|>",
+                "<|tile_x_separator|>",
+                "<|tile_y_separator|>",
+                "<|image|>",
+                "<|patch|>",
+            ],
         }
     }
 
@@ -83,7 +121,9 @@ impl ChatStyle {
     fn names(self) -> (Option<&'static str>, &'static str, &'static str) {
         match self {
             Self::ChatMl => (None, "<|im_end|>", "<|endoftext|>"),
-            Self::Llama4 => (Some("<|begin_of_text|>"), "<|eot|>", "<|finetune_right_pad|>"),
+            Self::Llama4 | Self::Llama4Images => {
+                (Some("<|begin_of_text|>"), "<|eot|>", "<|finetune_right_pad|>")
+            }
         }
     }
 }
@@ -176,6 +216,7 @@ fn files(merges: &[(String, String)], style: ChatStyle) -> Vec<(String, Vec<u8>)
     let template = match style {
         ChatStyle::ChatMl => CHATML,
         ChatStyle::Llama4 => LLAMA4,
+        ChatStyle::Llama4Images => LLAMA4_IMAGES,
     };
     vec![
         ("tokenizer.json".into(), tokenizer.to_string().into_bytes()),

@@ -316,7 +316,7 @@ pub(super) fn norm_backward(
 }
 
 /// Columns of several `[T, width]` matrices side by side.
-fn join(cx: &Context, parts: &[&[f32]], widths: &[usize], t: usize) -> Buf {
+pub(super) fn join(cx: &Context, parts: &[&[f32]], widths: &[usize], t: usize) -> Buf {
     let total: usize = widths.iter().sum();
     let mut joined = cx.pool.take(t * total);
     for (row, out) in joined.chunks_exact_mut(total).enumerate() {

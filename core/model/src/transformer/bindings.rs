@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
+use super::vision::VisionBinding;
 use crate::params::{ParamLayout, TensorSpec};
 use crate::spec::{Activation, Family, FfnSpec, ModelSpec, MoeSpec, QkNorm};
 
@@ -74,16 +75,19 @@ pub(super) struct ModelBinding {
     pub layers: Vec<LayerBinding>,
     pub final_norm: Range<usize>,
     pub head: Linear,
+    pub vision: Option<VisionBinding>,
 }
 
 impl ModelBinding {
     pub fn new(spec: &ModelSpec, layout: &ParamLayout) -> Self {
         let index = Index { by_name: layout.tensors.iter().map(|t| (t.name.as_str(), t)).collect() };
-        let embedding = index.range("model.embed_tokens.weight");
-        let head = if spec.tied_embeddings { embedding.start } else { index.range("lm_head.weight").start };
+        let named = |name: &str| index.range(&format!("{}{name}", spec.prefix()));
+        let embedding = named("model.embed_tokens.weight");
+        let head = if spec.tied_embeddings { embedding.start } else { named("lm_head.weight").start };
         Self {
             layers: (0..spec.layers.len()).map(|layer| index.layer(spec, layer)).collect(),
-            final_norm: index.range("model.norm.weight"),
+            final_norm: named("model.norm.weight"),
+            vision: spec.vision.as_ref().map(|vision| VisionBinding::new(vision, &index)),
             head: Linear { offset: head, n: spec.vocab_size, k: spec.hidden, transposed: false },
             embedding,
         }
@@ -91,17 +95,17 @@ impl ModelBinding {
 }
 
 /// Tensors by name. Panics on a missing one: the layout is made from the same spec.
-struct Index<'a> {
+pub(super) struct Index<'a> {
     by_name: HashMap<&'a str, &'a TensorSpec>,
 }
 
 impl Index<'_> {
-    fn range(&self, name: &str) -> Range<usize> {
+    pub fn range(&self, name: &str) -> Range<usize> {
         self.by_name.get(name).unwrap_or_else(|| panic!("the layout holds no {name}")).range()
     }
 
     /// `parts`, which lie side by side, as one matrix.
-    fn fused(&self, parts: &[String], k: usize) -> Linear {
+    pub fn fused(&self, parts: &[String], k: usize) -> Linear {
         let ranges: Vec<_> = parts.iter().map(|name| self.range(name)).collect();
         for pair in ranges.windows(2) {
             assert_eq!(pair[0].end, pair[1].start, "{parts:?} do not lie side by side");
@@ -113,7 +117,7 @@ impl Index<'_> {
     fn layer(&self, spec: &ModelSpec, layer: usize) -> LayerBinding {
         let (attention, ffn) = &spec.layers[layer];
         let d = spec.hidden;
-        let at = format!("model.layers.{layer}");
+        let at = format!("{}model.layers.{layer}", spec.prefix());
         let named = |name: &str| self.range(&format!("{at}.{name}"));
         let qkv =
             |suffix: &str| ["q", "k", "v"].map(|p| format!("{at}.self_attn.{p}_proj.{suffix}")).to_vec();

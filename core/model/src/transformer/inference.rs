@@ -10,6 +10,7 @@ use super::buffers::Buf;
 use super::mlp::{self, Context};
 use super::moe::{MoeLayer, Routing};
 use super::residual::{OutNorm, add_block};
+use super::vision::TileRows;
 use super::weights::{FfnWeights, PolicyWeights, Table};
 use super::{Transformer, head};
 use crate::spec::FfnSpec;
@@ -48,6 +49,8 @@ pub struct ForwardBatch<'a> {
     pub seqs: &'a [BatchSeq<'a>],
     /// Rows whose next-token logits are wanted.
     pub logit_rows: &'a [usize],
+    /// Rows that show tiles of images instead of their token's embedding.
+    pub tiles: &'a [TileRows<'a>],
 }
 
 /// What a forward pass gives.
@@ -162,6 +165,7 @@ impl PolicyWeights {
         let placed = Placed::new(batch);
         let rows = Rows { positions: &placed.positions, seqs: &placed.seqs, copies: &[] };
         let mut x_td = self.embed(batch.tokens);
+        self.show_tiles(&cx, batch.tiles, &mut x_td, false);
         let mut routings = Vec::new();
         for layer in 0..self.layers.len() {
             let pages = &mut kv.layers[layer];

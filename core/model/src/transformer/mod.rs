@@ -4,6 +4,7 @@
 //! bindings   where each projection lies in the arena        weights   the same, packed for the kernels
 //! attention  mlp  moe  head      one block each: forward, and the backward that mirrors it
 //! inference  rows + KV pages → logits                        tape      sequences → log-probs → gradients
+//! vision     tiles of images → rows that stand in for the embeddings of their tokens
 //! ```
 //!
 //! Legend: T packed rows, D residual width, H query heads, F feed-forward width, E experts, K experts per token,
@@ -20,6 +21,7 @@ mod moe;
 mod places;
 mod residual;
 mod tape;
+mod vision;
 mod weights;
 
 use std::sync::Arc;
@@ -28,6 +30,7 @@ use freewheel_kernels::rope::RopeTable;
 
 pub use inference::{BatchSeq, ForwardBatch, ForwardOutput, KvCache};
 pub use tape::{LogProbs, Tape, Target, TrainBatch, TrainSeq};
+pub use vision::TileRows;
 pub use weights::{PolicyWeights, Purpose};
 
 use crate::params::ParamLayout;
@@ -41,6 +44,8 @@ pub struct Transformer {
     bindings: bindings::ModelBinding,
     /// Rotation table of each layer; layers with the same frequencies share one.
     ropes: Vec<Option<Arc<RopeTable>>>,
+    /// Rotations of an image encoder's patches.
+    vision_rope: Option<RopeTable>,
 }
 
 impl Transformer {
@@ -49,7 +54,8 @@ impl Transformer {
         let layout = Arc::new(ParamLayout::new(&spec));
         let bindings = bindings::ModelBinding::new(&spec, &layout);
         let ropes = rope_tables(&spec);
-        Arc::new(Self { spec, layout, bindings, ropes })
+        let vision_rope = spec.vision.as_ref().map(vision::rope_table);
+        Arc::new(Self { spec, layout, bindings, ropes, vision_rope })
     }
 
     /// What the model is.

@@ -19,6 +19,7 @@ use super::mlp::{self, Context};
 use super::moe::Saved as SavedMoe;
 use super::places::Places;
 use super::residual::{add_block, add_block_backward};
+use super::vision::{ShownTiles, TileRows};
 use super::weights::{FfnWeights, PolicyWeights};
 use crate::sampling::{self, SampleScratch};
 
@@ -48,6 +49,8 @@ pub struct TrainBatch<'a> {
     pub seqs: &'a [TrainSeq],
     /// Experts to use instead of the router's choice `[T, MoE layers, K]` (router replay).
     pub replay: Option<&'a [u16]>,
+    /// Rows that show tiles of images instead of their token's embedding.
+    pub tiles: &'a [TileRows<'a>],
 }
 
 /// A token whose log-prob is wanted: `row` is the position *before* it.
@@ -74,6 +77,8 @@ pub struct Tape {
     tokens: Vec<u32>,
     places: Places,
     layers: Vec<SavedLayer>,
+    /// Tiles of images among the rows.
+    tiles: Option<ShownTiles>,
     /// Residual stream after the last layer `[T, D]`.
     x_td: Buf,
     experts: Vec<u16>,
@@ -109,9 +114,11 @@ impl PolicyWeights {
             tokens: batch.tokens.to_vec(),
             places: Places::new(batch.seqs, batch.tokens.len()),
             layers: Vec::with_capacity(self.layers.len()),
+            tiles: None,
             x_td: self.embed(batch.tokens),
             experts: Vec::new(),
         };
+        tape.tiles = self.show_tiles(&cx, batch.tiles, &mut tape.x_td, true);
         let mut moe_layer = 0;
         for layer in 0..self.layers.len() {
             let saved = self.layer_forward(&cx, &mut tape, layer, |rows, k| {
@@ -237,17 +244,24 @@ impl Tape {
         for chunk in wanted.chunks(CHUNK) {
             self.head_backward(&cx, weights, chunk, sampling, &mut dx_td, grads);
         }
-        let Self { tokens, places, layers, .. } = self;
+        let Self { tokens, places, layers, tiles, .. } = self;
         let (seqs, copies) = places.seqs();
         let rows = Rows { positions: &places.positions, seqs: &seqs, copies: &copies };
         for (layer, saved) in layers.into_iter().enumerate().rev() {
             weights.layer_backward(&cx, layer, saved, &rows, &mut dx_td, grads);
         }
         let d = weights.model.spec().hidden;
+        let shows_tile = |row: usize| tiles.as_ref().is_some_and(|tiles| tiles.covers(row));
         let embedding = &mut grads[weights.model.bindings.embedding.clone()];
-        for (dx, &token) in dx_td.chunks_exact(d).zip(&tokens) {
+        for (row, (dx, &token)) in dx_td.chunks_exact(d).zip(&tokens).enumerate() {
+            if shows_tile(row) {
+                continue;
+            }
             let row = &mut embedding[token as usize * d..][..d];
             axpy(threads, weights.embedding_scale(), dx, row);
+        }
+        if let Some(tiles) = tiles {
+            weights.tiles_backward(&cx, tiles, &dx_td, grads);
         }
     }
 

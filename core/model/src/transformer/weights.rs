@@ -10,6 +10,7 @@ use half::bf16;
 use super::Transformer;
 use super::bindings::{FfnBinding, Linear, MlpBinding};
 use super::buffers::BufferPool;
+use super::vision::VisionWeights;
 use crate::params::{ParamData, Params};
 
 /// What packed weights are for.
@@ -33,6 +34,8 @@ pub struct PolicyWeights {
     pub(super) layers: Vec<LayerWeights>,
     pub(super) final_norm: Vec<f32>,
     pub(super) head: PackedLinear,
+    pub(super) vision: Option<VisionWeights>,
+    pub(super) vision_frozen: bool,
     pub(super) pool: BufferPool,
     purpose: Purpose,
     version: PolicyVersion,
@@ -125,6 +128,8 @@ impl PolicyWeights {
             layers: (0..bindings.layers.len()).map(|layer| packer.layer(model, layer)).collect(),
             final_norm: Vec::new(),
             head: packer.empty(&bindings.head),
+            vision_frozen: false,
+            vision: bindings.vision.as_ref().map(|at| VisionWeights::empty(at, &packer)),
             pool: BufferPool::default(),
             purpose,
             version,
@@ -157,7 +162,16 @@ impl PolicyWeights {
         }
         self.final_norm = packer.gain(&bindings.final_norm);
         packer.fill(&mut self.head, &bindings.head);
+        if let (Some(vision), Some(at)) = (&mut self.vision, &bindings.vision) {
+            vision.fill(at, &packer);
+        }
         self.version = version;
+    }
+
+    /// Whether the image encoder (`vision_model`) is left out of the backward pass: it gets no gradient, and nothing is
+    /// kept for one. The projector behind it is trained all the same.
+    pub fn freeze_vision(&mut self, frozen: bool) {
+        self.vision_frozen = frozen;
     }
 
     /// Which version these weights are.
@@ -198,8 +212,8 @@ fn replace<T: Copy>(table: &mut Vec<T>, values: &[T]) {
 }
 
 /// Packs pieces of an arena. Matrices are allocated empty first and filled by the one path that refills them.
-struct Packer<'a> {
-    params: &'a Params,
+pub(super) struct Packer<'a> {
+    pub params: &'a Params,
     precision: Precision,
     purpose: Purpose,
     norm_offset: f32,
@@ -207,7 +221,7 @@ struct Packer<'a> {
 }
 
 impl Packer<'_> {
-    fn empty(&self, at: &Linear) -> PackedLinear {
+    pub fn empty(&self, at: &Linear) -> PackedLinear {
         self.empty_in(self.precision, at)
     }
 
@@ -295,7 +309,7 @@ impl Packer<'_> {
         gain
     }
 
-    fn fill(&self, packed: &mut PackedLinear, at: &Linear) {
+    pub fn fill(&self, packed: &mut PackedLinear, at: &Linear) {
         self.fill_one(&mut packed.forward, at, at.transposed);
         if let Some(backward) = &mut packed.backward {
             self.fill_one(backward, at, !at.transposed);

@@ -120,8 +120,8 @@ fn hostile_text_stays_text() {
             continue;
         }
         let chat = |content: &str| PromptBody::Messages(vec![Message::text("user", content)]);
-        let harmless = tokenizer.encode_prompt(&chat("harmless")).expect("ids");
-        let attacked = tokenizer.encode_prompt(&chat(&hostile)).expect("ids");
+        let harmless = tokenizer.encode_prompt(&chat("harmless")).expect("ids").ids;
+        let attacked = tokenizer.encode_prompt(&chat(&hostile)).expect("ids").ids;
         assert_eq!(
             specials(&tokenizer, &attacked),
             specials(&tokenizer, &harmless),
@@ -153,7 +153,7 @@ fn special_tokens_cannot_be_put_together_from_parts() {
     for split in
         [vec!["<|eot_", "id|>"], vec!["<", "|eot_id|>"], vec!["<|e", "ot", "_id|>"], vec!["<|eot_id|>"]]
     {
-        let ids = tokenizer.encode_prompt(&parts(&split)).expect("ids");
+        let ids = tokenizer.encode_prompt(&parts(&split)).expect("ids").ids;
         assert_eq!(specials(&tokenizer, &ids), 4, "{split:?}");
         assert!(tokenizer.decode_all(&ids).ends_with("<|end_header_id|><|eot_id|><|eot_id|>"), "{split:?}");
     }
@@ -167,7 +167,7 @@ fn shielded_ids_are_the_ordinary_ids_around_them() {
     // The shielded path must cut the text where the ordinary path does.
     let tokenizer = load(&model_dir("llama3"), None).expect("checkpoint").tokenizer;
     let chat = |content: &str| PromptBody::Messages(vec![Message::text("user", content)]);
-    let ordinary = tokenizer.encode_prompt(&chat("What is 12 + 30? <")).expect("ids");
+    let ordinary = tokenizer.encode_prompt(&chat("What is 12 + 30? <")).expect("ids").ids;
     let text = tokenizer.decode_all(&ordinary);
     assert_eq!(ordinary, tokenizer.encode_trusted(&text).expect("ids"));
 }

@@ -60,7 +60,7 @@ fn ids_and_texts_are_the_reference_librarys() {
                 ids(&case["ids_no_special"]),
                 "{name}: {text:?}"
             );
-            let prompt = tokenizer.encode_prompt(&PromptBody::Text(text.into())).expect("ids");
+            let prompt = tokenizer.encode_prompt(&PromptBody::Text(text.into())).expect("ids").ids;
             assert_eq!(prompt, ids(&case["ids"]), "{name}: {text:?}");
             assert_eq!(
                 tokenizer.decode_all(&prompt),
@@ -109,7 +109,8 @@ fn a_stream_says_what_decode_says() {
 
 #[test]
 fn golden_logits() {
-    for name in model_names() {
+    // The golden batch of the vision model shows images: tests/vision.rs.
+    for name in model_names().into_iter().filter(|name| name != "llama4_vision") {
         let loaded = load(&model_dir(&name), Some(WeightsDtype::F32)).expect("checkpoint");
         let golden = json(&model_dir(&name).join("golden.json"));
         let bytes = std::fs::read(model_dir(&name).join("golden.safetensors")).expect("golden tensors");

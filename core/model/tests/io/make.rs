@@ -44,7 +44,7 @@ fn every_architecture_can_be_made_saved_and_run() {
         assert_eq!(back.generation.eos_ids, made.generation.eos_ids, "{}", row.name);
         assert_eq!(made.generation.eos_ids.len(), 1, "{}", row.name);
         let chat = PromptBody::Messages(vec![Message::text("user", "2+2?")]);
-        let ids = made.tokenizer.encode_prompt(&chat).expect("ids");
+        let ids = made.tokenizer.encode_prompt(&chat).expect("ids").ids;
         let logits = logits(&made, &ids);
         assert!(logits.iter().all(|x| x.is_finite()), "{}", row.name);
         let spread = logits.iter().map(|x| f64::from(x * x)).sum::<f64>() / logits.len() as f64;

@@ -29,6 +29,7 @@ pub fn model_names() -> Vec<String> {
         "llama3_bf16",
         "llama4_text_step1",
         "llama4_text_step2",
+        "llama4_vision",
         "mixtral",
         "olmoe",
         "qwen2",
@@ -84,7 +85,9 @@ pub fn logits(model: &LoadedModel, tokens: &[u32]) -> Vec<f32> {
     let mut cache = KvCache::new(&model.model, pages.len());
     let rows: Vec<usize> = (0..tokens.len()).collect();
     let seqs = [BatchSeq { rows: tokens.len(), position: 0, pages: &pages }];
-    weights.forward(&threads, &mut cache, &ForwardBatch { tokens, seqs: &seqs, logit_rows: &rows }).logits
+    weights
+        .forward(&threads, &mut cache, &ForwardBatch { tokens, seqs: &seqs, logit_rows: &rows, tiles: &[] })
+        .logits
 }
 
 /// The largest difference of two lists of the same length.
