@@ -39,6 +39,7 @@ fn attention(rope: bool) -> AttentionSpec {
         temperature: None,
         qkv_bias: false,
         out_bias: false,
+        latent: None,
     }
 }
 

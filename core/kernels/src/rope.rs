@@ -19,15 +19,16 @@ pub enum RopeStyle {
 pub struct RopeTable {
     inv_freq: Vec<f32>,
     scale: f32,
+    first: usize,
     /// `[positions][pairs]` of (cos, sin).
     rows: Vec<(f32, f32)>,
 }
 
 impl RopeTable {
     /// A table for positions `0..max_positions`. `inv_freq` has one value a pair; a head's first `2 · inv_freq.len()`
-    /// dimensions are rotated. `scale` multiplies cosine and sine.
+    /// dimensions are rotated, or those after [`RopeTable::starting_at`]. `scale` multiplies cosine and sine.
     pub fn new(inv_freq: &[f32], scale: f32, max_positions: usize) -> Self {
-        let mut table = RopeTable { inv_freq: inv_freq.to_vec(), scale, rows: Vec::new() };
+        let mut table = RopeTable { inv_freq: inv_freq.to_vec(), scale, first: 0, rows: Vec::new() };
         table.grow(max_positions);
         table
     }
@@ -47,7 +48,14 @@ impl RopeTable {
             let (sin, cos) = sin_cos(angle);
             (cos, sin)
         };
-        RopeTable { inv_freq: vec![0.0; pairs], scale: 1.0, rows: angles.iter().map(turn).collect() }
+        let rows = angles.iter().map(turn).collect();
+        RopeTable { inv_freq: vec![0.0; pairs], scale: 1.0, first: 0, rows }
+    }
+
+    /// Leaves the first `first` dimensions of a head as they are and rotates the ones after them (DeepSeek).
+    #[must_use]
+    pub fn starting_at(self, first: usize) -> Self {
+        RopeTable { first, ..self }
     }
 
     /// Makes sure that positions `0..positions` are in the table.
@@ -110,8 +118,8 @@ fn rotate(
     positions: &[u32],
     direction: f32,
 ) {
-    let pairs = table.inv_freq.len();
-    assert!(2 * pairs <= head_dim, "rope: {pairs} pairs in a head of {head_dim}");
+    let (pairs, first) = (table.inv_freq.len(), table.first);
+    assert!(first + 2 * pairs <= head_dim, "rope: {pairs} pairs from {first} on in a head of {head_dim}");
     assert_eq!(x.len(), positions.len() * heads * head_dim, "rope: x is [T, heads, head_dim]");
     if x.is_empty() || pairs == 0 {
         return;
@@ -124,13 +132,14 @@ fn rotate(
         );
         let angles = table.row(position);
         for head in row.chunks_exact_mut(head_dim) {
+            let head = &mut head[first..first + 2 * pairs];
             match style {
                 RopeStyle::Half => {
-                    let (low, high) = head[..2 * pairs].split_at_mut(pairs);
+                    let (low, high) = head.split_at_mut(pairs);
                     rotate_pairs(low.iter_mut().zip(high), angles, direction);
                 }
                 RopeStyle::Interleaved => {
-                    let (both, _) = head[..2 * pairs].as_chunks_mut::<2>();
+                    let (both, _) = head.as_chunks_mut::<2>();
                     rotate_pairs(both.iter_mut().map(|[a, b]| (a, b)), angles, direction);
                 }
             }
@@ -202,6 +211,14 @@ mod tests {
             6.0,
         ];
         assert_close(&pairs, &want, 1e-6, "interleaved");
+        for style in [RopeStyle::Half, RopeStyle::Interleaved] {
+            let late = table.clone().starting_at(2);
+            let mut whole = x;
+            rope(&late, style, &mut whole, 1, 6, &[1]);
+            let mut tail = [3.0, 4.0, 5.0, 6.0];
+            rope(&table, style, &mut tail, 1, 4, &[1]);
+            assert_same_bits(&whole, &[&x[..2], &tail].concat(), "the dimensions after the first two");
+        }
     }
 
     #[test]

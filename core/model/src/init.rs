@@ -175,7 +175,9 @@ fn random_params(
     for tensor in &layout.tensors {
         match tensor.kind {
             TensorKind::Norm => values.extend(std::iter::repeat_n(1.0 - norm_offset, tensor.len())),
-            TensorKind::Bias => values.extend(std::iter::repeat_n(0.0f32, tensor.len())),
+            TensorKind::Bias | TensorKind::RouterBias => {
+                values.extend(std::iter::repeat_n(0.0f32, tensor.len()))
+            }
             TensorKind::Position => {
                 let width = tensor.shape.last().copied().unwrap_or(1) as f64;
                 values.extend(normal(request.seed, &tensor.name, tensor.len(), width.sqrt().recip()));
@@ -247,6 +249,13 @@ fn defaults(architecture: &str, model_type: &str) -> Map<String, Value> {
             "tie_word_embeddings": true, "attn_logit_softcapping": null, "final_logit_softcapping": null,
             "use_bidirectional_attention": false})
         }
+        "deepseek_v3" => {
+            json!({"attention_bias": false, "num_key_value_heads": 4, "q_lora_rank": 48, "kv_lora_rank": 32,
+            "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "rope_interleave": true,
+            "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "n_shared_experts": 1,
+            "first_k_dense_replace": 1, "n_group": 4, "topk_group": 2, "norm_topk_prob": true,
+            "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0})
+        }
         _ => json!({"attention_bias": false, "intermediate_size": 192, "intermediate_size_mlp": 384,
             "num_local_experts": 8, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "moe_layers": null,
             "no_rope_layer_interval": 4, "no_rope_layers": null, "attention_chunk_size": 1024, "use_qk_norm": true,
@@ -258,7 +267,12 @@ fn defaults(architecture: &str, model_type: &str) -> Map<String, Value> {
         config.extend(more);
     }
     match config {
-        Value::Object(map) => map,
+        Value::Object(mut map) => {
+            if model_type == "deepseek_v3" {
+                map.remove("head_dim"); // It follows from the parts of a head.
+            }
+            map
+        }
         _ => Map::new(),
     }
 }

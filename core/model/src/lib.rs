@@ -34,8 +34,8 @@ pub use generation::GenerationConfig;
 pub use init::{ChatStyle, InitRequest, InitScale, TokenizerChoice, build_tokenizer, init_model};
 pub use params::{ParamData, ParamLayout, Params, TensorKind, TensorSpec};
 pub use spec::{
-    Activation, AttentionSpec, Family, FfnSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling, RopeSpec, RopeStyle,
-    RouterKind, TemperatureTuning, VisionSpec,
+    Activation, AttentionSpec, Family, FfnSpec, LatentSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling,
+    RopeSpec, RopeStyle, RouterKind, TemperatureTuning, VisionSpec,
 };
 pub use template::RenderOptions;
 pub use tokenizer::{ChatIds, DecodeStream, Tokenizer};

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use freewheel_types::{Digest, TensorEntry, WeightsDtype};
 use half::bf16;
 
-use crate::spec::{Family, FfnSpec, ModelSpec, MoeSpec, QkNorm, VisionSpec};
+use crate::spec::{
+    AttentionSpec, Family, FfnSpec, LatentSpec, ModelSpec, MoeSpec, QkNorm, RouterKind, VisionSpec,
+};
 
 /// What a tensor is, for initialisation, decay and parametrisation rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -32,6 +34,9 @@ pub enum TensorKind {
     Router,
     /// Learned positions and class token of an image encoder.
     Position,
+    /// Correction of each expert's score `[E]`, used in choosing only. No gradient reaches it and the optimiser leaves
+    /// it alone: it belongs to a balancing rule of its own.
+    RouterBias,
 }
 
 /// One tensor in the arena.
@@ -145,26 +150,16 @@ impl Builder {
         let (attention, ffn) = &spec.layers[index];
         let d = spec.hidden;
         let at = format!("{}model.layers.{index}", spec.prefix());
-        let (q, kv) = (attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim);
         self.push(&format!("{at}.input_layernorm.weight"), &[d], TensorKind::Norm);
-        for (name, rows) in [("q", q), ("k", kv), ("v", kv)] {
-            self.push(&format!("{at}.self_attn.{name}_proj.weight"), &[rows, d], TensorKind::Attention);
+        match &attention.latent {
+            None => self.qkv(&format!("{at}.self_attn"), d, attention),
+            Some(latent) => self.latent_qkv(&format!("{at}.self_attn"), d, attention, latent),
         }
-        if attention.qkv_bias {
-            for (name, rows) in [("q", q), ("k", kv), ("v", kv)] {
-                self.push(&format!("{at}.self_attn.{name}_proj.bias"), &[rows], TensorKind::Bias);
-            }
-        }
-        let qk_norm = match attention.qk_norm {
-            QkNorm::PerHead => Some((attention.head_dim, attention.head_dim)),
-            QkNorm::WholeProjection => Some((q, kv)),
-            QkNorm::None | QkNorm::WeightlessAfterRope => None,
-        };
-        if let Some((q_width, k_width)) = qk_norm {
-            self.push(&format!("{at}.self_attn.q_norm.weight"), &[q_width], TensorKind::Norm);
-            self.push(&format!("{at}.self_attn.k_norm.weight"), &[k_width], TensorKind::Norm);
-        }
-        self.push(&format!("{at}.self_attn.o_proj.weight"), &[d, q], TensorKind::Attention);
+        self.push(
+            &format!("{at}.self_attn.o_proj.weight"),
+            &[d, attention.out_width()],
+            TensorKind::Attention,
+        );
         if attention.out_bias {
             self.push(&format!("{at}.self_attn.o_proj.bias"), &[d], TensorKind::Bias);
         }
@@ -226,6 +221,50 @@ impl Builder {
         self.push(&format!("{at}.bias"), &[width], TensorKind::Bias);
     }
 
+    fn qkv(&mut self, at: &str, d: usize, attention: &AttentionSpec) {
+        let (q, kv) = (attention.query_width(), attention.key_width());
+        for (name, rows) in [("q", q), ("k", kv), ("v", kv)] {
+            self.push(&format!("{at}.{name}_proj.weight"), &[rows, d], TensorKind::Attention);
+        }
+        if attention.qkv_bias {
+            for (name, rows) in [("q", q), ("k", kv), ("v", kv)] {
+                self.push(&format!("{at}.{name}_proj.bias"), &[rows], TensorKind::Bias);
+            }
+        }
+        let qk_norm = match attention.qk_norm {
+            QkNorm::PerHead => Some((attention.head_dim, attention.head_dim)),
+            QkNorm::WholeProjection => Some((q, kv)),
+            QkNorm::None | QkNorm::WeightlessAfterRope => None,
+        };
+        if let Some((q_width, k_width)) = qk_norm {
+            self.push(&format!("{at}.q_norm.weight"), &[q_width], TensorKind::Norm);
+            self.push(&format!("{at}.k_norm.weight"), &[k_width], TensorKind::Norm);
+        }
+    }
+
+    /// What reads the residual stream first and side by side, then what unpacks it.
+    fn latent_qkv(&mut self, at: &str, d: usize, attention: &AttentionSpec, latent: &LatentSpec) {
+        let [q, kv_rank, rotary] = attention.projected_widths();
+        let q_name = if latent.q_rank.is_some() { "q_a_proj" } else { "q_proj" };
+        let reads = [(q_name, q), ("kv_a_proj_with_mqa", kv_rank + rotary)];
+        for (name, rows) in reads {
+            self.push(&format!("{at}.{name}.weight"), &[rows, d], TensorKind::Attention);
+        }
+        if attention.qkv_bias {
+            for (name, rows) in reads {
+                self.push(&format!("{at}.{name}.bias"), &[rows], TensorKind::Bias);
+            }
+        }
+        if let Some(rank) = latent.q_rank {
+            let shape = [attention.query_width(), rank];
+            self.push(&format!("{at}.q_a_layernorm.weight"), &[rank], TensorKind::Norm);
+            self.push(&format!("{at}.q_b_proj.weight"), &shape, TensorKind::Attention);
+        }
+        let shape = [attention.heads * (latent.nope_dim + latent.value_dim), kv_rank];
+        self.push(&format!("{at}.kv_a_layernorm.weight"), &[kv_rank], TensorKind::Norm);
+        self.push(&format!("{at}.kv_b_proj.weight"), &shape, TensorKind::Attention);
+    }
+
     fn mlp(&mut self, at: &str, d: usize, width: usize, kind: TensorKind) {
         self.push(&format!("{at}.gate_proj.weight"), &[width, d], kind);
         self.push(&format!("{at}.up_proj.weight"), &[width, d], kind);
@@ -237,6 +276,10 @@ impl Builder {
         self.push(&format!("{at}.{router}.weight"), &[moe.experts, d], TensorKind::Router);
         if moe.bias {
             self.push(&format!("{at}.{router}.bias"), &[moe.experts], TensorKind::Bias);
+        }
+        if let RouterKind::SigmoidGrouped { .. } = moe.router {
+            let name = format!("{at}.{router}.e_score_correction_bias");
+            self.push(&name, &[moe.experts], TensorKind::RouterBias);
         }
         match family {
             Family::Llama4Text | Family::GptOss => {
@@ -254,13 +297,13 @@ impl Builder {
                     self.push(&format!("{at}.experts.{e}.{name}.weight"), &shape, TensorKind::Expert);
                 }
             }),
-            Family::Qwen3Moe | Family::Llama => {
+            Family::Qwen3Moe | Family::Llama | Family::DeepseekV3 => {
                 (0..moe.experts)
                     .for_each(|e| self.mlp(&format!("{at}.experts.{e}"), d, moe.width, TensorKind::Expert));
             }
         }
         if let Some(width) = moe.shared_width {
-            self.mlp(&format!("{at}.shared_expert"), d, width, TensorKind::Mlp);
+            self.mlp(&format!("{at}.{}", family.shared_expert()), d, width, TensorKind::Mlp);
         }
     }
 }

@@ -16,6 +16,8 @@ pub enum Family {
     Llama4Text,
     /// gpt-oss: `mlp.router`, fused expert tensors `[E, in, out]` with biases, gate and up in alternating columns.
     GptOss,
+    /// DeepSeek-V3: compressed q, k, v; `mlp.experts.N`, `mlp.shared_experts`, `mlp.gate.e_score_correction_bias`.
+    DeepseekV3,
 }
 
 /// A decoder-only transformer.
@@ -110,7 +112,7 @@ pub struct AttentionSpec {
     pub heads: usize,
     /// Key/value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Width of one head.
+    /// Width of one query and key head; of a value head too, unless `latent` says otherwise.
     pub head_dim: usize,
     /// Factor on the scores, usually `1/sqrt(head_dim)`.
     pub scale: f32,
@@ -130,6 +132,24 @@ pub struct AttentionSpec {
     pub qkv_bias: bool,
     /// Bias on the output projection.
     pub out_bias: bool,
+    /// Queries, keys and values by way of compressed ones (DeepSeek).
+    pub latent: Option<LatentSpec>,
+}
+
+/// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, 2.1): keys and values of all heads are projections of one
+/// narrow normalised vector, and the part of a key that rotates is shared by all heads.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LatentSpec {
+    /// Width of the compressed queries; `None`: queries are projected in one step.
+    pub q_rank: Option<usize>,
+    /// Width of the compressed keys and values.
+    pub kv_rank: usize,
+    /// Leading dimensions of a query and key head without position; the rest of `head_dim` rotates.
+    pub nope_dim: usize,
+    /// Width of one value head.
+    pub value_dim: usize,
+    /// Epsilon of the norms of the compressed vectors.
+    pub norm_eps: f32,
 }
 
 /// Rotary position embedding.
@@ -264,7 +284,7 @@ pub struct MoeSpec {
 }
 
 /// How a token chooses its experts and how their outputs are weighed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum RouterKind {
     /// Softmax over all experts, top-k of it, optionally renormalised to sum 1; weights multiply the experts' outputs.
     Softmax {
@@ -273,6 +293,18 @@ pub enum RouterKind {
     },
     /// Top-k of the raw logits; sigmoid(logit) multiplies the experts' *input* (Llama 4).
     SigmoidOnInput,
+    /// Top-k of sigmoid(logit) + a correction of each expert, within the best groups; sigmoid(logit), optionally
+    /// renormalised, times a factor multiplies the experts' outputs (DeepSeek-V3).
+    SigmoidGrouped {
+        /// Equal groups of neighbouring experts; a group is as good as its two best experts together.
+        groups: usize,
+        /// Groups a token may choose from.
+        groups_kept: usize,
+        /// Renormalise the chosen weights to sum 1.
+        renormalise: bool,
+        /// Factor on the weights.
+        scale: f32,
+    },
 }
 
 impl Family {
@@ -280,8 +312,13 @@ impl Family {
     pub(crate) fn router(self) -> &'static str {
         match self {
             Self::Llama4Text | Self::GptOss => "router",
-            Self::Llama | Self::Mixtral | Self::Qwen3Moe => "gate",
+            Self::Llama | Self::Mixtral | Self::Qwen3Moe | Self::DeepseekV3 => "gate",
         }
+    }
+
+    /// Name of the MLP that every token of a MoE layer passes through.
+    pub(crate) fn shared_expert(self) -> &'static str {
+        if self == Self::DeepseekV3 { "shared_experts" } else { "shared_expert" }
     }
 }
 
@@ -309,8 +346,47 @@ impl ModelSpec {
 }
 
 impl AttentionSpec {
-    /// Columns of the fused q, k, v projection.
+    /// Columns of everything that is projected from the residual stream in one go: q, k, v, or what they are unpacked
+    /// from.
     pub fn qkv_width(&self) -> usize {
-        (self.heads + 2 * self.kv_heads) * self.head_dim
+        let [q, k, v] = self.projected_widths();
+        q + k + v
+    }
+
+    /// Rows of the tensors that project the residual stream: q, k, v; with compression queries (compressed, if they
+    /// are), compressed keys and values, and the rotating part of a key.
+    pub(crate) fn projected_widths(&self) -> [usize; 3] {
+        match &self.latent {
+            None => [self.query_width(), self.key_width(), self.value_width()],
+            Some(latent) => {
+                let q = latent.q_rank.unwrap_or(self.query_width());
+                [q, latent.kv_rank, self.head_dim - latent.nope_dim]
+            }
+        }
+    }
+
+    /// Width of one value head.
+    pub fn value_dim(&self) -> usize {
+        self.latent.map_or(self.head_dim, |latent| latent.value_dim)
+    }
+
+    /// Columns of all query heads.
+    pub fn query_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Columns of all key heads.
+    pub fn key_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// Columns of all value heads.
+    pub fn value_width(&self) -> usize {
+        self.kv_heads * self.value_dim()
+    }
+
+    /// Columns of what attention gives, all heads.
+    pub fn out_width(&self) -> usize {
+        self.heads * self.value_dim()
     }
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use freewheel_kernels::Threads;
 use freewheel_model::sampling::{SampleScratch, log_prob_of};
 use freewheel_model::{
-    Activation, AttentionSpec, BatchSeq, Family, FfnSpec, ForwardBatch, KvCache, ModelSpec, MoeSpec,
-    ParamData, Params, PolicyWeights, Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target,
+    Activation, AttentionSpec, BatchSeq, Family, FfnSpec, ForwardBatch, KvCache, LatentSpec, ModelSpec,
+    MoeSpec, ParamData, Params, PolicyWeights, Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target,
     TemperatureTuning, TensorKind, TrainBatch, TrainSeq, Transformer,
 };
 use freewheel_types::{CounterRng, PolicyVersion, SamplingParams, WeightsDtype};
@@ -31,12 +31,34 @@ fn attention(qk_norm: QkNorm, style: Option<RopeStyle>, chunk: Option<usize>, bi
         temperature: style.is_none().then_some(TemperatureTuning { attn_scale: 0.1, floor_scale: 4.0 }),
         qkv_bias: bias,
         out_bias: bias,
+        latent: None,
+    }
+}
+
+/// Heads of 5 dimensions without and 6 with position; values of 7.
+fn latent(q_rank: Option<usize>, style: RopeStyle, bias: bool) -> AttentionSpec {
+    AttentionSpec {
+        kv_heads: 4,
+        head_dim: 11,
+        scale: 11f32.powf(-0.5),
+        rope: Some(RopeSpec { inv_freq: vec![1.0, 0.2, 0.05], attention_factor: 1.1, style }),
+        latent: Some(LatentSpec { q_rank, kv_rank: 10, nope_dim: 5, value_dim: 7, norm_eps: 1e-6 }),
+        ..attention(QkNorm::None, Some(style), None, bias)
     }
 }
 
 fn moe(router: RouterKind, top_k: usize, shared_width: Option<usize>) -> FfnSpec {
     let activation = Activation::Silu;
     FfnSpec::Moe(MoeSpec { experts: 5, top_k, width: 24, router, shared_width, activation, bias: false })
+}
+
+/// Top 2 of 6 experts in 3 groups.
+fn grouped(groups_kept: usize, renormalise: bool) -> FfnSpec {
+    let router = RouterKind::SigmoidGrouped { groups: 3, groups_kept, renormalise, scale: 1.5 };
+    match moe(router, 2, Some(20)) {
+        FfnSpec::Moe(moe) => FfnSpec::Moe(MoeSpec { experts: 6, ..moe }),
+        dense => dense,
+    }
 }
 
 fn dense() -> FfnSpec {
@@ -97,6 +119,15 @@ fn specs() -> Vec<ModelSpec> {
         ),
         gpt_oss_like(),
         gemma_like(),
+        spec(
+            Family::DeepseekV3,
+            vec![
+                (latent(Some(12), RopeStyle::Interleaved, true), dense()),
+                (latent(None, RopeStyle::Half, false), grouped(2, true)),
+                (latent(Some(12), RopeStyle::Half, false), grouped(1, false)),
+            ],
+            false,
+        ),
     ]
 }
 
@@ -346,9 +377,11 @@ fn gradients_are_those_of_finite_differences() {
             let g = &grads[tensor.range()];
             let norm = g.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
             if norm < 1e-6 {
-                assert_eq!(tensor.kind, TensorKind::Expert, "spec {index}: {} has no gradient", tensor.name);
+                let none = matches!(tensor.kind, TensorKind::Expert | TensorKind::RouterBias);
+                assert!(none, "spec {index}: {} has no gradient", tensor.name);
                 continue;
             }
+            assert_ne!(tensor.kind, TensorKind::RouterBias, "spec {index}: {}", tensor.name);
             let step = 2e-3;
             let moved = |sign: f64| {
                 let mut values = values.clone();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use freewheel_kernels::Threads;
 use freewheel_kernels::optim::{self, adamw_step, sum_squares};
-use freewheel_model::{ParamData, ParamLayout, Params};
+use freewheel_model::{ParamData, ParamLayout, Params, TensorKind};
 
 /// Settings, defaults of the config section filled in.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -92,7 +92,7 @@ pub struct AdamW {
     masters: Vec<f32>,
     exp_avg: Vec<f32>,
     exp_avg_sq: Vec<f32>,
-    /// Runs of neighbouring tensors with the same decay, in arena order.
+    /// Runs of neighbouring tensors with the same decay, in arena order; without those the optimiser leaves alone.
     groups: Vec<(Range<usize>, bool)>,
     steps: u64,
 }
@@ -222,7 +222,7 @@ impl AdamW {
 
 fn decay_groups(layout: &ParamLayout, config: &AdamWConfig) -> Vec<(Range<usize>, bool)> {
     let mut groups: Vec<(Range<usize>, bool)> = Vec::new();
-    for tensor in &layout.tensors {
+    for tensor in layout.tensors.iter().filter(|tensor| tensor.kind != TensorKind::RouterBias) {
         let frozen = config.freeze_vision && tensor.name.starts_with(VISION);
         let (range, decays) = (tensor.range(), !frozen && (config.decay_1d || tensor.shape.len() > 1));
         match groups.last_mut() {
@@ -237,7 +237,7 @@ fn decay_groups(layout: &ParamLayout, config: &AdamWConfig) -> Vec<(Range<usize>
 mod tests {
     use std::collections::BTreeMap;
 
-    use freewheel_model::{TensorKind, TensorSpec};
+    use freewheel_model::TensorSpec;
 
     use super::*;
 
@@ -283,6 +283,20 @@ mod tests {
         let (old, new) = (params().to_f32(), optimiser.masters());
         assert_eq!(new[4..6], old[4..6]);
         assert!((new[0] - 0.95 * old[0]).abs() <= 1e-7 && (new[8] - 0.95 * old[8]).abs() <= 1e-7);
+    }
+
+    #[test]
+    fn corrections_of_a_router_are_left_alone() {
+        let mut start = params();
+        let mut layout = (*start.layout).clone();
+        layout.tensors[1].kind = TensorKind::RouterBias;
+        start.layout = Arc::new(layout);
+        let config = AdamWConfig { weight_decay: 0.5, decay_1d: true, ..Default::default() };
+        let mut optimiser = AdamW::new(config, &start);
+        optimiser.step(&Threads::single(), &[0.1; 9], 0.1);
+        let (old, new) = (start.to_f32(), optimiser.masters());
+        assert_eq!(new[4..6], old[4..6]);
+        assert!((0..4).chain(6..9).all(|i| new[i] != old[i]), "the others move");
     }
 
     #[test]

@@ -12,9 +12,9 @@ use crate::simd::{LANES, Lanes, simd};
 use crate::threads::SharedMut;
 use std::cell::RefCell;
 
-/// Computes the gradients of [`super::attention`]: `dq [T, heads·head_dim]`, `dk` and `dv [T, kv_heads·head_dim]`, all
-/// overwritten in the rows of `seqs`. `out` and `lse` are what the forward pass gave; the pages hold its keys and
-/// values.
+/// Computes the gradients of [`super::attention`]: `dq [T, heads·head_dim]`, `dk [T, kv_heads·head_dim]` and
+/// `dv [T, kv_heads·value_dim]`, all overwritten in the rows of `seqs`. `out` and `lse` are what the forward pass gave;
+/// the pages hold its keys and values.
 ///
 /// A sequence at position p > 0 is a *branch*: it continues the first p rows of the last sequence before it that starts
 /// at 0, its *trunk*. Its whole pages of those rows are the trunk's own, a partial one is a copy.
@@ -40,14 +40,15 @@ pub fn attention_backward(
     assert!(q.len().is_multiple_of(width), "attention_backward: q is [T, heads*head_dim]");
     let rows = q.len() / width;
     shape.check(seqs, rows, k_pages, v_pages);
+    let out_len = rows * shape.heads * shape.value_dim;
     assert!(
-        out.len() == q.len() && dout.len() == q.len() && dq.len() == q.len(),
-        "attention_backward: out, dout and dq are as q"
+        out.len() == out_len && dout.len() == out_len && dq.len() == q.len(),
+        "attention_backward: out and dout are [T, heads*value_dim], dq is as q"
     );
-    let kv_len = rows * shape.kv_heads * shape.head_dim;
+    let kv_rows = rows * shape.kv_heads;
     assert!(
-        dk.len() == kv_len && dv.len() == kv_len,
-        "attention_backward: dk, dv are [T, kv_heads*head_dim]"
+        dk.len() == kv_rows * shape.head_dim && dv.len() == kv_rows * shape.value_dim,
+        "attention_backward: dk is [T, kv_heads*head_dim], dv is [T, kv_heads*value_dim]"
     );
     assert_eq!(lse.len(), rows * shape.heads, "attention_backward: lse is [T, heads]");
     let families = families(seqs);
@@ -92,11 +93,11 @@ struct Output {
 struct Scratch {
     /// `[16][head_dim]`
     keys: Vec<f32>,
-    /// `[head_dim][16]`
+    /// `[value_dim][16]`
     values: Vec<f32>,
     /// `[head_dim][16]`
     dk: Vec<f32>,
-    /// `[head_dim][16]`
+    /// `[value_dim][16]`
     dv: Vec<f32>,
     /// `[rows][group]`
     delta: Vec<f32>,
@@ -112,16 +113,16 @@ simd! {
         output: &Output,
         scratch: &mut Scratch,
     ) {
-        let AttentionShape { heads, head_dim, .. } = input.shape;
+        let AttentionShape { heads, head_dim, value_dim, .. } = input.shape;
         let group = input.shape.group();
         scratch.delta.clear();
         for seq in family {
             for i in 0..seq.rows * group {
-                let start = ((seq.first_row + i / group) * heads + kv_head * group + i % group) * head_dim;
-                let range = start..start + head_dim;
+                let index = (seq.first_row + i / group) * heads + kv_head * group + i % group;
+                let range = index * value_dim..(index + 1) * value_dim;
                 scratch.delta.push(dot::<S>(&input.dout[range.clone()], &input.out[range]));
                 // SAFETY: each (row, head) belongs to this task alone.
-                unsafe { output.dq.slice(start, head_dim) }.fill(0.0);
+                unsafe { output.dq.slice(index * head_dim, head_dim) }.fill(0.0);
             }
         }
         let trunk = &family[0];
@@ -160,12 +161,12 @@ simd! {
 /// Turns one page's keys and values and forgets the last one's gradients.
 #[inline(always)]
 fn load_block(input: &Input, page: u32, kv_head: usize, scratch: &mut Scratch) {
-    let head_dim = input.shape.head_dim;
-    turn(input.shape.head_page(input.k_pages, page, kv_head), head_dim, KV_BLOCK, &mut scratch.keys);
-    turn(input.shape.head_page(input.v_pages, page, kv_head), KV_BLOCK, head_dim, &mut scratch.values);
-    for gradient in [&mut scratch.dk, &mut scratch.dv] {
+    let AttentionShape { head_dim, value_dim, .. } = input.shape;
+    turn(input.shape.key_page(input.k_pages, page, kv_head), head_dim, KV_BLOCK, &mut scratch.keys);
+    turn(input.shape.value_page(input.v_pages, page, kv_head), KV_BLOCK, value_dim, &mut scratch.values);
+    for (gradient, width) in [(&mut scratch.dk, head_dim), (&mut scratch.dv, value_dim)] {
         gradient.clear();
-        gradient.resize(head_dim * KV_BLOCK, 0.0);
+        gradient.resize(width * KV_BLOCK, 0.0);
     }
 }
 
@@ -183,7 +184,7 @@ fn block_queries<S: Lanes>(
     scratch: &mut Scratch,
 ) {
     let group = input.shape.group();
-    let keys = input.shape.head_page(input.k_pages, page, kv_head);
+    let keys = input.shape.key_page(input.k_pages, page, kv_head);
     let past = seq.position + seq.rows;
     let (first, last) = ((block * KV_BLOCK).max(seq.position), past.min((block + 1) * KV_BLOCK) - 1);
     // First visible keys never fall as positions rise, so the queries that see a block are one run.
@@ -215,13 +216,14 @@ fn store_key(
     output: &Output,
     scratch: &Scratch,
 ) {
-    let AttentionShape { kv_heads, head_dim, .. } = input.shape;
-    let at = (row * kv_heads + kv_head) * head_dim;
-    // SAFETY: each (row, key-value head) belongs to one task alone.
-    let (dk, dv) = unsafe { (output.dk.slice(at, head_dim), output.dv.slice(at, head_dim)) };
-    for d in 0..head_dim {
-        let (k, v) = (scratch.dk[d * KV_BLOCK + lane], scratch.dv[d * KV_BLOCK + lane]);
-        (dk[d], dv[d]) = if add { (dk[d] + k, dv[d] + v) } else { (k, v) };
+    let AttentionShape { kv_heads, head_dim, value_dim, .. } = input.shape;
+    let at = row * kv_heads + kv_head;
+    for (total, part, width) in [(&output.dk, &scratch.dk, head_dim), (&output.dv, &scratch.dv, value_dim)] {
+        // SAFETY: each (row, key-value head) belongs to one task alone.
+        let total = unsafe { total.slice(at * width, width) };
+        for (total, lanes) in total.iter_mut().zip(part.chunks_exact(KV_BLOCK)) {
+            *total = if add { *total + lanes[lane] } else { lanes[lane] };
+        }
     }
 }
 
@@ -240,7 +242,7 @@ fn queries<S: Lanes, const N: usize>(
     output: &Output,
     scratch: &mut Scratch,
 ) -> usize {
-    let AttentionShape { heads, head_dim, scale, mask, .. } = input.shape;
+    let AttentionShape { heads, head_dim, value_dim, scale, mask, .. } = input.shape;
     let group = input.shape.group();
     let mut index = [0; N];
     let mut lanes = [(0, 0); N];
@@ -252,7 +254,7 @@ fn queries<S: Lanes, const N: usize>(
         lanes[i] = (visible.start, visible.end);
         index[i] = (seq.first_row + row) * heads + kv_head * group + head;
         q_rows[i] = &input.q[index[i] * head_dim..][..head_dim];
-        douts[i] = &input.dout[index[i] * head_dim..][..head_dim];
+        douts[i] = &input.dout[index[i] * value_dim..][..value_dim];
     }
     let mut p: [S; N] = scores::<S, N>(&q_rows, keys, scale);
     let mut ds: [S; N] = scores::<S, N>(&douts, &scratch.values, 1.0);
@@ -263,22 +265,8 @@ fn queries<S: Lanes, const N: usize>(
         ds[i] = hide(p[i].mul(centred).mul(S::splat(scale)), lanes[i], 0.0);
         ds[i].store(&mut ds_lanes[i]);
     }
-    let (dk, _) = scratch.dk.as_chunks_mut::<KV_BLOCK>();
-    let (dv, _) = scratch.dv.as_chunks_mut::<KV_BLOCK>();
-    assert!(dk.len() == head_dim && dv.len() == head_dim);
-    for d in 0..head_dim {
-        // SAFETY: these, and the rows of q and dout, are `head_dim` long.
-        let (dk, dv) = unsafe { (dk.get_unchecked_mut(d), dv.get_unchecked_mut(d)) };
-        let (mut k_sum, mut v_sum) = (S::load(dk), S::load(dv));
-        for i in 0..N {
-            // SAFETY: as above.
-            let (q, dout) = unsafe { (*q_rows[i].get_unchecked(d), *douts[i].get_unchecked(d)) };
-            k_sum = S::splat(q).fma(ds[i], k_sum);
-            v_sum = S::splat(dout).fma(p[i], v_sum);
-        }
-        k_sum.store(dk);
-        v_sum.store(dv);
-    }
+    add_outer::<S, N>(&mut scratch.dk, &q_rows, &ds);
+    add_outer::<S, N>(&mut scratch.dv, &douts, &p);
     if lanes == [(0, LANES); N] {
         accumulate_full::<S, N>(&output.dq, &index, &[1.0; LANES], &ds_lanes, &scratch.keys, head_dim);
     } else {
@@ -287,6 +275,22 @@ fn queries<S: Lanes, const N: usize>(
         }
     }
     N
+}
+
+/// `total [dims][16] += Σ_i rows[i] ⊗ lanes[i]`, i ascending.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // `i` names a row and its lanes alike.
+fn add_outer<S: Lanes, const N: usize>(total: &mut [f32], rows: &[&[f32]; N], lanes: &[S; N]) {
+    let (total, _) = total.as_chunks_mut::<KV_BLOCK>();
+    assert!(rows.iter().all(|row| row.len() == total.len()));
+    for (d, total) in total.iter_mut().enumerate() {
+        let mut sum = S::load(total);
+        for i in 0..N {
+            // SAFETY: every row is as long as `total`, by the assertion.
+            sum = S::splat(unsafe { *rows[i].get_unchecked(d) }).fma(lanes[i], sum);
+        }
+        sum.store(total);
+    }
 }
 
 /// Σ a·b: sixteen lanes, then a fixed tree.

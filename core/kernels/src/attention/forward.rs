@@ -13,7 +13,7 @@ const ROWS_PER_TASK: usize = 32;
 /// Multiply-adds below which other threads are not woken.
 const MIN_WORK: usize = 1 << 19;
 
-/// Computes attention of `q [T, heads·head_dim]` over the pages, to `out` of the same shape; `lse [T, heads]`, where
+/// Computes attention of `q [T, heads·head_dim]` over the pages, to `out [T, heads·value_dim]`; `lse [T, heads]`, where
 /// given, gets each query's log-sum-exp of scores, which [`super::attention_backward`] needs. Rows of no sequence are
 /// left as they are. The keys and values of these rows must be in the pages ([`super::kv_write`]).
 ///
@@ -31,11 +31,11 @@ pub fn attention(
     lse: Option<&mut [f32]>,
 ) {
     let width = shape.heads * shape.head_dim;
-    assert!(
-        q.len() == out.len() && q.len().is_multiple_of(width),
-        "attention: q and out are [T, heads*head_dim]"
-    );
     let rows = q.len() / width;
+    assert!(
+        q.len() == rows * width && out.len() == rows * shape.heads * shape.value_dim,
+        "attention: q is [T, heads*head_dim], out is [T, heads*value_dim]"
+    );
     shape.check(seqs, rows, k_pages, v_pages);
     assert!(lse.as_ref().is_none_or(|lse| lse.len() == rows * shape.heads), "attention: lse is [T, heads]");
     let mut tasks = Vec::with_capacity(seqs.len() * shape.kv_heads);
@@ -94,7 +94,7 @@ fn queries<S: Lanes, const N: usize>(
     first: usize,
     output: &Output,
 ) -> usize {
-    let AttentionShape { heads, head_dim, scale, mask, .. } = input.shape;
+    let AttentionShape { heads, head_dim, value_dim, scale, mask, .. } = input.shape;
     let group = input.shape.group();
     let mut positions = [0; N];
     let mut index = [0; N];
@@ -105,7 +105,7 @@ fn queries<S: Lanes, const N: usize>(
         index[i] = (seq.first_row + row) * heads + kv_head * group + head;
         q_rows[i] = &input.q[index[i] * head_dim..][..head_dim];
         // SAFETY: each (row, head) belongs to one task, and within it to one call of this function.
-        unsafe { output.out.slice(index[i] * head_dim, head_dim) }.fill(0.0);
+        unsafe { output.out.slice(index[i] * value_dim, value_dim) }.fill(0.0);
     }
     let (mut max, mut sum) = ([f32::NEG_INFINITY; N], [0.0f32; N]);
     let end = seq.position + seq.rows;
@@ -116,11 +116,13 @@ fn queries<S: Lanes, const N: usize>(
             // Each page starts a stream that the processor's own prefetcher does not foresee.
             let next = seq.pages[block + 1];
             for at in (0..head_dim * KV_BLOCK).step_by(LANES) {
-                S::prefetch(input.shape.head_page(input.k_pages, next, kv_head), at);
-                S::prefetch(input.shape.head_page(input.v_pages, next, kv_head), at);
+                S::prefetch(input.shape.key_page(input.k_pages, next, kv_head), at);
+            }
+            for at in (0..value_dim * KV_BLOCK).step_by(LANES) {
+                S::prefetch(input.shape.value_page(input.v_pages, next, kv_head), at);
             }
         }
-        let scores = scores::<S, N>(&q_rows, input.shape.head_page(input.k_pages, page, kv_head), scale);
+        let scores = scores::<S, N>(&q_rows, input.shape.key_page(input.k_pages, page, kv_head), scale);
         let mut lanes = [(0, 0); N];
         let mut p = [[0.0f32; LANES]; N];
         let mut rescale = [0.0f32; LANES];
@@ -140,9 +142,9 @@ fn queries<S: Lanes, const N: usize>(
         for i in 0..N {
             sum[i] = sum[i].mul_add(rescale[i], S::load(&p[i]).sum());
         }
-        let values = input.shape.head_page(input.v_pages, page, kv_head);
+        let values = input.shape.value_page(input.v_pages, page, kv_head);
         if lanes == [(0, LANES); N] {
-            accumulate_full::<S, N>(&output.out, &index, &rescale, &p, values, head_dim);
+            accumulate_full::<S, N>(&output.out, &index, &rescale, &p, values, value_dim);
         } else {
             for i in 0..N {
                 if lanes[i].0 < lanes[i].1 {
@@ -153,7 +155,7 @@ fn queries<S: Lanes, const N: usize>(
                         &p[i],
                         lanes[i],
                         values,
-                        head_dim,
+                        value_dim,
                     );
                 }
             }
@@ -162,7 +164,7 @@ fn queries<S: Lanes, const N: usize>(
     for i in 0..N {
         let inverse = S::splat(1.0 / sum[i]);
         // SAFETY: as above.
-        let out = unsafe { output.out.slice(index[i] * head_dim, head_dim) };
+        let out = unsafe { output.out.slice(index[i] * value_dim, value_dim) };
         for out in out.chunks_mut(LANES) {
             S::read(out, 0.0).mul(inverse).write(out);
         }

@@ -3,7 +3,7 @@
 //! ```text
 //!   position p of a sequence lives in page  pages[p / 16], lane p % 16
 //!   K page [kv_heads][head_dim][16]   one register holds one dimension of sixteen keys: scores need no reduction
-//!   V page [kv_heads][16][head_dim]   one row a key
+//!   V page [kv_heads][16][value_dim]  one row a key
 //! ```
 //!
 //! Prefill, decode and training forward are this one call. **Order of operations**, per query (a row and a head):
@@ -85,8 +85,10 @@ pub struct AttentionShape {
     pub heads: usize,
     /// Key-value heads.
     pub kv_heads: usize,
-    /// Dimensions of a head.
+    /// Dimensions of a query and key head.
     pub head_dim: usize,
+    /// Dimensions of a value head, and so of an output head; most models have it equal to `head_dim`.
+    pub value_dim: usize,
     /// Factor on scores, usually 1/√head_dim.
     pub scale: f32,
     /// Which keys a query sees.
@@ -94,9 +96,14 @@ pub struct AttentionShape {
 }
 
 impl AttentionShape {
-    /// Values of one K page, and of one V page.
-    pub fn page_len(&self) -> usize {
+    /// Values of one K page.
+    pub fn k_page_len(&self) -> usize {
         self.kv_heads * self.head_dim * KV_BLOCK
+    }
+
+    /// Values of one V page.
+    pub fn v_page_len(&self) -> usize {
+        self.kv_heads * self.value_dim * KV_BLOCK
     }
 
     fn group(&self) -> usize {
@@ -104,10 +111,11 @@ impl AttentionShape {
     }
 
     fn check(&self, seqs: &[AttentionSeq], rows: usize, k_pages: &[f32], v_pages: &[f32]) {
-        let AttentionShape { heads, kv_heads, head_dim, .. } = *self;
-        assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads) && head_dim > 0, "attention: {self:?}");
-        assert_eq!(k_pages.len(), v_pages.len(), "attention: as many K pages as V pages");
-        let page_count = k_pages.len() / self.page_len();
+        let AttentionShape { heads, kv_heads, head_dim, value_dim, .. } = *self;
+        let sizes = head_dim > 0 && value_dim > 0;
+        assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads) && sizes, "attention: {self:?}");
+        let page_count = k_pages.len() / self.k_page_len();
+        assert_eq!(page_count, v_pages.len() / self.v_page_len(), "attention: as many K pages as V pages");
         for seq in seqs {
             assert!(seq.first_row + seq.rows <= rows, "attention: a sequence ends past row {rows}");
             let whole = self.mask != AttentionMask::Bidirectional || seq.position == 0;
@@ -120,11 +128,18 @@ impl AttentionShape {
         }
     }
 
-    /// Page `page` of one key-value head.
+    /// Keys of page `page` of one key-value head.
     #[inline(always)]
-    fn head_page<'a>(&self, pages: &'a [f32], page: u32, kv_head: usize) -> &'a [f32] {
+    fn key_page<'a>(&self, pages: &'a [f32], page: u32, kv_head: usize) -> &'a [f32] {
         let len = self.head_dim * KV_BLOCK;
-        &pages[page as usize * self.page_len() + kv_head * len..][..len]
+        &pages[page as usize * self.k_page_len() + kv_head * len..][..len]
+    }
+
+    /// Values of page `page` of one key-value head.
+    #[inline(always)]
+    fn value_page<'a>(&self, pages: &'a [f32], page: u32, kv_head: usize) -> &'a [f32] {
+        let len = self.value_dim * KV_BLOCK;
+        &pages[page as usize * self.v_page_len() + kv_head * len..][..len]
     }
 }
 
@@ -141,8 +156,8 @@ pub struct AttentionSeq<'a> {
     pub pages: &'a [u32],
 }
 
-/// Writes the keys and values of all rows, `k` and `v` `[T, kv_heads·head_dim]`, to their pages. Must precede
-/// [`attention`] over the same rows.
+/// Writes the keys `k [T, kv_heads·head_dim]` and values `v [T, kv_heads·value_dim]` of all rows to their pages. Must
+/// precede [`attention`] over the same rows.
 ///
 /// # Panics
 /// When a length does not fit the shapes, or a page id is past the pages.
@@ -154,24 +169,25 @@ pub fn kv_write(
     k_pages: &mut [f32],
     v_pages: &mut [f32],
 ) {
-    let (head_dim, width) = (shape.head_dim, shape.kv_heads * shape.head_dim);
+    let (k_width, v_width) = (shape.kv_heads * shape.head_dim, shape.kv_heads * shape.value_dim);
+    let rows = k.len() / k_width;
     assert!(
-        k.len() == v.len() && k.len().is_multiple_of(width),
-        "kv_write: k and v are [T, kv_heads*head_dim]"
+        k.len() == rows * k_width && v.len() == rows * v_width,
+        "kv_write: k is [T, kv_heads*head_dim], v is [T, kv_heads*value_dim]"
     );
-    shape.check(seqs, k.len() / width, k_pages, v_pages);
+    shape.check(seqs, rows, k_pages, v_pages);
     for seq in seqs {
         for row in 0..seq.rows {
             let (page, lane) = ((seq.position + row) / KV_BLOCK, (seq.position + row) % KV_BLOCK);
-            let start = seq.pages[page] as usize * shape.page_len();
-            let source = (seq.first_row + row) * width;
-            let k_page = &mut k_pages[start..start + shape.page_len()];
-            for (slot, &value) in k_page.chunks_exact_mut(KV_BLOCK).zip(&k[source..source + width]) {
+            let (page, source) = (seq.pages[page] as usize, seq.first_row + row);
+            let k_page = &mut k_pages[page * shape.k_page_len()..][..shape.k_page_len()];
+            for (slot, &value) in k_page.chunks_exact_mut(KV_BLOCK).zip(&k[source * k_width..][..k_width]) {
                 slot[lane] = value;
             }
-            for (head, value) in v[source..source + width].chunks_exact(head_dim).enumerate() {
-                let at = start + (head * KV_BLOCK + lane) * head_dim;
-                v_pages[at..at + head_dim].copy_from_slice(value);
+            let v_page = &mut v_pages[page * shape.v_page_len()..][..shape.v_page_len()];
+            for (head, value) in v[source * v_width..][..v_width].chunks_exact(shape.value_dim).enumerate() {
+                let at = (head * KV_BLOCK + lane) * shape.value_dim;
+                v_page[at..at + shape.value_dim].copy_from_slice(value);
             }
         }
     }

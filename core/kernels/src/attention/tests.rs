@@ -19,7 +19,8 @@ fn causal_masks() -> impl Iterator<Item = AttentionMask> {
 }
 
 fn shape(heads: usize, kv_heads: usize, head_dim: usize, mask: AttentionMask) -> AttentionShape {
-    AttentionShape { heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt(), mask }
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    AttentionShape { heads, kv_heads, head_dim, value_dim: head_dim, scale, mask }
 }
 
 /// Attention in f64 over one sequence that starts at position 0; also the log-sum-exps.
@@ -34,14 +35,14 @@ fn plain_with_sinks(
     k: &[f64],
     v: &[f64],
 ) -> (Vec<f64>, Vec<f64>) {
-    let AttentionShape { heads, kv_heads, head_dim, scale, mask } = *shape;
+    let AttentionShape { heads, kv_heads, head_dim, value_dim, scale, mask } = *shape;
     let rows = q.len() / (heads * head_dim);
     let (mut out, mut lses) = (Vec::new(), Vec::new());
     for row in 0..rows {
         for head in 0..heads {
             let q = &q[(row * heads + head) * head_dim..][..head_dim];
-            let kv = |x: &[f64], key: usize| {
-                x[(key * kv_heads + head / (heads / kv_heads)) * head_dim..][..head_dim].to_vec()
+            let kv = |x: &[f64], key: usize, width: usize| {
+                x[(key * kv_heads + head / (heads / kv_heads)) * width..][..width].to_vec()
             };
             let first = match mask {
                 AttentionMask::Causal | AttentionMask::Bidirectional => 0,
@@ -49,15 +50,15 @@ fn plain_with_sinks(
                 AttentionMask::Sliding(w) => (row + 1).max(w) - w,
             };
             let last = if mask == AttentionMask::Bidirectional { rows - 1 } else { row };
-            let score = |key| q.iter().zip(kv(k, key)).map(|(a, b)| a * b).sum::<f64>() * f64::from(scale);
+            let score =
+                |key| q.iter().zip(kv(k, key, head_dim)).map(|(a, b)| a * b).sum::<f64>() * f64::from(scale);
             let scores: Vec<f64> = (first..=last).map(score).collect();
             let all = || scores.iter().chain([&sinks[head]]);
             let max = all().copied().fold(f64::NEG_INFINITY, f64::max);
             let lse = max + all().map(|s| (s - max).exp()).sum::<f64>().ln();
             let p: Vec<f64> = scores.iter().map(|s| (s - lse).exp()).collect();
-            out.extend(
-                (0..head_dim).map(|d| (first..=last).zip(&p).map(|(key, p)| p * kv(v, key)[d]).sum::<f64>()),
-            );
+            let values: Vec<_> = (first..=last).map(|key| kv(v, key, value_dim)).collect();
+            out.extend((0..value_dim).map(|d| values.iter().zip(&p).map(|(v, p)| p * v[d]).sum::<f64>()));
             lses.push(lse);
         }
     }
@@ -66,29 +67,38 @@ fn plain_with_sinks(
 
 /// Pages filled with what no result may depend on.
 fn dirty_pages(shape: &AttentionShape, count: usize) -> (Vec<f32>, Vec<f32>) {
-    (vec![f32::NAN; count * shape.page_len()], vec![f32::NAN; count * shape.page_len()])
+    (vec![f32::NAN; count * shape.k_page_len()], vec![f32::NAN; count * shape.v_page_len()])
 }
 
 /// Random q, k, v of so many rows.
 fn rows_of(random: &mut Random, shape: &AttentionShape, rows: usize) -> [Vec<f32>; 3] {
-    let kv = rows * shape.kv_heads * shape.head_dim;
+    let kv = rows * shape.kv_heads;
     let mut draw = |len: usize| -> Vec<f32> { random.vec(len).iter().map(|x| 2.0 * x).collect() };
-    [draw(rows * shape.heads * shape.head_dim), draw(kv), draw(kv)]
+    [draw(rows * shape.heads * shape.head_dim), draw(kv * shape.head_dim), draw(kv * shape.value_dim)]
 }
 
 #[test]
 fn prefill_matches_plain_attention() {
     let mut random = Random(1);
     for mask in MASKS {
-        for (heads, kv_heads, head_dim) in [(1, 1, 1), (2, 2, 8), (4, 2, 16), (6, 2, 24), (3, 1, 40)] {
-            let shape = shape(heads, kv_heads, head_dim, mask);
+        for (heads, kv_heads, head_dim, value_dim) in [
+            (1, 1, 1, 1),
+            (2, 2, 8, 8),
+            (4, 2, 16, 16),
+            (6, 2, 24, 24),
+            (3, 1, 40, 40),
+            (4, 4, 24, 16),
+            (2, 1, 5, 35),
+        ] {
+            let shape = AttentionShape { value_dim, ..shape(heads, kv_heads, head_dim, mask) };
             for rows in [1, 2, 15, 16, 17, 50] {
                 let [q, k, v] = rows_of(&mut random, &shape, rows);
                 let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[3, 0, 2, 1] }];
                 let got = assert_all_agree("attention", || {
                     let (mut k_pages, mut v_pages) = dirty_pages(&shape, 4);
                     kv_write(&shape, &k, &v, &seqs, &mut k_pages, &mut v_pages);
-                    let (mut out, mut lse) = (vec![f32::NAN; q.len()], vec![f32::NAN; rows * heads]);
+                    let (mut out, mut lse) =
+                        (vec![f32::NAN; rows * heads * value_dim], vec![f32::NAN; rows * heads]);
                     let threads = Threads::single();
                     attention(&threads, &shape, &q, &k_pages, &v_pages, &seqs, &mut out, Some(&mut lse));
                     [out, lse].concat()
@@ -176,15 +186,17 @@ fn a_sequence_knows_nothing_of_the_others_nor_of_threads() {
 fn backward_is_the_derivative() {
     let mut random = Random(4);
     for mask in MASKS {
-        for (heads, kv_heads, head_dim, rows) in [(1, 1, 17, 5), (4, 2, 3, 18), (2, 1, 2, 41)] {
-            let shape = shape(heads, kv_heads, head_dim, mask);
+        for (heads, kv_heads, head_dim, value_dim, rows) in
+            [(1, 1, 17, 17, 5), (4, 2, 3, 3, 18), (2, 1, 2, 2, 41), (2, 2, 3, 2, 19), (2, 1, 2, 18, 18)]
+        {
+            let shape = AttentionShape { value_dim, ..shape(heads, kv_heads, head_dim, mask) };
             let [q, k, v] = rows_of(&mut random, &shape, rows);
-            let dout = random.vec(q.len());
+            let dout = random.vec(rows * heads * value_dim);
             let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[1, 2, 0] }];
             let got = assert_all_agree("attention_backward", || {
                 let (mut k_pages, mut v_pages) = dirty_pages(&shape, 3);
                 kv_write(&shape, &k, &v, &seqs, &mut k_pages, &mut v_pages);
-                let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; rows * heads]);
+                let (mut out, mut lse) = (vec![0.0; dout.len()], vec![0.0; rows * heads]);
                 let threads = Threads::single();
                 attention(&threads, &shape, &q, &k_pages, &v_pages, &seqs, &mut out, Some(&mut lse));
                 let nan = |len| vec![f32::NAN; len];
@@ -196,7 +208,7 @@ fn backward_is_the_derivative() {
                 [dq, dk, dv].concat()
             });
             let want = plain_gradient(&shape, &wide(&q), &wide(&k), &wide(&v), &wide(&dout));
-            assert_close(&got, &want, 2e-5, &format!("{mask:?} {heads}/{kv_heads} {head_dim} {rows}"));
+            assert_close(&got, &want, 2e-5, &format!("{shape:?} {rows}"));
         }
     }
 }
@@ -277,9 +289,9 @@ fn branches_of_a_trunk_give_the_gradients_of_whole_sequences() {
 /// Finite differences of Σ dout·out by q, k and v.
 fn plain_gradient(shape: &AttentionShape, q: &[f64], k: &[f64], v: &[f64], dout: &[f64]) -> Vec<f64> {
     let all = [q, k, v].concat();
-    let (q_len, kv_len) = (q.len(), k.len());
+    let (q_len, k_len) = (q.len(), k.len());
     gradient(&all, |x| {
-        let (out, _) = plain(shape, &x[..q_len], &x[q_len..q_len + kv_len], &x[q_len + kv_len..]);
+        let (out, _) = plain(shape, &x[..q_len], &x[q_len..q_len + k_len], &x[q_len + k_len..]);
         out.iter().zip(dout).map(|(o, d)| o * d).sum()
     })
 }

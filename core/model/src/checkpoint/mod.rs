@@ -93,15 +93,14 @@ fn load_folder(dir: &Path, dtype: Option<WeightsDtype>) -> Result<LoadedModel, M
     let config_path = dir.join("config.json");
     let config_json = read_json(&config_path)?;
     let spec = spec_from_config(&config_path, &config_json)?;
-    let (tied, vocab_size, vision) = (spec.tied_embeddings, spec.vocab_size, spec.vision.clone());
     let model = Transformer::new(spec);
     let checkpoint = safetensors::Checkpoint::open(dir)?;
-    checkpoint.check(model.layout(), tied)?;
+    checkpoint.check(model.layout(), model.spec())?;
     let mut tokenizer = Tokenizer::from_folder(dir)?;
-    if let Some(vision) = &vision {
+    if let Some(vision) = &model.spec().vision {
         tokenizer.read_images(dir, vision)?;
     }
-    tokenizer.check_fits(vocab_size)?;
+    tokenizer.check_fits(model.spec().vocab_size)?;
     let generation = GenerationConfig::from_folder(dir, &config_json, &tokenizer)?;
     let params = checkpoint.read(model.layout(), dtype)?;
     Ok(LoadedModel {

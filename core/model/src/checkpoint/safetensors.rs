@@ -16,6 +16,7 @@ use super::elements::{Elements, fill};
 use super::mmap;
 use crate::error::ModelError;
 use crate::params::{ParamLayout, Params};
+use crate::spec::{Family, ModelSpec};
 
 /// Real headers are a few MB for the largest models.
 const MAX_HEADER_BYTES: u64 = 8 << 20;
@@ -141,7 +142,7 @@ impl Checkpoint {
     }
 
     /// Compares names, shapes and types with `layout`.
-    pub(super) fn check(&self, layout: &ParamLayout, tied: bool) -> Result<(), ModelError> {
+    pub(super) fn check(&self, layout: &ParamLayout, spec: &ModelSpec) -> Result<(), ModelError> {
         let invalid = |what: String| ModelError::Invalid { path: self.path.clone(), what };
         let missing: Vec<&str> = layout
             .tensors
@@ -175,7 +176,7 @@ impl Checkpoint {
                 .tensors
                 .keys()
                 .map(String::as_str)
-                .filter(|name| !wanted.contains(name) && !ignorable(name, tied))
+                .filter(|name| !wanted.contains(name) && !ignorable(name, spec))
                 .collect();
             if !extra.is_empty() {
                 return Err(invalid(format!(
@@ -206,9 +207,13 @@ impl Checkpoint {
     }
 }
 
-/// Buffers that old exporters left in, and the second copy of a tied head.
-fn ignorable(name: &str, tied: bool) -> bool {
-    name.ends_with(".rotary_emb.inv_freq") || (tied && name == "lm_head.weight")
+/// Buffers that old exporters left in, the second copy of a tied head, and DeepSeek's layers past the last one, which
+/// predict several tokens ahead and have no part in the model (transformers leaves them out too).
+fn ignorable(name: &str, spec: &ModelSpec) -> bool {
+    let layer = || name.strip_prefix("model.layers.")?.split('.').next()?.parse::<usize>().ok();
+    name.ends_with(".rotary_emb.inv_freq")
+        || (spec.tied_embeddings && name == "lm_head.weight")
+        || (spec.family == Family::DeepseekV3 && layer().is_some_and(|layer| layer >= spec.layers.len()))
 }
 
 fn list(names: &[&str]) -> String {

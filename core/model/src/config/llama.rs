@@ -118,6 +118,7 @@ pub(super) fn assemble(
         temperature: None,
         qkv_bias: variant.bias.0,
         out_bias: variant.bias.1,
+        latent: None,
     };
     let max_positions = fields.size_or("max_position_embeddings", variant.max_positions)?;
     let layers = (0..fields.layers()?)

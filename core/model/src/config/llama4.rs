@@ -196,6 +196,7 @@ fn attention(fields: &Fields<'_>, rotary: bool, chunked: bool) -> Result<Attenti
         temperature,
         qkv_bias: bias,
         out_bias: bias,
+        latent: None,
     })
 }
 

@@ -5,6 +5,7 @@
 //! `num_local_experts`). What a checkpoint asks for and this build does not do is refused here, by name, rather than
 //! ignored: a model that runs with a feature left out is wrong in ways nobody notices.
 
+mod deepseek;
 mod fields;
 mod gemma3;
 mod gpt_oss;
@@ -45,6 +46,7 @@ pub const ARCHITECTURES: &[Architecture] = &[
     Architecture { name: "GptOssForCausalLM", model_type: "gpt_oss", build: gpt_oss::gpt_oss },
     Architecture { name: "Gemma3ForCausalLM", model_type: "gemma3_text", build: gemma3::gemma3_text },
     Architecture { name: "Llama4ForConditionalGeneration", model_type: "llama4", build: llama4::llama4 },
+    Architecture { name: "DeepseekV3ForCausalLM", model_type: "deepseek_v3", build: deepseek::deepseek_v3 },
 ];
 
 /// The names in [`ARCHITECTURES`], for messages.
@@ -96,10 +98,18 @@ fn find(fields: &Fields<'_>) -> Result<&'static Architecture, ModelError> {
 /// Keeps the table of tensor names of a hostile configuration small; the largest released models have 60 000.
 const MAX_EXPERTS: usize = 1 << 18;
 
+/// No model comes near 2^48 parameters; more would overflow sizes in bytes.
+const MAX_PARAMETERS: f64 = (1u64 << 48) as f64;
+
 /// What holds for every family. Sizes are bounded so that products of them cannot overflow.
 fn check(fields: &Fields<'_>, spec: &ModelSpec) -> Result<(), ModelError> {
     if spec.layers.is_empty() {
         return Err(fields.invalid("num_hidden_layers: a model needs at least one layer"));
+    }
+    if parameters(spec) > MAX_PARAMETERS {
+        return Err(
+            fields.invalid(format!("a model of {:e} parameters; the limit is 2^48", parameters(spec)))
+        );
     }
     let mut experts = 0;
     for (index, (attention, ffn)) in spec.layers.iter().enumerate() {
@@ -109,7 +119,7 @@ fn check(fields: &Fields<'_>, spec: &ModelSpec) -> Result<(), ModelError> {
                 attention.kv_heads, attention.heads
             )));
         }
-        if attention.rope.is_some() && attention.head_dim % 2 != 0 {
+        if attention.rope.is_some() && attention.latent.is_none() && attention.head_dim % 2 != 0 {
             return Err(fields
                 .invalid(format!("head_dim = {} is odd, rotary pairs need it even", attention.head_dim)));
         }
@@ -126,6 +136,26 @@ fn check(fields: &Fields<'_>, spec: &ModelSpec) -> Result<(), ModelError> {
         }
     }
     Ok(())
+}
+
+/// At least as many parameters as the model has, in numbers that do not overflow.
+fn parameters(spec: &ModelSpec) -> f64 {
+    let product = |sizes: &[usize]| sizes.iter().map(|&size| size as f64).product::<f64>();
+    let layers = spec.layers.iter().map(|(attention, ffn)| {
+        let heads = [attention.heads, attention.head_dim + attention.value_dim()];
+        let inputs = attention.latent.map_or(0, |latent| latent.q_rank.unwrap_or(0) + latent.kv_rank);
+        let attention = product(&heads) * (2 * spec.hidden + inputs) as f64 + product(&[inputs, spec.hidden]);
+        attention
+            + match ffn {
+                FfnSpec::Dense { width, .. } => product(&[3, spec.hidden, *width]),
+                FfnSpec::Moe(moe) => {
+                    let widths =
+                        product(&[moe.experts, moe.width + 1]) + moe.shared_width.unwrap_or(0) as f64;
+                    3.0 * widths * spec.hidden as f64
+                }
+            }
+    });
+    layers.sum::<f64>() + product(&[2, spec.vocab_size, spec.hidden])
 }
 
 #[cfg(test)]

@@ -1,4 +1,9 @@
 //! Rotary frequencies, from either spelling.
+//!
+//! Frequencies follow from the configuration alone, never from the sequence at hand: a token's bits must not change when
+//! its sequence grows. Hence `dynamic` (NTK) means plain frequencies: its base grows only for sequences longer than
+//! `max_position_embeddings`, and none longer is run. And `longrope` is refused: it has two tables and picks one by the
+//! length of the sequence.
 
 use super::fields::Fields;
 use crate::error::ModelError;
@@ -11,13 +16,40 @@ pub(super) fn rope(
     default_theta: f64,
     style: RopeStyle,
 ) -> Result<RopeSpec, ModelError> {
-    // 5.x keeps everything in `rope_parameters`; 4.x has `rope_theta` at the top and the rest in `rope_scaling`.
-    let parameters = match fields.object("rope_parameters")? {
-        Some(parameters) => Some(parameters),
-        None => fields.object("rope_scaling")?,
-    };
+    let parameters = parameters(fields)?;
     let theta = fields.number_or("rope_theta", default_theta)?;
     read(fields, parameters, theta, head_dim, style)
+}
+
+/// 5.x keeps everything in `rope_parameters`; 4.x has `rope_theta` at the top and the rest in `rope_scaling`.
+fn parameters<'a>(fields: &Fields<'a>) -> Result<Option<Fields<'a>>, ModelError> {
+    match fields.object("rope_parameters")? {
+        Some(parameters) => Ok(Some(parameters)),
+        None => fields.object("rope_scaling"),
+    }
+}
+
+/// What DeepSeek multiplies scores with beside `1/sqrt(head_dim)`: the square of `mscale_all_dim`'s growth.
+pub(super) fn score_factor(fields: &Fields<'_>) -> Result<f64, ModelError> {
+    let Some(parameters) = parameters(fields)? else { return Ok(1.0) };
+    let factor = match read_scaling(fields, &parameters)? {
+        RopeScaling::None => return Ok(1.0),
+        RopeScaling::Linear { factor }
+        | RopeScaling::Llama3 { factor, .. }
+        | RopeScaling::Yarn { factor, .. } => f64::from(factor),
+    };
+    Ok(mscale(&parameters, "mscale_all_dim")?.map_or(1.0, |mscale| growth(factor, mscale).powi(2)))
+}
+
+/// A strength of YaRN's growth; 0 counts as absent.
+fn mscale(parameters: &Fields<'_>, key: &str) -> Result<Option<f64>, ModelError> {
+    let zero = parameters.get(key).is_some_and(|value| value.as_f64() == Some(0.0));
+    if zero { Ok(None) } else { parameters.number_opt(key) }
+}
+
+/// YaRN's suggestion for sharpening attention over a context so many times as long (its 3.4).
+fn growth(factor: f64, mscale: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }
 
 /// The rotary embedding of layers of one kind, where 5.x keeps one a kind (`rope_parameters.sliding_attention`).
@@ -76,6 +108,7 @@ fn read_scaling(fields: &Fields<'_>, parameters: &Fields<'_>) -> Result<RopeScal
     };
     match kind.unwrap_or("default") {
         "default" | "none" => Ok(RopeScaling::None),
+        "dynamic" => required("factor").map(|_| RopeScaling::None),
         "linear" => Ok(RopeScaling::Linear { factor: required("factor")? as f32 }),
         "llama3" => {
             let (low, high) = (required("low_freq_factor")?, required("high_freq_factor")?);
@@ -94,14 +127,17 @@ fn read_scaling(fields: &Fields<'_>, parameters: &Fields<'_>) -> Result<RopeScal
         "yarn" => read_yarn(fields, parameters),
         other => Err(fields.unsupported(
             format!("rope scaling `{other}`"),
-            "supported are default, linear, llama3 and yarn",
+            "supported are default, linear, dynamic, llama3 and yarn",
         )),
     }
 }
 
 fn read_yarn(fields: &Fields<'_>, parameters: &Fields<'_>) -> Result<RopeScaling, ModelError> {
     let max_positions = fields.size_opt("max_position_embeddings")?;
-    let original = match (parameters.size_opt("original_max_position_embeddings")?, max_positions) {
+    let key = "original_max_position_embeddings";
+    // Where the top of the file has it too, that one counts.
+    let given = fields.size_opt(key)?.or(parameters.size_opt(key)?);
+    let original = match (given, max_positions) {
         (Some(original), _) | (None, Some(original)) => original,
         (None, None) => {
             return Err(fields.invalid("rope scaling: original_max_position_embeddings is missing"));
@@ -112,15 +148,14 @@ fn read_yarn(fields: &Fields<'_>, parameters: &Fields<'_>) -> Result<RopeScaling
         (None, Some(max_positions)) => max_positions as f64 / original as f64,
         (None, None) => return Err(fields.invalid("rope scaling: factor is missing")),
     };
-    let growth = |mscale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 };
     let attention_factor = match (
         parameters.number_opt("attention_factor")?,
-        parameters.number_opt("mscale")?,
-        parameters.number_opt("mscale_all_dim")?,
+        mscale(parameters, "mscale")?,
+        mscale(parameters, "mscale_all_dim")?,
     ) {
         (Some(given), _, _) => given,
-        (None, Some(mscale), Some(all)) => growth(mscale) / growth(all),
-        _ => growth(1.0),
+        (None, Some(mscale), Some(all)) => growth(factor, mscale) / growth(factor, all),
+        _ => growth(factor, 1.0),
     };
     Ok(RopeScaling::Yarn {
         factor: factor as f32,

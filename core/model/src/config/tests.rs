@@ -249,3 +249,97 @@ fn gemma3_in_both_spellings() {
         assert!(error.contains(key), "{key}: {error}");
     }
 }
+
+#[test]
+fn yarn_frequencies_are_those_of_the_paper() {
+    // Computed in f64 from the formulas: base 10000, 8 pairs, 256 positions stretched eightfold.
+    let yarn = |truncate| RopeScaling::Yarn {
+        factor: 8.0,
+        original_max_positions: 256,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        truncate,
+        attention_factor: 1.0,
+    };
+    let whole = [1.0, 0.247_052_942, 0.05625, 0.010_870_329_5];
+    let broken = [1.0, 0.243_596_405, 0.047_965_076_1, 0.005_976_137_23];
+    let slow = [0.00125, 0.000_395_284_708, 0.000_125, 3.952_847_08e-5];
+    for (truncate, fast) in [(true, whole), (false, broken)] {
+        let found = rope::inverse_frequencies(10_000.0, 16, &yarn(truncate));
+        for (found, wanted) in found.iter().zip(fast.into_iter().chain(slow)) {
+            assert!((f64::from(*found) - wanted).abs() <= 1e-6 * wanted, "{found} is not {wanted}");
+        }
+    }
+}
+
+#[test]
+fn dynamic_scaling_is_plain_within_the_context() {
+    let dynamic = json!({"rope_scaling": {"type": "dynamic", "factor": 2.0}});
+    assert_eq!(llama(dynamic).expect("dynamic"), llama(json!({})).expect("plain"));
+    let error = llama(json!({"rope_scaling": {"type": "dynamic"}})).expect_err("no factor").to_string();
+    assert!(error.contains("factor is missing"), "{error}");
+}
+
+fn deepseek(extra: Value) -> Result<ModelSpec, ModelError> {
+    let mut config = json!({
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": 64, "vocab_size": 100,
+        "intermediate_size": 112, "moe_intermediate_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3,
+        "first_k_dense_replace": 1, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,
+        "n_shared_experts": 2, "q_lora_rank": 40, "kv_lora_rank": 24, "qk_nope_head_dim": 15, "qk_rope_head_dim": 8,
+        "v_head_dim": 16, "routed_scaling_factor": 2.5
+    });
+    for (key, value) in extra.as_object().expect("an object") {
+        config[key] = value.clone();
+    }
+    parse(config)
+}
+
+#[test]
+fn deepseek_layers_follow_from_the_configuration() {
+    let yarn = json!({"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0,
+        "mscale_all_dim": 0.707});
+    let spec =
+        deepseek(json!({"rope_scaling": yarn, "head_dim": 8, "q_lora_rank": null})).expect("a DeepSeek");
+    let sparse: Vec<bool> = spec.layers.iter().map(|(_, ffn)| matches!(ffn, FfnSpec::Moe(_))).collect();
+    assert_eq!(sparse, [false, true, true]);
+    let (attention, FfnSpec::Moe(moe)) = &spec.layers[1] else { panic!("layer 1 has experts") };
+    assert_eq!((moe.shared_width, moe.top_k), (Some(64), 3));
+    let router = RouterKind::SigmoidGrouped { groups: 4, groups_kept: 2, renormalise: true, scale: 2.5 };
+    assert_eq!(moe.router, router);
+    assert_eq!((attention.head_dim, attention.value_dim(), attention.kv_heads), (23, 16, 4));
+    assert_eq!(attention.projected_widths(), [4 * 23, 24, 8]);
+    let rope = attention.rope.as_ref().expect("rotary");
+    assert_eq!((rope.inv_freq.len(), rope.style), (4, crate::spec::RopeStyle::Interleaved));
+    // 0.1 · ln 40 + 1 and 0.0707 · ln 40 + 1.
+    let (one, all) = (1.368_887_945_411_393_6f64, 1.260_803_777_405_855_4f64);
+    assert!((f64::from(rope.attention_factor) - one / all).abs() < 1e-6);
+    assert!((f64::from(attention.scale) - all * all / 23f64.sqrt()).abs() < 1e-6);
+    let plain = deepseek(json!({})).expect("a DeepSeek without scaling");
+    assert_eq!(plain.layers[0].0.scale, (1.0 / 23f64.sqrt()) as f32);
+    assert_eq!(plain.layers[0].0.projected_widths(), [40, 24, 8]);
+}
+
+#[test]
+fn deepseek_refusals_name_what_they_refuse() {
+    let cases = [
+        (json!({"head_dim": 16}), "head_dim = 16"),
+        (json!({"num_key_value_heads": 2}), "num_key_value_heads = 2"),
+        (json!({"qk_rope_head_dim": 7}), "qk_rope_head_dim = 7"),
+        (json!({"n_group": 3}), "n_group = 3"),
+        (json!({"n_group": 8}), "n_group = 8"),
+        (json!({"topk_group": 5}), "topk_group = 5"),
+        (json!({"num_experts_per_tok": 5}), "num_experts_per_tok = 5"),
+        (json!({"scoring_func": "softmax"}), "softmax"),
+        (json!({"moe_layer_freq": 2}), "moe_layer_freq = 2"),
+        (json!({"first_k_dense_replace": -1}), "first_k_dense_replace = -1"),
+        (json!({"attention_bias": true, "q_lora_rank": null}), "attention_bias"),
+        (
+            json!({"kv_lora_rank": 1 << 24, "v_head_dim": 1 << 24, "num_attention_heads": 1 << 24}),
+            "parameters",
+        ),
+    ];
+    for (extra, needle) in cases {
+        let error = deepseek(extra.clone()).expect_err(&extra.to_string()).to_string();
+        assert!(error.contains(needle) && error.contains("config.json"), "{extra}: {error}");
+    }
+}

@@ -42,9 +42,11 @@ pub(super) struct Saved {
     x_td: Buf,
     /// Queries as attended with `[T, H·hd]`.
     q: Buf,
+    /// Compressed queries, keys and values as projected, where the layer has them.
+    latent: Option<Buf>,
     /// Inputs of the query and key norms, where the layer has them.
     before_norm: Option<(Buf, Buf)>,
-    /// Attention output `[T, H·hd]`.
+    /// Attention output, value heads side by side `[T, H·vd]`.
     out: Buf,
     /// Log-sum-exp of the scores `[T, H]`.
     lse: Buf,
@@ -63,13 +65,15 @@ impl AttentionLayer<'_> {
             heads: self.spec.heads,
             kv_heads: self.spec.kv_heads,
             head_dim: self.spec.head_dim,
+            value_dim: self.spec.value_dim(),
             scale: self.spec.scale,
             mask,
         }
     }
 
-    fn widths(&self) -> (usize, usize) {
-        (self.spec.heads * self.spec.head_dim, self.spec.kv_heads * self.spec.head_dim)
+    /// Columns of queries, keys and values.
+    pub(super) fn widths(&self) -> [usize; 3] {
+        [self.spec.query_width(), self.spec.key_width(), self.spec.value_width()]
     }
 
     /// `x += attention(norm(x))`; writes the rows' keys and values into the pages.
@@ -83,16 +87,16 @@ impl AttentionLayer<'_> {
         save: bool,
     ) -> Option<Saved> {
         let t = rows.positions.len();
-        let (q_width, _) = self.widths();
         let saved_x = save.then(|| cx.pool.copy(x_td));
         let normed_td = self.normed(cx, x_td);
-        let (mut q, mut k, v) = self.project(cx, &normed_td, t);
+        let (mut q, mut k, v, latent) = self.project(cx, &normed_td, t);
         drop(normed_td);
+        let latent = latent.filter(|_| save);
         let before_norm = self.position(cx, &mut q, &mut k, rows, save);
         for seqs in [rows.seqs, rows.copies] {
             kv_write(&self.shape(), &k, &v, seqs, k_pages, v_pages);
         }
-        let mut out = cx.pool.take(t * q_width);
+        let mut out = cx.pool.take(t * self.spec.out_width());
         let mut lse = (save || self.spec.sinks).then(|| cx.pool.take(t * self.spec.heads));
         attention(cx.threads, &self.shape(), &q, k_pages, v_pages, rows.seqs, &mut out, lse.as_deref_mut());
         if let (Some(sinks), Some(lse)) = (&self.weights.sinks, lse.as_deref_mut()) {
@@ -102,7 +106,7 @@ impl AttentionLayer<'_> {
             matmul_add(cx.threads, &out, t, &self.weights.out.forward, x_td);
             add_bias(x_td, self.weights.out_bias.as_deref());
         });
-        Some(Saved { x_td: saved_x?, q, before_norm, out, lse: lse?, raw_td })
+        Some(Saved { x_td: saved_x?, q, latent, before_norm, out, lse: lse?, raw_td })
     }
 
     /// Turns the gradient of the block's output into that of its input, in place, and adds the weight gradients.
@@ -118,15 +122,15 @@ impl AttentionLayer<'_> {
         grads: &mut [f32],
     ) {
         let t = rows.positions.len();
-        let (q_width, kv_width) = self.widths();
+        let [q_width, k_width, v_width] = self.widths();
         let d_raw_td = add_block_backward(cx, self.out_norm(), saved.raw_td.as_ref(), dx_td, grads);
         let dy_td: &[f32] = d_raw_td.as_deref().unwrap_or(dx_td);
         cx.accumulate(cx.precision, &self.at.out, dy_td, &saved.out, t, grads);
         add_bias_grad(dy_td, &self.at.out_bias, grads);
-        let mut d_out = cx.pool.take(t * q_width);
+        let mut d_out = cx.pool.take(t * self.spec.out_width());
         matmul(cx.threads, dy_td, t, self.weights.out.transpose(), &mut d_out);
         let (mut dq, mut dk, mut dv) =
-            (cx.pool.take(t * q_width), cx.pool.take(t * kv_width), cx.pool.take(t * kv_width));
+            (cx.pool.take(t * q_width), cx.pool.take(t * k_width), cx.pool.take(t * v_width));
         attention_backward(
             cx.threads,
             &self.shape(),
@@ -145,7 +149,10 @@ impl AttentionLayer<'_> {
             sinks_backward(sinks, &saved.out, &saved.lse, &d_out, &mut grads[at.clone()]);
         }
         self.position_backward(cx, &saved, rows, &mut dq, &mut dk, grads);
-        let d_qkv = join(cx, &[&dq, &dk, &dv], &[q_width, kv_width, kv_width], t);
+        let d_qkv = match &saved.latent {
+            None => join(cx, &[&dq, &dk, &dv], &[q_width, k_width, v_width], t),
+            Some(latent) => self.unpack_backward(cx, latent, &dq, &dk, &dv, t, grads),
+        };
         add_bias_grad(&d_qkv, &self.at.qkv_bias, grads);
         let normed_td = self.normed(cx, &saved.x_td);
         cx.accumulate(cx.precision, &self.at.qkv, &d_qkv, &normed_td, t, grads);
@@ -175,21 +182,17 @@ impl AttentionLayer<'_> {
         normed_td
     }
 
-    fn project(&self, cx: &Context, normed_td: &[f32], t: usize) -> (Buf, Buf, Buf) {
-        let (q_width, kv_width) = self.widths();
+    /// Queries, keys and values; and what they were unpacked from.
+    fn project(&self, cx: &Context, normed_td: &[f32], t: usize) -> (Buf, Buf, Buf, Option<Buf>) {
         let mut qkv = cx.pool.take(t * self.spec.qkv_width());
         matmul(cx.threads, normed_td, t, &self.weights.qkv.forward, &mut qkv);
         add_bias(&mut qkv, self.weights.qkv_bias.as_deref());
-        let (mut q, mut k, mut v) =
-            (cx.pool.take(t * q_width), cx.pool.take(t * kv_width), cx.pool.take(t * kv_width));
-        for (row, qkv) in qkv.chunks_exact(self.spec.qkv_width()).enumerate() {
-            let (q_row, kv_row) = qkv.split_at(q_width);
-            let (k_row, v_row) = kv_row.split_at(kv_width);
-            q[row * q_width..][..q_width].copy_from_slice(q_row);
-            k[row * kv_width..][..kv_width].copy_from_slice(k_row);
-            v[row * kv_width..][..kv_width].copy_from_slice(v_row);
+        if self.spec.latent.is_some() {
+            let (q, k, v) = self.unpack(cx, &qkv, t);
+            return (q, k, v, Some(qkv));
         }
-        (q, k, v)
+        let [q, k, v] = split(cx, &qkv, self.widths());
+        (q, k, v, None)
     }
 
     /// Norms, rotation and temperature of queries and keys, in the order the family wants.
@@ -275,8 +278,7 @@ impl AttentionLayer<'_> {
 
     fn tune_temperature(&self, q: &mut [f32], rows: &Rows) {
         let Some(tuning) = self.spec.temperature else { return };
-        let (q_width, _) = self.widths();
-        for (row, &position) in q.chunks_exact_mut(q_width).zip(rows.positions) {
+        for (row, &position) in q.chunks_exact_mut(self.spec.query_width()).zip(rows.positions) {
             let factor = temperature(tuning, position);
             row.iter_mut().for_each(|x| *x *= factor);
         }
@@ -313,6 +315,20 @@ pub(super) fn norm_backward(
     };
     rms_norm_backward(cx.threads, x, width, scale, eps, dy, &mut d, d_weight);
     add_assign(dx, &d);
+}
+
+/// The columns of `x`, cut into matrices of these widths.
+pub(super) fn split<const N: usize>(cx: &Context, x: &[f32], widths: [usize; N]) -> [Buf; N] {
+    let total: usize = widths.iter().sum();
+    let mut first = 0;
+    widths.map(|width| {
+        let mut part = cx.pool.take(x.len() / total * width);
+        for (part, x) in part.chunks_exact_mut(width).zip(x.chunks_exact(total)) {
+            part.copy_from_slice(&x[first..first + width]);
+        }
+        first += width;
+        part
+    })
 }
 
 /// Columns of several `[T, width]` matrices side by side.

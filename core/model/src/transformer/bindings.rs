@@ -5,7 +5,9 @@ use std::ops::Range;
 
 use super::vision::VisionBinding;
 use crate::params::{ParamLayout, TensorSpec};
-use crate::spec::{Activation, Family, FfnSpec, ModelSpec, MoeSpec, QkNorm};
+use crate::spec::{
+    Activation, AttentionSpec, Family, FfnSpec, LatentSpec, ModelSpec, MoeSpec, QkNorm, RouterKind,
+};
 
 /// A linear map `[n, k]` somewhere in the arena.
 #[derive(Clone, Debug)]
@@ -41,6 +43,8 @@ pub(super) struct MlpBinding {
 pub(super) struct MoeBinding {
     pub router: Linear,
     pub router_bias: Option<Range<usize>>,
+    /// Correction of the experts' scores in the choice `[E]`.
+    pub correction: Option<Range<usize>>,
     pub experts: Vec<MlpBinding>,
     pub shared: Option<MlpBinding>,
 }
@@ -51,11 +55,27 @@ pub(super) enum FfnBinding {
     Moe(MoeBinding),
 }
 
+/// What unpacks the compressed queries, keys and values.
+#[derive(Clone, Debug)]
+pub(super) struct LatentBinding {
+    pub q: Option<UnpackBinding>,
+    pub kv: UnpackBinding,
+}
+
+/// The norm of a compressed vector, and the projection after it.
+#[derive(Clone, Debug)]
+pub(super) struct UnpackBinding {
+    pub norm: Range<usize>,
+    pub up: Linear,
+}
+
 #[derive(Clone, Debug)]
 pub(super) struct LayerBinding {
     pub input_norm: Range<usize>,
+    /// All that reads the residual stream: q, k, v, or what they are unpacked from.
     pub qkv: Linear,
     pub qkv_bias: Option<Range<usize>>,
+    pub latent: Option<LatentBinding>,
     pub q_norm: Option<Range<usize>>,
     pub k_norm: Option<Range<usize>>,
     pub out: Linear,
@@ -119,8 +139,9 @@ impl Index<'_> {
         let d = spec.hidden;
         let at = format!("{}model.layers.{layer}", spec.prefix());
         let named = |name: &str| self.range(&format!("{at}.{name}"));
-        let qkv =
-            |suffix: &str| ["q", "k", "v"].map(|p| format!("{at}.self_attn.{p}_proj.{suffix}")).to_vec();
+        let qkv = |suffix: &str| -> Vec<String> {
+            read_projections(attention).iter().map(|p| format!("{at}.self_attn.{p}.{suffix}")).collect()
+        };
         let weighted = matches!(attention.qk_norm, QkNorm::PerHead | QkNorm::WholeProjection);
         let ffn_at = match (spec.family, ffn) {
             (Family::Llama4Text, _) => format!("{at}.feed_forward"),
@@ -131,9 +152,10 @@ impl Index<'_> {
             input_norm: named("input_layernorm.weight"),
             qkv: self.fused(&qkv("weight"), d),
             qkv_bias: attention.qkv_bias.then(|| self.fused(&qkv("bias"), 1).range()),
+            latent: attention.latent.as_ref().map(|latent| self.latent(&format!("{at}.self_attn"), latent)),
             q_norm: weighted.then(|| named("self_attn.q_norm.weight")),
             k_norm: weighted.then(|| named("self_attn.k_norm.weight")),
-            out: self.fused(&[format!("{at}.self_attn.o_proj.weight")], attention.heads * attention.head_dim),
+            out: self.fused(&[format!("{at}.self_attn.o_proj.weight")], attention.out_width()),
             out_bias: attention.out_bias.then(|| named("self_attn.o_proj.bias")),
             sinks: attention.sinks.then(|| named("self_attn.sinks")),
             attention_out_norm: spec.sandwich_norms.then(|| named("post_attention_layernorm.weight")),
@@ -149,6 +171,17 @@ impl Index<'_> {
                 }
                 FfnSpec::Moe(moe) => FfnBinding::Moe(self.moe(spec.family, &ffn_at, d, moe)),
             },
+        }
+    }
+
+    fn latent(&self, at: &str, latent: &LatentSpec) -> LatentBinding {
+        let unpack = |norm: &str, up: &str, rank: usize| UnpackBinding {
+            norm: self.range(&format!("{at}.{norm}.weight")),
+            up: self.fused(&[format!("{at}.{up}.weight")], rank),
+        };
+        LatentBinding {
+            q: latent.q_rank.map(|rank| unpack("q_a_layernorm", "q_b_proj", rank)),
+            kv: unpack("kv_a_layernorm", "kv_b_proj", latent.kv_rank),
         }
     }
 
@@ -182,15 +215,19 @@ impl Index<'_> {
             Family::Mixtral => {
                 self.mlp_named(&format!("{at}.experts.{e}"), ["w1", "w3", "w2"], d, f, moe.activation)
             }
-            Family::Qwen3Moe | Family::Llama => self.mlp(&format!("{at}.experts.{e}"), d, f, moe.activation),
+            Family::Qwen3Moe | Family::Llama | Family::DeepseekV3 => {
+                self.mlp(&format!("{at}.experts.{e}"), d, f, moe.activation)
+            }
         };
         MoeBinding {
             router: self.fused(&[format!("{at}.{router}.weight")], d),
             router_bias: moe.bias.then(|| self.range(&format!("{at}.{router}.bias"))),
+            correction: matches!(moe.router, RouterKind::SigmoidGrouped { .. })
+                .then(|| self.range(&format!("{at}.{router}.e_score_correction_bias"))),
             experts: (0..moe.experts).map(expert).collect(),
             shared: moe
                 .shared_width
-                .map(|width| self.mlp(&format!("{at}.shared_expert"), d, width, moe.activation)),
+                .map(|width| self.mlp(&format!("{at}.{}", family.shared_expert()), d, width, moe.activation)),
         }
     }
 
@@ -215,5 +252,14 @@ impl Index<'_> {
             width: f,
             activation: moe.activation,
         }
+    }
+}
+
+/// Projections of the residual stream, in arena order.
+fn read_projections(attention: &AttentionSpec) -> &'static [&'static str] {
+    match &attention.latent {
+        None => &["q_proj", "k_proj", "v_proj"],
+        Some(LatentSpec { q_rank: Some(_), .. }) => &["q_a_proj", "kv_a_proj_with_mqa"],
+        Some(LatentSpec { q_rank: None, .. }) => &["q_proj", "kv_a_proj_with_mqa"],
     }
 }

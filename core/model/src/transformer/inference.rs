@@ -26,7 +26,8 @@ pub struct KvCache {
 struct LayerPages {
     k: Vec<f32>,
     v: Vec<f32>,
-    page_len: usize,
+    k_page_len: usize,
+    v_page_len: usize,
 }
 
 /// One sequence's rows in a batch.
@@ -70,8 +71,10 @@ impl KvCache {
             .layers
             .iter()
             .map(|(attention, _)| {
-                let page_len = attention.kv_heads * attention.head_dim * KV_BLOCK;
-                LayerPages { k: vec![0.0; page_len * pages], v: vec![0.0; page_len * pages], page_len }
+                let k_page_len = attention.key_width() * KV_BLOCK;
+                let v_page_len = attention.value_width() * KV_BLOCK;
+                let (k, v) = (vec![0.0; k_page_len * pages], vec![0.0; v_page_len * pages]);
+                LayerPages { k, v, k_page_len, v_page_len }
             })
             .collect();
         Self { layers, pages }
@@ -80,7 +83,7 @@ impl KvCache {
     /// Bytes of one page over all layers.
     pub fn page_bytes(model: &Transformer) -> usize {
         let values: usize =
-            model.spec().layers.iter().map(|(a, _)| 2 * a.kv_heads * a.head_dim * KV_BLOCK).sum();
+            model.spec().layers.iter().map(|(a, _)| (a.key_width() + a.value_width()) * KV_BLOCK).sum();
         values * size_of::<f32>()
     }
 
@@ -92,10 +95,10 @@ impl KvCache {
     /// Copies a page, so that two sequences may go on from it in different ways.
     pub fn copy_page(&mut self, from: u32, to: u32) {
         for layer in &mut self.layers {
-            let n = layer.page_len;
-            let (from, to) = (from as usize * n, to as usize * n);
-            layer.k.copy_within(from..from + n, to);
-            layer.v.copy_within(from..from + n, to);
+            for (pages, n) in [(&mut layer.k, layer.k_page_len), (&mut layer.v, layer.v_page_len)] {
+                let (from, to) = (from as usize * n, to as usize * n);
+                pages.copy_within(from..from + n, to);
+            }
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! bindings   where each projection lies in the arena        weights   the same, packed for the kernels
-//! attention  mlp  moe  head      one block each: forward, and the backward that mirrors it
+//! attention  mlp  moe  head      one block each: forward, and the backward that mirrors it; latent is MLA's part of it
 //! inference  rows + KV pages → logits                        tape      sequences → log-probs → gradients
 //! vision     tiles of images → rows that stand in for the embeddings of their tokens
 //! ```
@@ -16,6 +16,7 @@ mod bindings;
 mod buffers;
 mod head;
 mod inference;
+mod latent;
 mod mlp;
 mod moe;
 mod places;
@@ -34,7 +35,7 @@ pub use vision::TileRows;
 pub use weights::{PolicyWeights, Purpose};
 
 use crate::params::ParamLayout;
-use crate::spec::{ModelSpec, RopeSpec};
+use crate::spec::{AttentionSpec, ModelSpec, RopeSpec};
 
 /// The structure of a model: what there is to know of it without its weights.
 #[derive(Debug)]
@@ -70,13 +71,24 @@ impl Transformer {
 }
 
 fn rope_tables(spec: &ModelSpec) -> Vec<Option<Arc<RopeTable>>> {
-    let mut tables: Vec<(&RopeSpec, Arc<RopeTable>)> = Vec::new();
-    for rope in spec.layers.iter().filter_map(|(attention, _)| attention.rope.as_ref()) {
-        if !tables.iter().any(|(known, _)| *known == rope) {
+    let mut tables: Vec<((&RopeSpec, usize), Arc<RopeTable>)> = Vec::new();
+    let mut ropes = Vec::with_capacity(spec.layers.len());
+    for (attention, _) in &spec.layers {
+        ropes.push(rotation(attention).map(|(rope, first)| {
+            if let Some((_, table)) = tables.iter().find(|(known, _)| *known == (rope, first)) {
+                return table.clone();
+            }
             let table = RopeTable::new(&rope.inv_freq, rope.attention_factor, spec.max_positions);
-            tables.push((rope, Arc::new(table)));
-        }
+            let table = Arc::new(table.starting_at(first));
+            tables.push(((rope, first), table.clone()));
+            table
+        }));
     }
-    let table_of = |rope: &RopeSpec| tables.iter().find(|(known, _)| *known == rope).map(|(_, t)| t.clone());
-    spec.layers.iter().map(|(attention, _)| attention.rope.as_ref().and_then(table_of)).collect()
+    ropes
+}
+
+/// The rotation of a layer, and the first dimension of a head that it turns.
+fn rotation(attention: &AttentionSpec) -> Option<(&RopeSpec, usize)> {
+    let first = attention.latent.map_or(0, |latent| latent.nope_dim);
+    attention.rope.as_ref().map(|rope| (rope, first))
 }

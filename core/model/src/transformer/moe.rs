@@ -24,7 +24,7 @@ pub(super) struct MoeLayer<'a> {
 /// Which experts each token chose, and the slots sorted by expert.
 #[derive(Debug)]
 pub(super) struct Routing {
-    /// Expert ids `[T, K]`, heaviest first.
+    /// Expert ids `[T, K]`, in the order of the router's ranking.
     pub ids: Vec<u16>,
     /// Weights `[T, K]`.
     pub weights: Vec<f32>,
@@ -131,8 +131,26 @@ impl MoeLayer<'_> {
                 ids.copy_from_slice(given);
                 router::sigmoid_given(&logits_te, experts, k, &ids, &mut weights);
             }
+            (RouterKind::SigmoidGrouped { .. }, None) => {
+                let correction = self.weights.correction.as_ref().expect("a grouped router has corrections");
+                router::grouped_top_k(&logits_te, correction, &self.rules(), k, &mut ids, &mut weights);
+            }
+            (RouterKind::SigmoidGrouped { .. }, Some(given)) => {
+                ids.copy_from_slice(given);
+                router::grouped_given(&logits_te, experts, &self.rules(), k, &ids, &mut weights);
+            }
         }
         (Routing::new(ids, weights, experts), logits_te)
+    }
+
+    /// How a grouped router chooses.
+    fn rules(&self) -> router::Grouped {
+        match self.spec.router {
+            RouterKind::SigmoidGrouped { groups, groups_kept, renormalise, scale } => {
+                router::Grouped { groups, groups_kept, renormalise, scale }
+            }
+            other => unreachable!("{other:?} has no groups"),
+        }
     }
 
     /// The experts' input rows in slot order `[T·K, D]`.
@@ -294,6 +312,16 @@ impl MoeLayer<'_> {
                     &mut d_logits_te,
                 );
             }
+            RouterKind::SigmoidGrouped { .. } => router::grouped_top_k_backward(
+                &saved.logits_te,
+                experts,
+                &self.rules(),
+                k,
+                &routing.ids,
+                &routing.weights,
+                d_weights,
+                &mut d_logits_te,
+            ),
         }
         cx.accumulate(Precision::F32, &self.at.router, &d_logits_te, normed_td, rows, grads);
         mlp::add_bias_grad(&d_logits_te, &self.at.router_bias, grads);

@@ -140,9 +140,10 @@ impl PolicyWeights {
     ) -> SavedLayer {
         let rows = tape.tokens.len();
         let spec = &self.model.spec().layers[layer].0;
-        let page_values = tape.places.page_count * spec.kv_heads * spec.head_dim * KV_BLOCK;
+        let slots = tape.places.page_count * KV_BLOCK;
         // Unwritten slots of a last page are masked, but 0 · NaN is NaN: they must hold numbers.
-        let (mut k_pages, mut v_pages) = (cx.pool.zeros(page_values), cx.pool.zeros(page_values));
+        let mut k_pages = cx.pool.zeros(slots * spec.key_width());
+        let mut v_pages = cx.pool.zeros(slots * spec.value_width());
         let (seqs, copies) = tape.places.seqs();
         let at = Rows { positions: &tape.places.positions, seqs: &seqs, copies: &copies };
         let attention = self

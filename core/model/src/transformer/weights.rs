@@ -8,7 +8,7 @@ use freewheel_types::PolicyVersion;
 use half::bf16;
 
 use super::Transformer;
-use super::bindings::{FfnBinding, Linear, MlpBinding};
+use super::bindings::{FfnBinding, Linear, MlpBinding, UnpackBinding};
 use super::buffers::BufferPool;
 use super::vision::VisionWeights;
 use crate::params::{ParamData, Params};
@@ -67,6 +67,7 @@ pub(super) struct MlpWeights {
 pub(super) struct MoeWeights {
     pub router: PackedLinear,
     pub router_bias: Option<Vec<f32>>,
+    pub correction: Option<Vec<f32>>,
     pub experts: Vec<MlpWeights>,
     pub shared: Option<MlpWeights>,
 }
@@ -77,12 +78,25 @@ pub(super) enum FfnWeights {
     Moe(MoeWeights),
 }
 
+#[derive(Debug)]
+pub(super) struct LatentWeights {
+    pub q: Option<UnpackWeights>,
+    pub kv: UnpackWeights,
+}
+
+#[derive(Debug)]
+pub(super) struct UnpackWeights {
+    pub norm: Vec<f32>,
+    pub up: PackedLinear,
+}
+
 /// Norm gains are what the normed rows are multiplied by: a family's offset is already added to the weight.
 #[derive(Debug)]
 pub(super) struct LayerWeights {
     pub input_norm: Vec<f32>,
     pub qkv: PackedLinear,
     pub qkv_bias: Option<Vec<f32>>,
+    pub latent: Option<LatentWeights>,
     pub q_norm: Option<Vec<f32>>,
     pub k_norm: Option<Vec<f32>>,
     pub out: PackedLinear,
@@ -199,7 +213,10 @@ impl PolicyWeights {
                             + moe.shared.as_ref().map_or(0, mlp)
                     }
                 };
-                layer.qkv.forward.bytes() + layer.out.forward.bytes() + ffn
+                let unpack = layer.latent.as_ref().map_or(0, |latent| {
+                    latent.q.iter().chain([&latent.kv]).map(|unpack| unpack.up.forward.bytes()).sum()
+                });
+                layer.qkv.forward.bytes() + unpack + layer.out.forward.bytes() + ffn
             })
             .sum();
         layers + self.head.forward.bytes()
@@ -237,12 +254,20 @@ impl Packer<'_> {
         MlpWeights { gate_up, gate_up_bias: None, down, down_bias: None }
     }
 
+    fn empty_unpack(&self, at: &UnpackBinding) -> UnpackWeights {
+        UnpackWeights { norm: Vec::new(), up: self.empty(&at.up) }
+    }
+
     fn layer(&self, model: &Transformer, layer: usize) -> LayerWeights {
         let binding = &model.bindings.layers[layer];
         LayerWeights {
             input_norm: Vec::new(),
             qkv: self.empty(&binding.qkv),
             qkv_bias: None,
+            latent: binding.latent.as_ref().map(|latent| LatentWeights {
+                q: latent.q.as_ref().map(|at| self.empty_unpack(at)),
+                kv: self.empty_unpack(&latent.kv),
+            }),
             q_norm: None,
             k_norm: None,
             out: self.empty(&binding.out),
@@ -256,6 +281,7 @@ impl Packer<'_> {
                 FfnBinding::Moe(moe) => FfnWeights::Moe(MoeWeights {
                     router: self.empty_in(Precision::F32, &moe.router),
                     router_bias: None,
+                    correction: None,
                     experts: moe.experts.iter().map(|mlp| self.empty_mlp(mlp)).collect(),
                     shared: moe.shared.as_ref().map(|mlp| self.empty_mlp(mlp)),
                 }),
@@ -275,12 +301,19 @@ impl Packer<'_> {
         layer.post_norm = gain(&binding.post_norm);
         layer.ffn_out_norm = binding.ffn_out_norm.as_ref().map(gain);
         self.fill(&mut layer.qkv, &binding.qkv);
+        if let (Some(latent), Some(at)) = (&mut layer.latent, &binding.latent) {
+            for (unpack, at) in latent.q.iter_mut().zip(&at.q).chain([(&mut latent.kv, &at.kv)]) {
+                unpack.norm = gain(&at.norm);
+                self.fill(&mut unpack.up, &at.up);
+            }
+        }
         self.fill(&mut layer.out, &binding.out);
         match (&mut layer.ffn, &binding.ffn) {
             (FfnWeights::Dense(weights), FfnBinding::Dense(at)) => self.fill_mlp(weights, at),
             (FfnWeights::Moe(weights), FfnBinding::Moe(at)) => {
                 self.fill(&mut weights.router, &at.router);
                 weights.router_bias = self.bias(&at.router_bias);
+                weights.correction = self.bias(&at.correction);
                 for (expert, at) in weights.experts.iter_mut().zip(&at.experts) {
                     self.fill_mlp(expert, at);
                 }

@@ -10,9 +10,10 @@ use serde_json::json;
 use super::support::{largest_difference, logits, model_dir};
 
 fn request(arch: &str) -> InitRequest {
+    let head_dim = if arch.to_lowercase().starts_with("deepseek") { "qk_rope_head_dim" } else { "head_dim" };
     InitRequest {
         arch: arch.into(),
-        overrides: vec![("hidden_size".into(), json!(64)), ("head_dim".into(), json!(16))],
+        overrides: vec![("hidden_size".into(), json!(64)), (head_dim.into(), json!(16))],
         seed: 1,
         scale: InitScale::FanIn,
         dtype: WeightsDtype::F32,
