@@ -9,8 +9,9 @@ use freewheel_actor::{
 use freewheel_kernels::Threads;
 use freewheel_model::delta::{delta_frame, key_frame};
 use freewheel_model::{
-    Activation, AttentionSpec, Family, FfnSpec, ModelSpec, MoeSpec, ParamData, Params, PolicyWeights,
-    Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target, TensorKind, TrainBatch, TrainSeq, Transformer,
+    Activation, AttentionSpec, Family, FfnSpec, ModelSpec, MoeSpec, OutputHead, ParamData, Params,
+    PolicyWeights, Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target, TensorKind, TrainBatch,
+    TrainSeq, Transformer,
 };
 use freewheel_types::{CounterRng, Digest, PolicyVersion, SamplingParams, TaskId, WeightsDtype};
 
@@ -65,6 +66,7 @@ fn model() -> Arc<Transformer> {
         sandwich_norms: false,
         embedding_scale: 1.0,
         tied_embeddings: false,
+        head: OutputHead::LanguageModel,
         max_positions: 96,
         architecture: "Test".into(),
         vision: None,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use freewheel_kernels::Threads;
-use freewheel_model::{Family, ModelSpec, Params, delta};
+use freewheel_model::{Family, ModelSpec, OutputHead, Params, delta};
 use freewheel_queue::memory::{MemoryQueue, MemoryStore};
 use freewheel_queue::{PolicyStore, PutOutcome, QueueConfig, RolloutQueue, RunControl};
 use freewheel_types::{
@@ -54,6 +54,7 @@ impl Run {
             sandwich_norms: false,
             embedding_scale: 1.0,
             tied_embeddings: true,
+            head: OutputHead::LanguageModel,
             max_positions: 32,
             architecture: "bigram".into(),
             vision: None,

@@ -55,7 +55,7 @@ pub enum OnUnscored {
 pub struct ComponentConfig {
     /// Name, unique; used in `combine.weights`, in metrics (`reward/<name>/mean`) and in records.
     pub name: String,
-    /// "verifier" (default), "guard" or "rule".
+    /// "verifier" (default), "guard", "rule" or "model".
     pub kind: ComponentKind,
     /// Prompts it applies to: "tag:math", several as "tag:math|physics". Default: all.
     pub when: Option<String>,
@@ -88,16 +88,36 @@ pub struct ComponentConfig {
     pub role: GuardRole,
     /// Guard: what it looks for.
     pub category: Vec<GuardCategory>,
-    /// Guard as a gate: fails above this probability of harm; 0 to 1, default 0.5. Verifier as a gate: fails
-    /// below this value.
+    /// Guard as a gate: fails above this probability of harm; 0 to 1, default 0.5. Verifier or model as a gate:
+    /// fails below this value, default 0.5.
     pub threshold: Option<f32>,
 
     /// Rule: "overlong", the soft length penalty of DAPO (arXiv 2503.14476, eq. 13).
     pub rule: RuleKind,
-    /// Overlong: length at which the penalty reaches -1. Tokens; required by the rule.
+    /// Overlong: length at which the penalty reaches -1. Tokens; required by the rule. Model: longest input; default
+    /// and most: what the model was made for.
     pub max_tokens: Option<u32>,
     /// Overlong: the penalty grows over this many tokens before `max_tokens`. Tokens; default a fifth of it.
     pub buffer_tokens: Option<u32>,
+
+    /// Model: folder of a reward model or classifier in Hugging Face layout: Llama, Mistral, Qwen2, Qwen3, Mixtral,
+    /// Qwen3-MoE, BERT or DeBERTa-v2 `...ForSequenceClassification`. Runs on this machine's processors, with as many
+    /// threads as `reward.workers`.
+    pub model: Option<String>,
+    /// Model: what it reads. "chat": the conversation with the completion as the assistant's turn, through the
+    /// model's chat template (a text prompt becomes the user's turn); "pair": prompt and completion as two
+    /// segments; "response"; "prompt". Default "auto": "response" for BERT and DeBERTa, else "chat".
+    pub input: ModelInput,
+    /// Model: the label whose score counts, by name or index; needed where the model has several.
+    pub label: Option<String>,
+    /// Model: "logit", the score as it is, or "probability", softmax over the labels (sigmoid for a single one).
+    /// Default "auto": "logit" for a single label, else "probability".
+    pub output: ModelOutput,
+    /// Model: what happens to an input longer than `max_tokens`. "unscored" (default), or "cut": its start is left
+    /// out (of the prompt first) and the record says how much.
+    pub overlong: OverlongInput,
+    /// Model: most completions in one forward pass. 1 to 1024, default 8. No score depends on it.
+    pub batch: Option<usize>,
 }
 
 /// The kinds of component.
@@ -111,6 +131,49 @@ pub enum ComponentKind {
     Guard,
     /// A fixed formula over the rollout itself.
     Rule,
+    /// A reward model or classifier.
+    Model,
+}
+
+/// What a model reads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelInput {
+    /// "response" for encoders, else "chat".
+    #[default]
+    Auto,
+    /// Prompt and completion through the chat template.
+    Chat,
+    /// Prompt and completion as two segments.
+    Pair,
+    /// The completion.
+    Response,
+    /// The prompt.
+    Prompt,
+}
+
+/// What a model's score becomes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelOutput {
+    /// "logit" for a single label, else "probability".
+    #[default]
+    Auto,
+    /// As it is.
+    Logit,
+    /// Softmax over labels, sigmoid for a single one.
+    Probability,
+}
+
+/// What happens to an input that is too long for a model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum OverlongInput {
+    /// No score.
+    #[default]
+    Unscored,
+    /// Its start is left out; the record says so.
+    Cut,
 }
 
 /// The verifiers.

@@ -84,7 +84,8 @@ fn word_pattern(word: &str) -> String {
     format!("{}{}{}", edge(trimmed.chars().next()), parts.join(r"\s+"), edge(trimmed.chars().last()))
 }
 
-fn prompt_text(prompt: &Prompt) -> String {
+/// The prompt as text, a turn a line.
+pub(crate) fn prompt_text(prompt: &Prompt) -> String {
     match &prompt.body {
         PromptBody::Text(text) => text.clone(),
         PromptBody::Messages(messages) => {

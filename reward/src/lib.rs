@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! lease_rollouts ─► RewardStack::score ─► forward_scored
-//!                     ├ component 1 (verifier | guard | rule) ─ raw value, or why there is none
+//!                     ├ component 1 (verifier | guard | rule | model) ─ raw value, or why there is none
 //!                     ├ component 2 …
 //!                     └ combine: weighted sum, or gate then weighted sum
 //! ```
@@ -15,6 +15,7 @@ mod combine;
 mod config;
 mod error;
 pub mod guard;
+mod model;
 mod role;
 mod rule;
 mod stack;
@@ -23,8 +24,8 @@ pub mod verifiers;
 mod when;
 
 pub use config::{
-    CombineConfig, CombineMode, ComponentConfig, ComponentKind, GuardCategory, GuardRole, OnUnscored,
-    RewardConfig, RuleKind, VerifierKind,
+    CombineConfig, CombineMode, ComponentConfig, ComponentKind, GuardCategory, GuardRole, ModelInput,
+    ModelOutput, OnUnscored, OverlongInput, RewardConfig, RuleKind, VerifierKind,
 };
 pub use error::{ConfigProblem, RewardError};
 pub use role::{RewardDeps, RewardSummary, run};

@@ -8,7 +8,7 @@ use freewheel_types::{ComponentScore, Digest, FinishReason, Prompt, RewardRecord
 use crate::ConfigProblem;
 use crate::combine::{Bounds, Part, PartRole, combine};
 use crate::config::RewardConfig;
-use crate::validate::build;
+use crate::validate::{Weights, build};
 use crate::when::When;
 
 /// What is judged: the part of a rollout that rewards may depend on.
@@ -55,6 +55,11 @@ pub trait Component: Send + Sync {
     /// # Errors
     /// If the component itself failed: bad reference answer, missing data.
     fn judge(&self, completion: &Completion<'_>) -> Result<Judgement, Unscored>;
+
+    /// Identity of what judges beyond the configuration (a model's weights), part of the reward version.
+    fn version(&self) -> Option<&str> {
+        None
+    }
 }
 
 /// A component in its place.
@@ -74,22 +79,34 @@ pub struct RewardStack {
 }
 
 impl RewardStack {
-    /// Builds every component.
+    /// Looks for problems without loading the weights of models.
+    ///
+    /// # Errors
+    /// Every problem of the configuration, at once.
+    pub fn check(config: &RewardConfig) -> Result<(), Vec<ConfigProblem>> {
+        build(config, Weights::Leave).map(drop)
+    }
+
+    /// Builds every component, models and all.
     ///
     /// # Errors
     /// Every problem of the configuration, at once.
     pub fn new(config: &RewardConfig) -> Result<Self, Vec<ConfigProblem>> {
-        let (slots, bounds) = build(config)?;
+        let (slots, bounds) = build(config, Weights::Load)?;
         // The number of threads has no part in what a reward is.
         let judged_by = RewardConfig { workers: 1, ..config.clone() };
-        let canonical = serde_json::to_vec(&judged_by).map_err(|error| {
+        let mut canonical = serde_json::to_vec(&judged_by).map_err(|error| {
             vec![ConfigProblem::new("reward", format!("cannot be written as JSON: {error}"))]
         })?;
+        for version in slots.iter().filter_map(|slot| slot.component.version()) {
+            canonical.push(b'\n');
+            canonical.extend_from_slice(version.as_bytes());
+        }
         let version = Digest::of(&canonical).to_string()[..16].to_owned();
         Ok(Self { slots, bounds, deadline: Duration::from_millis(config.deadline_ms), version })
     }
 
-    /// Hash of the configuration that judges, 16 hex digits.
+    /// Hash of the configuration that judges and of the weights of its models, 16 hex digits.
     pub fn reward_version(&self) -> &str {
         &self.version
     }

@@ -5,10 +5,11 @@ use std::collections::BTreeSet;
 use crate::ConfigProblem;
 use crate::combine::{Bounds, Gate, PartRole};
 use crate::config::{
-    CombineMode, ComponentConfig, ComponentKind, GuardCategory, GuardRole, RewardConfig, RuleKind,
-    VerifierKind,
+    CombineMode, ComponentConfig, ComponentKind, GuardCategory, GuardRole, ModelInput, ModelOutput,
+    OverlongInput, RewardConfig, RuleKind, VerifierKind,
 };
 use crate::guard::PolicyGuard;
+use crate::model::{ModelJudge, Plan};
 use crate::rule::Overlong;
 use crate::stack::{Component, Slot};
 use crate::verifiers::{self, Verifiers};
@@ -16,8 +17,18 @@ use crate::when::When;
 
 const LATER: [CombineMode; 3] = [CombineMode::Piecewise, CombineMode::Lexicographic, CombineMode::Lagrangian];
 
-/// Builds every component.
-pub(crate) fn build(config: &RewardConfig) -> Result<(Vec<Slot>, Bounds), Vec<ConfigProblem>> {
+/// Whether models are loaded, or only checked by their configuration and tokenizer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Weights {
+    Load,
+    Leave,
+}
+
+/// Builds every component; models are left out where their weights are.
+pub(crate) fn build(
+    config: &RewardConfig,
+    weights: Weights,
+) -> Result<(Vec<Slot>, Bounds), Vec<ConfigProblem>> {
     let mut problems = Vec::new();
     check_section(config, &mut problems);
     let mut names = BTreeSet::new();
@@ -26,7 +37,7 @@ pub(crate) fn build(config: &RewardConfig) -> Result<(Vec<Slot>, Bounds), Vec<Co
         let key = format!("reward.component[{i}]");
         check_name(component, &key, &mut names, &mut problems);
         check_unused_keys(component, &key, &mut problems);
-        if let Some(slot) = build_slot(config, component, &key, &mut problems) {
+        if let Some(slot) = build_slot(config, component, &key, weights, &mut problems) {
             slots.push(slot);
         }
     }
@@ -86,7 +97,10 @@ fn check_combine(config: &RewardConfig, names: &BTreeSet<&str>, problems: &mut V
         match config.component.iter().find(|c| c.name == *name) {
             None => problem("gates", format!("no component is called {name:?}; there are: {}", known())),
             Some(c) if c.kind == ComponentKind::Rule => {
-                problem("gates", format!("{name:?} is a rule; only verifiers and guards can be gates"));
+                problem(
+                    "gates",
+                    format!("{name:?} is a rule; only verifiers, guards and models can be gates"),
+                );
             }
             Some(_) => {}
         }
@@ -156,9 +170,25 @@ fn check_unused_keys(c: &ComponentConfig, key: &str, problems: &mut Vec<ConfigPr
         ("length_max", c.length_max.is_some(), verifier(&[V::Format]), "verifier = \"format\""),
         ("role", c.role != GuardRole::Response, c.kind == K::Guard, "kind = \"guard\""),
         ("category", !c.category.is_empty(), c.kind == K::Guard, "kind = \"guard\""),
-        ("threshold", c.threshold.is_some(), c.kind != K::Rule, "kind = \"guard\" or \"verifier\""),
-        ("max_tokens", c.max_tokens.is_some(), c.kind == K::Rule, "kind = \"rule\""),
+        (
+            "threshold",
+            c.threshold.is_some(),
+            c.kind != K::Rule,
+            "kind = \"guard\", \"verifier\" or \"model\"",
+        ),
+        (
+            "max_tokens",
+            c.max_tokens.is_some(),
+            matches!(c.kind, K::Rule | K::Model),
+            "kind = \"rule\" or \"model\"",
+        ),
         ("buffer_tokens", c.buffer_tokens.is_some(), c.kind == K::Rule, "kind = \"rule\""),
+        ("model", c.model.is_some(), c.kind == K::Model, "kind = \"model\""),
+        ("input", c.input != ModelInput::Auto, c.kind == K::Model, "kind = \"model\""),
+        ("label", c.label.is_some(), c.kind == K::Model, "kind = \"model\""),
+        ("output", c.output != ModelOutput::Auto, c.kind == K::Model, "kind = \"model\""),
+        ("overlong", c.overlong != OverlongInput::Unscored, c.kind == K::Model, "kind = \"model\""),
+        ("batch", c.batch.is_some(), c.kind == K::Model, "kind = \"model\""),
     ];
     for (name, given, read, needs) in set {
         if given && !read {
@@ -174,6 +204,7 @@ fn build_slot(
     config: &RewardConfig,
     c: &ComponentConfig,
     key: &str,
+    weights: Weights,
     problems: &mut Vec<ConfigProblem>,
 ) -> Option<Slot> {
     let when = When::parse(c.when.as_deref())
@@ -190,13 +221,17 @@ fn build_slot(
             "a guard's value is the probability of harm and is subtracted; its weight must not be negative";
         problems.push(ConfigProblem::new(format!("{key}.weight"), message));
     }
-    if c.threshold.is_some_and(|t| !(0.0..=1.0).contains(&t)) {
-        problems.push(ConfigProblem::new(
-            format!("{key}.threshold"),
-            format!("must be 0 to 1, is {:?}", c.threshold),
-        ));
+    // A model's value may be a logit, which has no bounds.
+    let fine = |t: f32| if c.kind == ComponentKind::Model { t.is_finite() } else { (0.0..=1.0).contains(&t) };
+    if let Some(threshold) = c.threshold.filter(|t| !fine(*t)) {
+        let range = if c.kind == ComponentKind::Model { "be finite" } else { "be 0 to 1" };
+        problems
+            .push(ConfigProblem::new(format!("{key}.threshold"), format!("must {range}, is {threshold:?}")));
     }
-    let component = build_component(c, key, problems);
+    let component = match c.kind {
+        ComponentKind::Model => build_model(config, c, key, weights, problems),
+        _ => build_component(c, key, problems),
+    };
     Some(Slot { name: c.name.clone(), when: when?, role: part_role(config, c), component: component? })
 }
 
@@ -209,6 +244,32 @@ fn part_role(config: &RewardConfig, c: &ComponentConfig) -> PartRole {
         factor: if guard { -weight } else { weight },
         decides: c.kind == ComponentKind::Verifier && c.verifier != VerifierKind::Format,
         gate: is_gate.then_some(if guard { Gate::Above(threshold) } else { Gate::Below(threshold) }),
+    }
+}
+
+fn build_model(
+    config: &RewardConfig,
+    c: &ComponentConfig,
+    key: &str,
+    weights: Weights,
+    problems: &mut Vec<ConfigProblem>,
+) -> Option<Box<dyn Component>> {
+    let plan = Plan::new(c)
+        .map_err(|found| {
+            let named = |(field, message)| ConfigProblem::new(format!("{key}.{field}"), message);
+            problems.extend(found.into_iter().map(named));
+        })
+        .ok()?;
+    // `workers` out of range has been noted; no more threads than that are started for it.
+    if weights == Weights::Leave || !problems.is_empty() {
+        return None;
+    }
+    match ModelJudge::new(plan, config.workers) {
+        Ok(judge) => Some(Box::new(judge)),
+        Err(message) => {
+            problems.push(ConfigProblem::new(format!("{key}.model"), message));
+            None
+        }
     }
 }
 
@@ -232,6 +293,7 @@ fn build_component(
                 }
             }
         }
+        ComponentKind::Model => unreachable!("build_slot builds models"),
         ComponentKind::Guard => build_guard(&c.category, c.role, key, problems),
         ComponentKind::Rule => {
             let RuleKind::Overlong = c.rule;

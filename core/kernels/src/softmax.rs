@@ -79,6 +79,42 @@ pub fn log_prob_backward(
     dlogits[target] = d_logprob.mul_add(inv_temperature, dlogits[target]);
 }
 
+/// Replaces a row of scores by its softmax.
+///
+/// # Panics
+/// When the row is empty.
+pub fn softmax_row(scores: &mut [f32]) {
+    assert!(!scores.is_empty(), "softmax_row: an empty row");
+    let (max, sum) = max_and_sum(scores, 1.0);
+    normalise_row(scores, max, sum);
+}
+
+simd! {
+    fn normalise_row<S>(scores: &mut [f32], max: f32, sum: f32) {
+        for scores in scores.chunks_mut(LANES) {
+            exp(S::read(scores, 0.0).sub(S::splat(max))).div(S::splat(sum)).write(scores);
+        }
+    }
+}
+
+simd! {
+    /// Turns the gradient `d` of a softmax row `p` into that of the scores: p·(d − Σ p·d).
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn softmax_row_backward<S>(p: &[f32], d: &mut [f32]) {
+        assert_eq!(p.len(), d.len(), "softmax_row_backward: lengths");
+        let mut dot = S::splat(0.0);
+        for (p, d) in p.chunks(LANES).zip(d.chunks(LANES)) {
+            dot = S::read(p, 0.0).fma(S::read(d, 0.0), dot);
+        }
+        let dot = S::splat(dot.sum());
+        for (p, d) in p.chunks(LANES).zip(d.chunks_mut(LANES)) {
+            S::read(p, 0.0).mul(S::read(d, 0.0).sub(dot)).write(d);
+        }
+    }
+}
+
 /// Index of the largest value; of equals, the lowest. NaN is never the largest; `None` when there is no other value.
 pub fn argmax(x: &[f32]) -> Option<usize> {
     let max = max_of(x);
@@ -185,6 +221,27 @@ mod tests {
             let want = [log_prob, entropy_f64(&logits, 1.25), logits[target] * 1.25 - log_prob];
             assert_close(&got[len..], &want, 2e-6, "log-prob, entropy, log-sum-exp");
         }
+    }
+
+    #[test]
+    fn rows_and_their_gradient_at_every_length() {
+        let mut random = Random(7);
+        for len in (1..=50).chain([300]) {
+            let (x, dy) = (random.vec(len), random.vec(len));
+            let got = assert_all_agree("softmax_row", || {
+                let (mut p, mut d) = (x.clone(), dy.clone());
+                softmax_row(&mut p);
+                softmax_row_backward(&p, &mut d);
+                [p, d].concat()
+            });
+            let softmax = |x: &[f64]| -> Vec<f64> { log_probs_f64(x, 1.0).iter().map(|l| l.exp()).collect() };
+            let loss = |x: &[f64]| softmax(x).iter().zip(&dy).map(|(p, d)| p * f64::from(*d)).sum();
+            assert_close(&got[..len], &softmax(&wide(&x)), 1e-6, "softmax_row");
+            assert_close(&got[len..], &gradient(&wide(&x), loss), 1e-6, "softmax_row_backward");
+        }
+        let mut awkward = [1.0, f32::NAN, 2.0];
+        softmax_row(&mut awkward);
+        assert!(awkward.iter().all(|p| p.is_nan()), "a NaN shows");
     }
 
     #[test]

@@ -15,11 +15,13 @@
 mod checkpoint;
 mod config;
 pub mod delta;
+pub mod encoder;
 mod error;
 mod generation;
 mod init;
 mod params;
 pub mod sampling;
+mod scorer;
 mod spec;
 mod template;
 mod tokenizer;
@@ -27,18 +29,25 @@ mod transformer;
 mod upcycle;
 pub mod vision;
 
-pub use checkpoint::{FileSink, LoadedModel, SaveOptions, convert, load, save, save_into};
-pub use config::{ARCHITECTURES, Architecture, spec_from_config, supported_architectures};
+pub use checkpoint::{
+    FileSink, LoadedEncoder, LoadedModel, SaveOptions, convert, load, load_classifier, load_encoder, save,
+    save_into,
+};
+pub use config::{
+    ARCHITECTURES, Architecture, CLASSIFIERS, ENCODERS, encoder_spec_from_config, spec_from_config,
+    supported_architectures,
+};
 pub use error::ModelError;
 pub use generation::GenerationConfig;
 pub use init::{ChatStyle, InitRequest, InitScale, TokenizerChoice, build_tokenizer, init_model};
 pub use params::{ParamData, ParamLayout, Params, TensorKind, TensorSpec};
+pub use scorer::{Scorer, ScorerInfo, score_row};
 pub use spec::{
-    Activation, AttentionSpec, Family, FfnSpec, LatentSpec, ModelSpec, MoeSpec, QkNorm, RopeScaling,
-    RopeSpec, RopeStyle, RouterKind, TemperatureTuning, VisionSpec,
+    Activation, AttentionSpec, Family, FfnSpec, LatentSpec, ModelSpec, MoeSpec, OutputHead, QkNorm,
+    RopeScaling, RopeSpec, RopeStyle, RouterKind, TemperatureTuning, VisionSpec,
 };
 pub use template::RenderOptions;
-pub use tokenizer::{ChatIds, DecodeStream, Tokenizer};
+pub use tokenizer::{ChatIds, DecodeStream, Framed, Tokenizer};
 pub use transformer::{
     BatchSeq, ForwardBatch, ForwardOutput, KvCache, LogProbs, PolicyWeights, Purpose, Tape, Target, TileRows,
     TrainBatch, TrainSeq, Transformer,

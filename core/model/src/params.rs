@@ -10,7 +10,8 @@ use freewheel_types::{Digest, TensorEntry, WeightsDtype};
 use half::bf16;
 
 use crate::spec::{
-    AttentionSpec, Family, FfnSpec, LatentSpec, ModelSpec, MoeSpec, QkNorm, RouterKind, VisionSpec,
+    AttentionSpec, Family, FfnSpec, LatentSpec, ModelSpec, MoeSpec, OutputHead, QkNorm, RouterKind,
+    VisionSpec,
 };
 
 /// What a tensor is, for initialisation, decay and parametrisation rules.
@@ -18,7 +19,7 @@ use crate::spec::{
 pub enum TensorKind {
     /// Token embedding `[V, D]` (also the head when tied).
     Embedding,
-    /// Output head `[V, D]`.
+    /// Output head `[V, D]`, or `[labels, D]`.
     Head,
     /// Norm gain.
     Norm,
@@ -110,9 +111,15 @@ impl ParamLayout {
             builder.layer(spec, index);
         }
         builder.push(&format!("{prefix}model.norm.weight"), &[spec.hidden], TensorKind::Norm);
-        if !spec.tied_embeddings {
-            let shape = [spec.vocab_size, spec.hidden];
-            builder.push(&format!("{prefix}lm_head.weight"), &shape, TensorKind::Head);
+        match spec.head {
+            OutputHead::LanguageModel if spec.tied_embeddings => {}
+            OutputHead::LanguageModel => {
+                let shape = [spec.vocab_size, spec.hidden];
+                builder.push(&format!("{prefix}lm_head.weight"), &shape, TensorKind::Head);
+            }
+            OutputHead::Classifier { labels } => {
+                builder.push("score.weight", &[labels, spec.hidden], TensorKind::Head);
+            }
         }
         if let Some(vision) = &spec.vision {
             builder.vision(vision, spec.hidden);

@@ -41,6 +41,8 @@ pub struct ModelSpec {
     pub embedding_scale: f32,
     /// Whether the LM head is the embedding matrix.
     pub tied_embeddings: bool,
+    /// What the final rows become.
+    pub head: OutputHead,
     /// Longest sequence the model was made for, tokens.
     pub max_positions: usize,
     /// Architecture string as in `config.json`, for messages and export.
@@ -103,6 +105,18 @@ impl VisionSpec {
     pub fn head_dim(&self) -> usize {
         self.hidden / self.heads
     }
+}
+
+/// What a row of the final norm becomes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OutputHead {
+    /// Logits of the next token `[V]`, by `lm_head` or the embedding.
+    LanguageModel,
+    /// One score for each label, by `score` (`…ForSequenceClassification`); a single label is a reward model's.
+    Classifier {
+        /// Number of labels.
+        labels: usize,
+    },
 }
 
 /// One attention layer.
@@ -326,6 +340,14 @@ impl ModelSpec {
     /// What precedes the names of the decoder's tensors in a checkpoint.
     pub fn prefix(&self) -> &'static str {
         if self.vision.is_some() { "language_model." } else { "" }
+    }
+
+    /// Values that the head gives for a row: V, or the number of labels.
+    pub fn head_width(&self) -> usize {
+        match self.head {
+            OutputHead::LanguageModel => self.vocab_size,
+            OutputHead::Classifier { labels } => labels,
+        }
     }
 
     /// Number of MoE layers.

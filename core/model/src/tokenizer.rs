@@ -5,6 +5,7 @@
 //! reference library, because a policy that reads other ids than it was trained on is another policy.
 //! (Added tokens that the tokenizer itself declares as not special, such as `<think>`, are ordinary text.)
 
+mod frame;
 mod stream;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,6 +21,7 @@ use crate::template::{ChatTemplate, RenderOptions, Rendered, Shield, messages_js
 
 use crate::spec::VisionSpec;
 use crate::vision::{EncodedPrompt, ImageProcessor, ImageTile};
+pub use frame::Framed;
 pub use stream::DecodeStream;
 
 /// Files that make up a tokenizer in Hugging Face's layout; kept as they are, to be saved as they were.
@@ -164,7 +166,9 @@ impl Tokenizer {
             offsets.extend(encoding.get_offsets().iter().map(|(start, stop)| (start + base, stop + base)));
             base += piece.len();
         }
-        if self.has_special(&ids) {
+        // What a vocabulary cannot spell is honestly unknown, and says nothing to the model but that.
+        let unknown = self.special("unk_token").and_then(|text| self.token_to_id(text));
+        if ids.iter().any(|id| self.special_ids.contains(id) && Some(*id) != unknown) {
             return Err(ModelError::Tokenizer("this text cannot be encoded without special tokens".into()));
         }
         Ok((ids, offsets))
@@ -267,6 +271,18 @@ impl Tokenizer {
         self.images.as_ref().ok_or_else(|| {
             ModelError::Template("the prompt holds an image, but the model reads text only".into())
         })
+    }
+
+    /// Ids of a conversation, as `options` say.
+    ///
+    /// # Errors
+    /// As [`Self::encode_prompt`].
+    pub fn encode_messages(
+        &self,
+        messages: &[Message],
+        options: &RenderOptions,
+    ) -> Result<ChatIds, ModelError> {
+        self.encode_chat(&messages_json(messages), options)
     }
 
     /// The chat template's text for `messages`, for people to look at. Encode with [`Self::encode_chat`] instead, which

@@ -7,6 +7,7 @@ mod io {
     pub mod gguf_file;
     pub mod load;
     pub mod make;
+    pub mod mxfp4;
     pub mod save;
     pub mod support;
 }

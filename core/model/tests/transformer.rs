@@ -6,8 +6,8 @@ use freewheel_kernels::Threads;
 use freewheel_model::sampling::{SampleScratch, log_prob_of};
 use freewheel_model::{
     Activation, AttentionSpec, BatchSeq, Family, FfnSpec, ForwardBatch, KvCache, LatentSpec, ModelSpec,
-    MoeSpec, ParamData, Params, PolicyWeights, Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target,
-    TemperatureTuning, TensorKind, TrainBatch, TrainSeq, Transformer,
+    MoeSpec, OutputHead, ParamData, Params, PolicyWeights, Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind,
+    Target, TemperatureTuning, TensorKind, TrainBatch, TrainSeq, Transformer,
 };
 use freewheel_types::{CounterRng, PolicyVersion, SamplingParams, WeightsDtype};
 
@@ -76,6 +76,7 @@ fn spec(family: Family, layers: Vec<(AttentionSpec, FfnSpec)>, tied_embeddings: 
         sandwich_norms: false,
         embedding_scale: 1.0,
         tied_embeddings,
+        head: OutputHead::LanguageModel,
         max_positions: 128,
         architecture: "Test".into(),
         vision: None,

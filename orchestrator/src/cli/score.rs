@@ -4,12 +4,13 @@ use std::io::Write as _;
 use std::path::PathBuf;
 
 use clap::Args;
-use freewheel_reward::{Completion, RewardStack};
+use freewheel_reward::{Completion, RewardError, RewardStack};
 use freewheel_types::{Message, MessageContent, Prompt, PromptBody, PromptId, RewardRecord, Verdict};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::ConfigArgs;
+use super::fail::Explain as _;
 use super::table::table;
 use crate::lines;
 
@@ -95,7 +96,7 @@ impl Line {
 impl ScoreArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let loaded = self.config.load()?;
-        let stack = RewardStack::new(&loaded.config.reward).expect("checked when the config was loaded");
+        let stack = RewardStack::new(&loaded.config.reward).map_err(RewardError::Config).input()?;
         let lines = lines::read(&self.input, Line::check)?;
         let mut out = std::io::BufWriter::new(std::io::stdout());
         let mut rows = Vec::new();

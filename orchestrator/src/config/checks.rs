@@ -91,7 +91,7 @@ pub fn run_config(config: &RunConfig, document: &Node, path: &Path) -> Vec<Probl
 fn sections(config: &RunConfig, checks: &mut Checks<'_>) {
     config.actor.problems().iter().for_each(|problem| checks.told(&problem.to_string()));
     config.learner.problems().iter().for_each(|problem| checks.told(problem));
-    if let Err(problems) = freewheel_reward::RewardStack::new(&config.reward) {
+    if let Err(problems) = freewheel_reward::RewardStack::check(&config.reward) {
         problems.into_iter().for_each(|problem| checks.note(&problem.key, problem.message, None));
     }
     for (key, message) in pool_params(config).problems() {

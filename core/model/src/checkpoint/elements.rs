@@ -6,6 +6,7 @@ use std::sync::Arc;
 use freewheel_types::WeightsDtype;
 use half::{bf16, f16};
 
+use super::mxfp4::Mxfp4;
 use crate::error::ModelError;
 use crate::params::{ParamData, ParamLayout, Params, TensorSpec};
 
@@ -17,6 +18,8 @@ pub(super) enum Elements<'a> {
     F16(&'a [u8]),
     /// bfloat16.
     Bf16(&'a [u8]),
+    /// Four-bit floats in blocks.
+    Mxfp4(Mxfp4<'a>),
     /// Already decoded.
     Decoded(Vec<f32>),
 }
@@ -50,6 +53,7 @@ impl Elements<'_> {
         match self {
             Elements::F32(bytes) => bytes.len() / 4,
             Elements::F16(bytes) | Elements::Bf16(bytes) => bytes.len() / 2,
+            Elements::Mxfp4(packed) => packed.len(),
             Elements::Decoded(values) => values.len(),
         }
     }
@@ -70,6 +74,10 @@ impl Elements<'_> {
             }
             Elements::Bf16(bytes) => {
                 store(out, bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()))
+            }
+            Elements::Mxfp4(packed) => {
+                packed.for_each(|at, value| out[at] = T::narrow(value));
+                out.iter().position(|value| !value.finite())
             }
             Elements::Decoded(values) => store(out, values.iter().copied()),
         }

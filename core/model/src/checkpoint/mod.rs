@@ -1,7 +1,7 @@
 //! Checkpoints: files in, files out.
 //!
 //! ```text
-//! HF folder ── config.json, *.safetensors, tokenizer ──┐
+//! HF folder ── config.json, *.safetensors, tokenizer ──┐         (gpt-oss: experts in MXFP4 are decoded)
 //!                                                       ├─► LoadedModel ──► save: HF folder
 //! GGUF file ── metadata, quantised tensors ────────────┘
 //! ```
@@ -14,6 +14,7 @@ mod convert;
 mod elements;
 mod gguf;
 mod mmap;
+mod mxfp4;
 mod safetensors;
 mod save;
 
@@ -24,10 +25,12 @@ use freewheel_types::WeightsDtype;
 use serde_json::{Map, Value};
 
 use crate::Transformer;
-use crate::config::spec_from_config;
+use crate::config::{encoder_spec_from_config, spec_from_config};
+use crate::encoder::Encoder;
 use crate::error::ModelError;
 use crate::generation::GenerationConfig;
 use crate::params::Params;
+use crate::spec::{ModelSpec, OutputHead};
 use crate::tokenizer::Tokenizer;
 
 pub use convert::convert;
@@ -48,6 +51,21 @@ pub struct LoadedModel {
     /// Its end-of-sequence ids and sampling defaults.
     pub generation: GenerationConfig,
     /// `config.json` as it was, for saving unchanged what this build does not use.
+    pub config_json: Map<String, Value>,
+    /// Where it came from.
+    pub source: PathBuf,
+}
+
+/// An encoder with everything that belongs to it.
+#[derive(Clone, Debug)]
+pub struct LoadedEncoder {
+    /// What it is.
+    pub encoder: Arc<Encoder>,
+    /// Its weights.
+    pub params: Params,
+    /// Its tokenizer.
+    pub tokenizer: Arc<Tokenizer>,
+    /// `config.json` as it was.
     pub config_json: Map<String, Value>,
     /// Where it came from.
     pub source: PathBuf,
@@ -86,16 +104,78 @@ pub fn load(path: &Path, dtype: Option<WeightsDtype>) -> Result<LoadedModel, Mod
             return gguf::load(file, dtype);
         }
     }
-    load_folder(path, dtype)
+    load_folder(path, dtype, Wanted::Policy)
 }
 
-fn load_folder(dir: &Path, dtype: Option<WeightsDtype>) -> Result<LoadedModel, ModelError> {
+/// Loads a decoder with a classification head (`…ForSequenceClassification`), such as a reward model.
+///
+/// # Errors
+/// As [`load`]; [`ModelError::Unsupported`] for a model without such a head.
+pub fn load_classifier(dir: &Path, dtype: Option<WeightsDtype>) -> Result<LoadedModel, ModelError> {
+    load_folder(dir, dtype, Wanted::Classifier)
+}
+
+/// Loads an encoder: a folder in Hugging Face's layout.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_encoder(dir: &Path, dtype: Option<WeightsDtype>) -> Result<LoadedEncoder, ModelError> {
     let config_path = dir.join("config.json");
     let config_json = read_json(&config_path)?;
+    let mut spec = encoder_spec_from_config(&config_path, &config_json)?;
+    let checkpoint = safetensors::Checkpoint::open(dir)?;
+    // Exporters of sentence embeddings leave the pooler out, since nothing reads it.
+    if spec.labels.is_none() && !checkpoint.holds("pooler.dense.weight") {
+        spec.pooler = None;
+    }
+    let vocab_size = spec.vocab_size;
+    let encoder = Encoder::new(spec);
+    checkpoint.check(encoder.layout(), safetensors::is_buffer)?;
+    let tokenizer = Tokenizer::from_folder(dir)?;
+    tokenizer.check_fits(vocab_size)?;
+    let params = checkpoint.read(encoder.layout(), dtype)?;
+    let (tokenizer, source) = (Arc::new(tokenizer), dir.to_owned());
+    Ok(LoadedEncoder { encoder, params, tokenizer, config_json, source })
+}
+
+/// What a folder is to hold.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    Policy,
+    Classifier,
+}
+
+impl Wanted {
+    fn check(self, path: &Path, spec: &ModelSpec) -> Result<(), ModelError> {
+        let found = match spec.head {
+            OutputHead::LanguageModel => Wanted::Policy,
+            OutputHead::Classifier { .. } => Wanted::Classifier,
+        };
+        if found == self {
+            return Ok(());
+        }
+        let (what, hint) = match self {
+            Wanted::Policy => {
+                ("sampling from", "it scores text: use it as a reward component, kind = \"model\"")
+            }
+            Wanted::Classifier => ("scoring with", "it writes text and has no classification head"),
+        };
+        Err(ModelError::Unsupported {
+            path: path.to_owned(),
+            what: format!("{what} architecture `{}`", spec.architecture),
+            hint: format!("; {hint}"),
+        })
+    }
+}
+
+fn load_folder(dir: &Path, dtype: Option<WeightsDtype>, wanted: Wanted) -> Result<LoadedModel, ModelError> {
+    let config_path = dir.join("config.json");
+    let mut config_json = read_json(&config_path)?;
     let spec = spec_from_config(&config_path, &config_json)?;
+    wanted.check(&config_path, &spec)?;
     let model = Transformer::new(spec);
     let checkpoint = safetensors::Checkpoint::open(dir)?;
-    checkpoint.check(model.layout(), model.spec())?;
+    checkpoint.check(model.layout(), |name| safetensors::ignorable(name, model.spec()))?;
     let mut tokenizer = Tokenizer::from_folder(dir)?;
     if let Some(vision) = &model.spec().vision {
         tokenizer.read_images(dir, vision)?;
@@ -103,6 +183,8 @@ fn load_folder(dir: &Path, dtype: Option<WeightsDtype>) -> Result<LoadedModel, M
     tokenizer.check_fits(model.spec().vocab_size)?;
     let generation = GenerationConfig::from_folder(dir, &config_json, &tokenizer)?;
     let params = checkpoint.read(model.layout(), dtype)?;
+    // Weights are decoded now, and would be saved so.
+    config_json.remove("quantization_config");
     Ok(LoadedModel {
         model,
         params,

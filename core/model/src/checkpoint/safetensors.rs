@@ -3,7 +3,7 @@
 //! Headers are read and compared with the layout before a single weight is touched or an arena is allocated, so a
 //! damaged or foreign file costs neither time nor memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -14,8 +14,9 @@ use serde_json::Value;
 
 use super::elements::{Elements, fill};
 use super::mmap;
+use super::mxfp4::{self, Mxfp4};
 use crate::error::ModelError;
-use crate::params::{ParamLayout, Params};
+use crate::params::{ParamLayout, Params, TensorSpec};
 use crate::spec::{Family, ModelSpec};
 
 /// Real headers are a few MB for the largest models.
@@ -132,51 +133,54 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// The narrowest arena type that loses nothing: bf16 if every tensor is bf16, else f32.
+    /// The narrowest arena type that loses nothing: bf16 if every tensor is bf16 (or MXFP4, in bytes), else f32.
     fn natural_dtype(&self) -> WeightsDtype {
-        if self.tensors.values().all(|stored| stored.dtype == Dtype::BF16) {
+        if self.tensors.values().all(|stored| matches!(stored.dtype, Dtype::BF16 | Dtype::U8)) {
             WeightsDtype::Bf16
         } else {
             WeightsDtype::F32
         }
     }
 
-    /// Compares names, shapes and types with `layout`.
-    pub(super) fn check(&self, layout: &ParamLayout, spec: &ModelSpec) -> Result<(), ModelError> {
+    /// Whether there is a tensor `name`.
+    pub(super) fn holds(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// Compares names, shapes and types with `layout`; of the others, `ignorable` ones may be there.
+    pub(super) fn check(
+        &self,
+        layout: &ParamLayout,
+        ignorable: impl Fn(&str) -> bool,
+    ) -> Result<(), ModelError> {
         let invalid = |what: String| ModelError::Invalid { path: self.path.clone(), what };
         let missing: Vec<&str> = layout
             .tensors
             .iter()
+            .filter(|tensor| !self.tensors.contains_key(&tensor.name) && self.packed(tensor).is_none())
             .map(|t| t.name.as_str())
-            .filter(|name| !self.tensors.contains_key(*name))
             .collect();
         if !missing.is_empty() {
             return Err(invalid(format!("{} tensors are missing: {}", missing.len(), list(&missing))));
         }
+        let mut wanted = BTreeSet::new();
         for tensor in &layout.tensors {
-            let stored = &self.tensors[&tensor.name];
-            if stored.shape != tensor.shape {
-                return Err(invalid(format!(
-                    "{}: shape {:?} where config.json asks for {:?}",
-                    tensor.name, stored.shape, tensor.shape
-                )));
+            match self.tensors.get(&tensor.name) {
+                Some(stored) => self.check_plain(tensor, stored)?,
+                None => {
+                    self.check_packed(tensor)?;
+                    wanted.extend(mxfp4::names(&tensor.name));
+                    continue;
+                }
             }
-            if !matches!(stored.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-                return Err(ModelError::Unsupported {
-                    path: self.path.clone(),
-                    what: format!("{}: element type {:?}", tensor.name, stored.dtype),
-                    hint: "; supported are F32, F16 and BF16".into(),
-                });
-            }
+            wanted.insert(tensor.name.clone());
         }
-        if self.tensors.len() > layout.tensors.len() {
-            let wanted: std::collections::BTreeSet<&str> =
-                layout.tensors.iter().map(|t| t.name.as_str()).collect();
+        if self.tensors.len() > wanted.len() {
             let extra: Vec<&str> = self
                 .tensors
                 .keys()
+                .filter(|name| !wanted.contains(*name) && !ignorable(name))
                 .map(String::as_str)
-                .filter(|name| !wanted.contains(name) && !ignorable(name, spec))
                 .collect();
             if !extra.is_empty() {
                 return Err(invalid(format!(
@@ -189,6 +193,52 @@ impl Checkpoint {
         Ok(())
     }
 
+    fn check_plain(&self, tensor: &TensorSpec, stored: &Stored) -> Result<(), ModelError> {
+        self.check_shape(&tensor.name, &stored.shape, &tensor.shape)?;
+        if matches!(stored.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+            return Ok(());
+        }
+        Err(ModelError::Unsupported {
+            path: self.path.clone(),
+            what: format!("{}: element type {:?}", tensor.name, stored.dtype),
+            hint: "; supported are F32, F16 and BF16".into(),
+        })
+    }
+
+    /// Blocks and scales of a tensor in MXFP4.
+    fn check_packed(&self, tensor: &TensorSpec) -> Result<(), ModelError> {
+        let invalid = |what: String| ModelError::Invalid { path: self.path.clone(), what };
+        let shapes = mxfp4::shapes(tensor).ok_or_else(|| {
+            invalid(format!("{}: {:?} is not made of blocks of MXFP4", tensor.name, tensor.shape))
+        })?;
+        for (name, shape) in mxfp4::names(&tensor.name).iter().zip(&shapes) {
+            let stored = &self.tensors[name];
+            self.check_shape(name, &stored.shape, shape)?;
+            if stored.dtype != Dtype::U8 {
+                return Err(invalid(format!("{name}: element type {:?}, expected U8", stored.dtype)));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_shape(&self, name: &str, found: &[usize], wanted: &[usize]) -> Result<(), ModelError> {
+        if found == wanted {
+            return Ok(());
+        }
+        let what = format!("{name}: shape {found:?} where config.json asks for {wanted:?}");
+        Err(ModelError::Invalid { path: self.path.clone(), what })
+    }
+
+    /// Blocks and scales of `tensor`, if both are there.
+    fn packed(&self, tensor: &TensorSpec) -> Option<[&Stored; 2]> {
+        let [blocks, scales] = mxfp4::names(&tensor.name);
+        Some([self.tensors.get(&blocks)?, self.tensors.get(&scales)?])
+    }
+
+    fn bytes(&self, stored: &Stored) -> &[u8] {
+        &self.shards[stored.shard][stored.bytes.clone()]
+    }
+
     /// The weights, as `dtype` or as stored. [`Self::check`] comes first.
     pub(super) fn read(
         &self,
@@ -196,8 +246,15 @@ impl Checkpoint {
         dtype: Option<WeightsDtype>,
     ) -> Result<Params, ModelError> {
         fill(&self.path, layout, dtype.unwrap_or_else(|| self.natural_dtype()), |tensor| {
+            if let (Some([blocks, scales]), [_, inputs, outputs]) =
+                (self.packed(tensor), tensor.shape.as_slice())
+            {
+                let (blocks, scales) = (self.bytes(blocks), self.bytes(scales));
+                let (inputs, outputs) = (*inputs, *outputs);
+                return Ok(Elements::Mxfp4(Mxfp4 { blocks, scales, inputs, outputs }));
+            }
             let stored = &self.tensors[&tensor.name];
-            let bytes = &self.shards[stored.shard][stored.bytes.clone()];
+            let bytes = self.bytes(stored);
             Ok(match stored.dtype {
                 Dtype::F16 => Elements::F16(bytes),
                 Dtype::BF16 => Elements::Bf16(bytes),
@@ -209,11 +266,16 @@ impl Checkpoint {
 
 /// Buffers that old exporters left in, the second copy of a tied head, and DeepSeek's layers past the last one, which
 /// predict several tokens ahead and have no part in the model (transformers leaves them out too).
-fn ignorable(name: &str, spec: &ModelSpec) -> bool {
+pub(super) fn ignorable(name: &str, spec: &ModelSpec) -> bool {
     let layer = || name.strip_prefix("model.layers.")?.split('.').next()?.parse::<usize>().ok();
-    name.ends_with(".rotary_emb.inv_freq")
+    is_buffer(name)
         || (spec.tied_embeddings && name == "lm_head.weight")
         || (spec.family == Family::DeepseekV3 && layer().is_some_and(|layer| layer >= spec.layers.len()))
+}
+
+/// Buffers that old exporters left in.
+pub(super) fn is_buffer(name: &str) -> bool {
+    name.ends_with(".rotary_emb.inv_freq") || name.ends_with("embeddings.position_ids")
 }
 
 fn list(names: &[&str]) -> String {

@@ -7,7 +7,7 @@ use super::fields::Fields;
 use super::rope::{rope, score_factor};
 use crate::error::ModelError;
 use crate::spec::{
-    AttentionSpec, Family, FfnSpec, LatentSpec, ModelSpec, MoeSpec, QkNorm, RopeStyle, RouterKind,
+    AttentionSpec, Family, FfnSpec, LatentSpec, ModelSpec, MoeSpec, OutputHead, QkNorm, RopeStyle, RouterKind,
 };
 
 /// Epsilon of the norms inside attention, which `rms_norm_eps` does not reach.
@@ -43,8 +43,10 @@ pub(super) fn deepseek_v3(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> 
         sandwich_norms: false,
         embedding_scale: 1.0,
         tied_embeddings: fields.flag_or("tie_word_embeddings", false)?,
+        head: OutputHead::LanguageModel,
         max_positions: fields.size_or("max_position_embeddings", 4096)?,
         architecture: "DeepseekV3ForCausalLM".to_owned(),
+        vision: None,
     })
 }
 

@@ -3,7 +3,7 @@
 use super::fields::Fields;
 use super::rope::rope;
 use crate::error::ModelError;
-use crate::spec::{AttentionSpec, Family, FfnSpec, ModelSpec, QkNorm, RopeStyle};
+use crate::spec::{AttentionSpec, Family, FfnSpec, ModelSpec, OutputHead, QkNorm, RopeStyle};
 
 /// What tells the relatives apart.
 pub(super) struct Variant {
@@ -138,6 +138,7 @@ pub(super) fn assemble(
         sandwich_norms: false,
         embedding_scale: 1.0,
         tied_embeddings: fields.flag_or("tie_word_embeddings", false)?,
+        head: OutputHead::LanguageModel,
         max_positions,
         architecture: variant.architecture.to_owned(),
         vision: None,

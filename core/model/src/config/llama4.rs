@@ -5,8 +5,8 @@ use super::fields::Fields;
 use super::rope::rope;
 use crate::error::ModelError;
 use crate::spec::{
-    AttentionSpec, Family, FfnSpec, ModelSpec, MoeSpec, QkNorm, RopeStyle, RouterKind, TemperatureTuning,
-    VisionSpec,
+    AttentionSpec, Family, FfnSpec, ModelSpec, MoeSpec, OutputHead, QkNorm, RopeStyle, RouterKind,
+    TemperatureTuning, VisionSpec,
 };
 
 /// Llama4ForCausalLM.
@@ -39,6 +39,7 @@ pub(super) fn llama4_text(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> 
         sandwich_norms: false,
         embedding_scale: 1.0,
         tied_embeddings: fields.flag_or("tie_word_embeddings", false)?,
+        head: OutputHead::LanguageModel,
         max_positions: fields.size_or("max_position_embeddings", 4096 * 32)?,
         architecture: "Llama4ForCausalLM".to_owned(),
         vision: None,

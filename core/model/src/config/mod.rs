@@ -5,7 +5,9 @@
 //! `num_local_experts`). What a checkpoint asks for and this build does not do is refused here, by name, rather than
 //! ignored: a model that runs with a feature left out is wrong in ways nobody notices.
 
+mod classifier;
 mod deepseek;
+mod encoder;
 mod fields;
 mod gemma3;
 mod gpt_oss;
@@ -21,6 +23,8 @@ use serde_json::{Map, Value};
 
 use crate::error::ModelError;
 use crate::spec::{FfnSpec, ModelSpec};
+pub(crate) use classifier::labels_of;
+pub use encoder::{ENCODERS, encoder_spec_from_config};
 use fields::Fields;
 pub(crate) use rope::inverse_frequencies;
 
@@ -49,6 +53,28 @@ pub const ARCHITECTURES: &[Architecture] = &[
     Architecture { name: "DeepseekV3ForCausalLM", model_type: "deepseek_v3", build: deepseek::deepseek_v3 },
 ];
 
+/// Heads that score a text instead of going on with it, on bodies of [`ARCHITECTURES`].
+pub const CLASSIFIERS: &[Architecture] = &[
+    Architecture { name: "LlamaForSequenceClassification", model_type: "llama", build: classifier::llama },
+    Architecture {
+        name: "MistralForSequenceClassification",
+        model_type: "mistral",
+        build: classifier::mistral,
+    },
+    Architecture { name: "Qwen2ForSequenceClassification", model_type: "qwen2", build: classifier::qwen2 },
+    Architecture { name: "Qwen3ForSequenceClassification", model_type: "qwen3", build: classifier::qwen3 },
+    Architecture {
+        name: "MixtralForSequenceClassification",
+        model_type: "mixtral",
+        build: classifier::mixtral,
+    },
+    Architecture {
+        name: "Qwen3MoeForSequenceClassification",
+        model_type: "qwen3_moe",
+        build: classifier::qwen3_moe,
+    },
+];
+
 /// The names in [`ARCHITECTURES`], for messages.
 pub fn supported_architectures() -> String {
     ARCHITECTURES.iter().map(|row| row.name).collect::<Vec<_>>().join(", ")
@@ -61,17 +87,24 @@ pub fn supported_architectures() -> String {
 /// are missing, of the wrong type or contradictory.
 pub fn spec_from_config(path: &Path, config: &Map<String, Value>) -> Result<ModelSpec, ModelError> {
     let fields = Fields::new(path, config);
-    if let Some(quantisation) = fields.object("quantization_config")? {
-        let method = quantisation.map.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
-        return Err(fields.unsupported(
-            format!("a quantised checkpoint (quantization_config, method `{method}`)"),
-            "use the checkpoint in bf16, f16 or f32, or a GGUF file",
-        ));
-    }
     let architecture = find(&fields)?;
+    refuse_quantised(&fields, architecture.model_type)?;
     let spec = (architecture.build)(&fields)?;
     check(&fields, &spec)?;
     Ok(spec)
+}
+
+/// Refuses a quantised checkpoint, except gpt-oss in MXFP4: what it is released in, and decoded from.
+fn refuse_quantised(fields: &Fields<'_>, model_type: &str) -> Result<(), ModelError> {
+    let Some(quantisation) = fields.object("quantization_config")? else { return Ok(()) };
+    let method = quantisation.map.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
+    if (model_type, method) == ("gpt_oss", "mxfp4") {
+        return Ok(());
+    }
+    Err(fields.unsupported(
+        format!("a quantised checkpoint (quantization_config, method `{method}`)"),
+        "use the checkpoint in bf16, f16 or f32, or a GGUF file",
+    ))
 }
 
 fn find(fields: &Fields<'_>) -> Result<&'static Architecture, ModelError> {
@@ -82,7 +115,7 @@ fn find(fields: &Fields<'_>) -> Result<&'static Architecture, ModelError> {
     };
     let model_type = fields.text("model_type")?;
     let row = match (declared, model_type) {
-        (Some(name), _) => ARCHITECTURES.iter().find(|row| row.name == name),
+        (Some(name), _) => ARCHITECTURES.iter().chain(CLASSIFIERS).find(|row| row.name == name),
         (None, Some(kind)) => ARCHITECTURES.iter().find(|row| row.model_type == kind),
         (None, None) => return Err(fields.invalid("neither `architectures` nor `model_type` is given")),
     };

@@ -6,7 +6,8 @@ use std::ops::Range;
 use super::vision::VisionBinding;
 use crate::params::{ParamLayout, TensorSpec};
 use crate::spec::{
-    Activation, AttentionSpec, Family, FfnSpec, LatentSpec, ModelSpec, MoeSpec, QkNorm, RouterKind,
+    Activation, AttentionSpec, Family, FfnSpec, LatentSpec, ModelSpec, MoeSpec, OutputHead, QkNorm,
+    RouterKind,
 };
 
 /// A linear map `[n, k]` somewhere in the arena.
@@ -103,12 +104,16 @@ impl ModelBinding {
         let index = Index { by_name: layout.tensors.iter().map(|t| (t.name.as_str(), t)).collect() };
         let named = |name: &str| index.range(&format!("{}{name}", spec.prefix()));
         let embedding = named("model.embed_tokens.weight");
-        let head = if spec.tied_embeddings { embedding.start } else { named("lm_head.weight").start };
+        let head = match spec.head {
+            OutputHead::LanguageModel if spec.tied_embeddings => embedding.start,
+            OutputHead::LanguageModel => named("lm_head.weight").start,
+            OutputHead::Classifier { .. } => index.range("score.weight").start,
+        };
         Self {
             layers: (0..spec.layers.len()).map(|layer| index.layer(spec, layer)).collect(),
             final_norm: named("model.norm.weight"),
             vision: spec.vision.as_ref().map(|vision| VisionBinding::new(vision, &index)),
-            head: Linear { offset: head, n: spec.vocab_size, k: spec.hidden, transposed: false },
+            head: Linear { offset: head, n: spec.head_width(), k: spec.hidden, transposed: false },
             embedding,
         }
     }

@@ -1,4 +1,4 @@
-//! The LM head: final norm, logits, and their gradient, for chosen rows in chunks.
+//! The head: final norm, logits (or a classifier's scores), and their gradient, for chosen rows in chunks.
 
 use freewheel_kernels::gemm::matmul;
 use freewheel_kernels::norm::{NormScale, rms_norm};
@@ -39,7 +39,7 @@ impl HeadRows {
         self.x.len() / weights.model.spec().hidden
     }
 
-    /// Logits `[rows, V]`.
+    /// Logits `[rows, V]`, or scores `[rows, labels]`.
     pub fn logits(&self, weights: &PolicyWeights, cx: &Context, out: &mut [f32]) {
         matmul(cx.threads, &self.normed, self.len(weights), &weights.head.forward, out);
     }
@@ -65,14 +65,14 @@ impl HeadRows {
     }
 }
 
-/// Logits of some rows, as a plain vector.
+/// Logits (a classifier's scores) of some rows, as a plain vector.
 pub(super) fn logits_of_rows(
     weights: &PolicyWeights,
     cx: &Context,
     x_td: &[f32],
     rows: &[usize],
 ) -> Vec<f32> {
-    let v = weights.model.spec().vocab_size;
+    let v = weights.model.spec().head_width();
     let mut logits = vec![0.0; rows.len() * v];
     for (rows, out) in rows.chunks(CHUNK).zip(logits.chunks_mut(CHUNK * v)) {
         HeadRows::gather(weights, cx, x_td, rows.iter().copied()).logits(weights, cx, out);

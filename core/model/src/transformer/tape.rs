@@ -22,6 +22,7 @@ use super::residual::{add_block, add_block_backward};
 use super::vision::{ShownTiles, TileRows};
 use super::weights::{FfnWeights, PolicyWeights};
 use crate::sampling::{self, SampleScratch};
+use crate::spec::OutputHead;
 
 /// One sequence of a batch, or what one adds to the sequence it branches off from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -196,7 +197,7 @@ impl Tape {
         sampling: &SamplingParams,
     ) -> LogProbs {
         let cx = weights.context(threads);
-        let v = weights.model.spec().vocab_size;
+        let v = vocabulary(weights);
         let mut scratch = SampleScratch::default();
         let mut result = LogProbs::default();
         for chunk in targets.chunks(CHUNK) {
@@ -212,7 +213,7 @@ impl Tape {
         result
     }
 
-    /// Logits of chosen rows `[rows, V]`.
+    /// Logits of chosen rows `[rows, V]`; of a classifier, scores `[rows, labels]`.
     pub fn logits(&self, threads: &Threads, weights: &PolicyWeights, rows: &[usize]) -> Vec<f32> {
         super::head::logits_of_rows(weights, &weights.context(threads), &self.x_td, rows)
     }
@@ -245,11 +246,44 @@ impl Tape {
         for chunk in wanted.chunks(CHUNK) {
             self.head_backward(&cx, weights, chunk, sampling, &mut dx_td, grads);
         }
+        self.body_backward(&cx, weights, dx_td, grads);
+    }
+
+    /// Adds the gradient of `Σ d_logits · logits(rows)` to `grads`, an arena of the model's layout; `d_logits` is
+    /// `[rows, V]`, or `[rows, labels]` for a classifier's scores. Rows must differ.
+    ///
+    /// # Panics
+    /// If the lengths disagree, or the weights were packed for sampling only.
+    pub fn backward_logits(
+        self,
+        threads: &Threads,
+        weights: &PolicyWeights,
+        rows: &[usize],
+        d_logits: &[f32],
+        grads: &mut [f32],
+    ) {
+        let (n, d) = (weights.model.spec().head_width(), weights.model.spec().hidden);
+        assert_eq!(rows.len() * n, d_logits.len(), "one gradient for each logit");
+        assert_eq!(grads.len(), weights.model.layout.total, "gradients of another model");
+        let cx = weights.context(threads);
+        let mut dx_td = cx.pool.zeros(self.x_td.len());
+        for (rows, d_logits) in rows.chunks(CHUNK).zip(d_logits.chunks(CHUNK * n)) {
+            let gathered = HeadRows::gather(weights, &cx, &self.x_td, rows.iter().copied());
+            let dx = gathered.backward(weights, &cx, d_logits, grads);
+            for (&row, dx) in rows.iter().zip(dx.chunks_exact(d)) {
+                add_assign(&mut dx_td[row * d..][..d], dx);
+            }
+        }
+        self.body_backward(&cx, weights, dx_td, grads);
+    }
+
+    /// From the gradient of the last layer's output down to the embedding.
+    fn body_backward(self, cx: &Context, weights: &PolicyWeights, mut dx_td: Buf, grads: &mut [f32]) {
         let Self { tokens, places, layers, tiles, .. } = self;
         let (seqs, copies) = places.seqs();
         let rows = Rows { positions: &places.positions, seqs: &seqs, copies: &copies };
         for (layer, saved) in layers.into_iter().enumerate().rev() {
-            weights.layer_backward(&cx, layer, saved, &rows, &mut dx_td, grads);
+            weights.layer_backward(cx, layer, saved, &rows, &mut dx_td, grads);
         }
         let d = weights.model.spec().hidden;
         let shows_tile = |row: usize| tiles.as_ref().is_some_and(|tiles| tiles.covers(row));
@@ -259,10 +293,10 @@ impl Tape {
                 continue;
             }
             let row = &mut embedding[token as usize * d..][..d];
-            axpy(threads, weights.embedding_scale(), dx, row);
+            axpy(cx.threads, weights.embedding_scale(), dx, row);
         }
         if let Some(tiles) = tiles {
-            weights.tiles_backward(&cx, tiles, &dx_td, grads);
+            weights.tiles_backward(cx, tiles, &dx_td, grads);
         }
     }
 
@@ -275,7 +309,7 @@ impl Tape {
         dx_td: &mut [f32],
         grads: &mut [f32],
     ) {
-        let (v, d) = (weights.model.spec().vocab_size, weights.model.spec().hidden);
+        let (v, d) = (vocabulary(weights), weights.model.spec().hidden);
         let mut scratch = SampleScratch::default();
         let rows = HeadRows::gather(weights, cx, &self.x_td, chunk.iter().map(|(t, ..)| t.row));
         let mut logits = cx.pool.take(chunk.len() * v);
@@ -341,6 +375,16 @@ impl SavedLayer {
             SavedFfn::Dense(_) => None,
         }
     }
+}
+
+/// V of a language model.
+///
+/// # Panics
+/// If the model is a classifier: its scores are no distribution over tokens.
+fn vocabulary(weights: &PolicyWeights) -> usize {
+    let spec = weights.model.spec();
+    assert_eq!(spec.head, OutputHead::LanguageModel, "a classifier has no log-probs");
+    spec.vocab_size
 }
 
 /// One layer's part of `[T, MoE layers, K]`, for the layers in turn.

@@ -79,6 +79,7 @@ impl Layer<'_> {
             heads: self.spec.heads,
             kv_heads: self.spec.heads,
             head_dim,
+            value_dim: head_dim,
             scale: (head_dim as f32).powf(-0.5),
             mask: AttentionMask::Bidirectional,
         }
@@ -94,7 +95,7 @@ impl Layer<'_> {
         let (heads, head_dim) = (self.spec.heads, self.spec.head_dim());
         rope(self.rope, RopeStyle::Interleaved, &mut q, heads, head_dim, &tiles.positions);
         rope(self.rope, RopeStyle::Interleaved, &mut k, heads, head_dim, &tiles.positions);
-        let page_values = tiles.pages.len() * self.shape().page_len();
+        let page_values = tiles.pages.len() * self.shape().k_page_len();
         let (mut k_pages, mut v_pages) = (cx.pool.zeros(page_values), cx.pool.zeros(page_values));
         let seqs = tiles.seqs();
         kv_write(&self.shape(), &k, &v, &seqs, &mut k_pages, &mut v_pages);
