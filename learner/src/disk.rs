@@ -3,7 +3,7 @@
 //! Behind a trait so that a test can fail any of them, and can lose what was not synced.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
 /// Fills a new file.
@@ -30,8 +30,14 @@ pub trait Disk: Send + Sync {
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Removes a folder with everything in it.
     fn remove_dir(&self, path: &Path) -> io::Result<()>;
-    /// A file's content.
-    fn read(&self, path: &Path) -> io::Result<Vec<u8>>;
+    /// A file's content, to be read from its start.
+    fn open(&self, path: &Path) -> io::Result<Box<dyn Read>>;
+    /// A file's content, whole.
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.open(path)?.read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
     /// Entries of a folder, sorted by name; empty if the folder is missing.
     fn list(&self, path: &Path) -> io::Result<Vec<PathBuf>>;
 }
@@ -79,8 +85,8 @@ impl Disk for SystemDisk {
         std::fs::remove_dir_all(path)
     }
 
-    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
-        std::fs::read(path)
+    fn open(&self, path: &Path) -> io::Result<Box<dyn Read>> {
+        Ok(Box::new(File::open(path)?))
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<PathBuf>> {
@@ -238,8 +244,8 @@ pub(crate) mod faults {
             self.step(false)?;
             SystemDisk.remove_dir(path)
         }
-        fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
-            SystemDisk.read(path)
+        fn open(&self, path: &Path) -> io::Result<Box<dyn Read>> {
+            SystemDisk.open(path)
         }
         fn list(&self, path: &Path) -> io::Result<Vec<PathBuf>> {
             SystemDisk.list(path)

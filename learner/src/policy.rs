@@ -67,12 +67,16 @@ impl Policy {
         &self.optimizer
     }
 
-    /// Takes back a checkpointed optimiser; the working weights follow from its masters.
-    pub fn restore(&mut self, optimizer: AdamW, step: u64) {
-        self.optimizer = optimizer;
+    /// Takes back a checkpointed optimiser, as `fill` does it; the working weights follow from its masters.
+    ///
+    /// # Errors
+    /// Those of `fill`; the policy is of no use then.
+    pub fn restore<E>(&mut self, fill: impl FnOnce(&mut AdamW) -> Result<(), E>, step: u64) -> Result<(), E> {
+        fill(&mut self.optimizer)?;
         self.version.step = step;
         self.optimizer.write_weights(&self.threads, &mut self.weights);
         self.trainer.load(&self.weights, self.version);
+        Ok(())
     }
 
     /// Forward only.

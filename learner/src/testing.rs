@@ -40,6 +40,18 @@ pub fn params(dtype: WeightsDtype) -> Params {
     Params { layout, data: ParamData::F32(values) }.cast(dtype)
 }
 
+/// Tensors `t0`, `t1`, … of the shapes given.
+pub fn layout_of(shapes: &[&[usize]]) -> Arc<ParamLayout> {
+    let mut total = 0;
+    let mut tensor = |(i, shape): (usize, &&[usize])| {
+        let offset = total;
+        total += shape.iter().product::<usize>();
+        TensorSpec { name: format!("t{i}"), shape: shape.to_vec(), offset, kind: TensorKind::Mlp }
+    };
+    let tensors = shapes.iter().enumerate().map(&mut tensor).collect();
+    Arc::new(ParamLayout { tensors, total })
+}
+
 impl Bigram {
     pub fn new(params: &Params) -> Self {
         Self { layout: params.layout.clone(), logits: params.to_f32() }

@@ -75,9 +75,7 @@ impl Learner {
                 state.tokenizer, self.parts.tokenizer
             )));
         }
-        let mut optimizer = self.policy().optimizer().clone();
-        loaded.restore(&mut optimizer)?;
-        self.policy_mut().restore(optimizer, state.step);
+        self.policy_mut().restore(|optimizer| loaded.restore(optimizer), state.step)?;
         if self.policy().digest().to_string() != state.weights {
             return Err(unsound(
                 "its masters do not round to its weights; is model.dtype another one?".into(),

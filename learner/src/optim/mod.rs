@@ -10,5 +10,5 @@
 mod adamw;
 mod schedule;
 
-pub use adamw::{AdamW, AdamWConfig, OptimError, StateTensor, StepOutcome};
+pub use adamw::{AdamW, AdamWConfig, StateTensor, StateTensorMut, StepOutcome};
 pub use schedule::{DecayShape, Schedule, ScheduleConfig, ScheduleKind};

@@ -10,6 +10,8 @@
 //! and moments), `state.json`, `curriculum.json`. `EPOCH-<m>` files are the authority on who the learner is: claimed with
 //! `O_EXCL`, looked at again before every rename.
 
+mod arenas;
+
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -19,6 +21,7 @@ use freewheel_model::Params;
 use freewheel_types::{Digest, GroupOutcome};
 use serde::{Deserialize, Serialize};
 
+use self::arenas::ReadError;
 use crate::LearnerError;
 use crate::assembly::Ledger;
 use crate::batching::Overtaking;
@@ -77,7 +80,6 @@ pub struct TrainerState {
 }
 
 /// A checkpoint as it is on disk.
-#[derive(Debug)]
 pub struct Loaded {
     /// Its folder.
     pub path: PathBuf,
@@ -85,7 +87,7 @@ pub struct Loaded {
     pub state: TrainerState,
     /// What the curriculum source gave.
     pub curriculum: Option<Vec<u8>>,
-    trainer: Vec<u8>,
+    disk: Arc<dyn Disk>,
 }
 
 /// What is to be committed.
@@ -208,7 +210,7 @@ impl Checkpoints {
         model.write(tmp, commit.weights)?;
         let trainer = tmp.join(TRAINER);
         self.disk
-            .write(&trainer, &mut |out| write_safetensors(commit.optimizer, out))
+            .write(&trainer, &mut |out| arenas::write(commit.optimizer, out))
             .map_err(LearnerError::disk(&trainer, "write the checkpoint"))?;
         let state = serde_json::to_vec_pretty(commit.state).expect("plain data always serialises");
         self.write_bytes(&tmp.join(STATE), &state)?;
@@ -297,7 +299,7 @@ impl Checkpoints {
             return Err(unsound(&path.join(STATE), what));
         }
         let curriculum = digests.contains_key(CURRICULUM).then(|| read(CURRICULUM)).transpose()?;
-        Ok(Loaded { path: path.to_owned(), state, curriculum, trainer: read(TRAINER)? })
+        Ok(Loaded { path: path.to_owned(), state, curriculum, disk: self.disk.clone() })
     }
 
     /// Committed checkpoints as (epoch, step, path), oldest first.
@@ -336,9 +338,11 @@ impl Checkpoints {
             .map_err(LearnerError::disk(path, "write the checkpoint"))
     }
 
+    /// Piece by piece: a trainer's state is larger than the model.
     fn digest(&self, path: &Path) -> Result<FileDigest, LearnerError> {
-        let bytes = self.disk.read(path).map_err(LearnerError::disk(path, "read"))?;
-        Ok(FileDigest { len: bytes.len() as u64, blake3: Digest::of(&bytes).to_string() })
+        let digest = || Digest::of_reader(&mut *self.disk.open(path)?);
+        let (digest, len) = digest().map_err(LearnerError::disk(path, "read"))?;
+        Ok(FileDigest { len, blake3: digest.to_string() })
     }
 
     fn list(&self) -> Result<Vec<PathBuf>, LearnerError> {
@@ -355,43 +359,19 @@ impl Loaded {
     /// Puts masters and moments into `optimizer`, which has the model's layout.
     ///
     /// # Errors
-    /// If a tensor is missing, of another size or another type.
+    /// If a tensor is missing, of another size or another type. The optimiser is then half restored: drop it.
     pub fn restore(&self, optimizer: &mut AdamW) -> Result<(), LearnerError> {
         let path = self.path.join(TRAINER);
-        let unsound = |what: String| LearnerError::Checkpoint { path: path.clone(), what };
-        let tensors =
-            safetensors::SafeTensors::deserialize(&self.trainer).map_err(|e| unsound(e.to_string()))?;
-        let mut arenas = BTreeMap::new();
-        for (name, view) in tensors.tensors() {
-            if view.dtype() != safetensors::Dtype::F32 {
-                return Err(unsound(format!("tensor {name} is {:?}, not F32", view.dtype())));
-            }
-            let words = view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-            arenas.insert(name, words.collect::<Vec<f32>>());
-        }
-        optimizer
-            .restore(self.state.optimizer_steps, |name| arenas.get(name).map(Vec::as_slice))
-            .map_err(|error| unsound(error.to_string()))
+        let mut file = self.disk.open(&path).map_err(LearnerError::disk(&path, "read"))?;
+        arenas::read(optimizer, &mut file).map_err(|error| match error {
+            ReadError::Io(error) => LearnerError::disk(&path, "read")(error),
+            ReadError::Unsound(what) => LearnerError::Checkpoint { path: path.clone(), what },
+        })?;
+        optimizer.set_steps(self.state.optimizer_steps);
+        Ok(())
     }
 }
 
 fn name(path: &Path) -> &str {
     path.file_name().and_then(|name| name.to_str()).unwrap_or("")
-}
-
-/// The optimiser's tensors in safetensors format, without a second copy in memory.
-fn write_safetensors(optimizer: &AdamW, out: &mut dyn Write) -> io::Result<()> {
-    let mut header = serde_json::Map::new();
-    let mut at = 0;
-    for tensor in optimizer.state() {
-        let end = at + 4 * tensor.values.len();
-        let entry = serde_json::json!({ "dtype": "F32", "shape": tensor.shape, "data_offsets": [at, end] });
-        header.insert(tensor.name, entry);
-        at = end;
-    }
-    let mut header = serde_json::to_vec(&header)?;
-    header.resize(header.len().next_multiple_of(8), b' ');
-    out.write_all(&(header.len() as u64).to_le_bytes())?;
-    out.write_all(&header)?;
-    optimizer.state().try_for_each(|tensor| out.write_all(bytemuck::cast_slice(tensor.values)))
 }
