@@ -98,12 +98,17 @@ pub struct SettledGroup {
 }
 
 impl Group {
-    /// Members with a reward, in sample order.
-    pub fn scored(&self) -> impl Iterator<Item = &ScoredRollout> {
+    /// Members that were judged, also those that got no reward, in sample order.
+    pub fn judged(&self) -> impl Iterator<Item = &ScoredRollout> {
         self.members.values().filter_map(|arrival| match arrival {
-            Arrival::Scored(scored) if scored.reward.reward().is_some() => Some(&**scored),
+            Arrival::Scored(scored) => Some(&**scored),
             _ => None,
         })
+    }
+
+    /// Members with a reward, in sample order.
+    pub fn scored(&self) -> impl Iterator<Item = &ScoredRollout> {
+        self.judged().filter(|scored| scored.reward.reward().is_some())
     }
 
     /// Members that leave on their own account, whatever becomes of the rest.

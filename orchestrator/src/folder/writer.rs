@@ -5,10 +5,12 @@ use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use freewheel_learner::assembly::Group;
 use freewheel_learner::metrics::MetricsSink;
+use freewheel_types::{GroupFate, PolicyVersion};
 use serde_json::{Map, Value};
 
-use super::{EventWriter, names};
+use super::{EventWriter, SampleLog, names};
 
 /// One line of metrics.
 pub type StepLine = Map<String, Value>;
@@ -16,9 +18,13 @@ pub type StepLine = Map<String, Value>;
 /// Adds what the learner cannot know (actors, prompt pool) to its line.
 pub type Extras = Box<dyn Fn(&mut StepLine) + Send + Sync>;
 
-/// Writes `metrics.jsonl`, `eval.jsonl` and TensorBoard events.
+/// Samples of one group: two show how its answers differ, and leave room for other prompts.
+const SAMPLES_OF_GROUP: usize = 2;
+
+/// Writes `metrics.jsonl`, `eval.jsonl`, TensorBoard events and rollout samples.
 pub struct RunMetrics {
     dir: PathBuf,
+    samples: Option<SampleLog>,
     extras: Extras,
     state: Mutex<State>,
 }
@@ -35,7 +41,14 @@ impl RunMetrics {
     /// If the disk refuses.
     pub fn new(dir: &Path, tensorboard: bool, extras: Extras) -> std::io::Result<Self> {
         let events = if tensorboard { Some(EventWriter::create(dir)?) } else { None };
-        Ok(Self { dir: dir.to_owned(), extras, state: Mutex::new(State { metrics: None, events }) })
+        let state = Mutex::new(State { metrics: None, events });
+        Ok(Self { dir: dir.to_owned(), samples: None, extras, state })
+    }
+
+    /// Adds samples of what the learner was given.
+    #[must_use]
+    pub fn with_samples(self, samples: SampleLog) -> Self {
+        Self { samples: Some(samples), ..self }
     }
 
     /// One evaluation.
@@ -63,6 +76,11 @@ impl MetricsSink for RunMetrics {
             report(write_line(file, &line), names::METRICS);
         }
         state.scalars(step, &line);
+    }
+
+    fn group(&self, version: PolicyVersion, group: &Group, fate: GroupFate) {
+        let Some(samples) = &self.samples else { return };
+        group.judged().take(SAMPLES_OF_GROUP).for_each(|scored| samples.offer(version.step, scored, fate));
     }
 }
 
@@ -98,7 +116,7 @@ fn report(result: std::io::Result<()>, what: &str) {
 }
 
 /// Keeps the lines of `path` whose step is below `step`; a torn last line goes too.
-fn keep_before(path: &Path, step: u64) -> std::io::Result<()> {
+pub(super) fn keep_before(path: &Path, step: u64) -> std::io::Result<()> {
     let Ok(file) = File::open(path) else { return Ok(()) };
     let mut kept = Vec::new();
     for line in BufReader::new(file).lines() {

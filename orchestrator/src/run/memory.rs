@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::roles::{self, Links};
 use super::stats::{ActorStat, PoolStat, extras};
 use super::{Ended, Prepared, follow_wishes, prepare, start_eval};
-use crate::folder::{RunFolder, RunMetrics, RunState, names};
+use crate::folder::{RunFolder, RunMetrics, RunState, SampleLog, names};
 use crate::prompts::PoolMetrics;
 use crate::signals::Signals;
 
@@ -63,7 +63,8 @@ pub async fn run(prepared: &Prepared, folder: &RunFolder, signals: &Signals) -> 
     };
     let metrics = Arc::new(
         RunMetrics::new(folder.path(), config.log.tensorboard, extras(source))
-            .context("metrics cannot be written")?,
+            .context("metrics cannot be written")?
+            .with_samples(SampleLog::new(folder.path(), &config.log)),
     );
     let done = CancellationToken::new();
     let eval = start_eval(prepared, &links, folder, &metrics, done.clone());

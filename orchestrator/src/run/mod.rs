@@ -16,7 +16,6 @@ pub mod progress;
 pub mod redis;
 pub mod roles;
 pub mod stats;
-pub mod tap;
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -23,7 +23,7 @@ use super::stats::{extras, from_files};
 use super::{Ended, Prepared, follow_wishes, start_eval};
 use crate::cli::fail::{Explain as _, Failure};
 use crate::config::Loaded;
-use crate::folder::{RunFile, RunFolder, RunMetrics, RunState, names};
+use crate::folder::{RunFile, RunFolder, RunMetrics, RunState, SampleLog, names};
 use crate::signals::Signals;
 
 /// Lives of one role before the run gives up on it, if they were all short.
@@ -248,6 +248,8 @@ fn describe(status: ExitStatus) -> String {
 pub fn learner_metrics(loaded: &Loaded) -> anyhow::Result<Arc<RunMetrics>> {
     let dir = loaded.run_dir();
     let source = dir.clone();
-    let metrics = RunMetrics::new(&dir, loaded.config.log.tensorboard, extras(move || from_files(&source)));
-    Ok(Arc::new(metrics.context("metrics cannot be written")?))
+    let log = &loaded.config.log;
+    let metrics = RunMetrics::new(&dir, log.tensorboard, extras(move || from_files(&source)))
+        .context("metrics cannot be written")?;
+    Ok(Arc::new(metrics.with_samples(SampleLog::new(&dir, log))))
 }

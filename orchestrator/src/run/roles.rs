@@ -15,9 +15,8 @@ use freewheel_types::{ActorId, Prompt, TaskId};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::tap::TappedQueue;
 use crate::config::{Loaded, pool_params};
-use crate::folder::{RunMetrics, SampleLog, names};
+use crate::folder::RunMetrics;
 use crate::prompts::{PoolDeps, PoolLog, PoolMetrics, PoolRecord};
 
 /// Name of the pool's log in a run's folder.
@@ -120,13 +119,10 @@ pub async fn learner(
     shutdown: CancellationToken,
 ) -> anyhow::Result<LearnerSummary> {
     let config = &loaded.config;
-    let log = &config.log;
-    let samples =
-        SampleLog::new(&run_dir.join(names::ROLLOUTS), log.rollouts_per_step, log.rollouts_file_bytes);
     let mut learner = config.learner.clone();
     learner.threads = threads;
     let deps = LearnerDeps {
-        queue: TappedQueue::new(links.queue, samples),
+        queue: links.queue,
         store: links.store,
         model,
         run_dir: run_dir.to_owned(),
