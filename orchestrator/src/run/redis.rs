@@ -207,7 +207,9 @@ impl Supervised {
         let log = log.with_context(|| format!("{} cannot be opened", self.log.display()))?;
         let mut command = Command::new(binary);
         command.arg(self.role).arg(&self.loaded.path);
-        for flag in &self.loaded.overrides {
+        // The queue's address, which may be of a server started here, comes below.
+        let address = |flag: &String| flag.split('=').next().is_some_and(|key| key.trim() == "queue.url");
+        for flag in self.loaded.overrides.iter().filter(|flag| !address(flag)) {
             command.arg("--set").arg(flag);
         }
         command
