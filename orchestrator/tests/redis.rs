@@ -31,8 +31,7 @@ fn started(folder: &Path, role: &str) -> Vec<i32> {
 fn an_actor_and_the_learner_are_killed_and_the_run_ends_well() {
     let dir = tempfile::tempdir().expect("a temporary folder");
     let model = tiny_model(dir.path());
-    let reward =
-        "[[reward.component]]\nname = \"digit\"\nkind = \"verifier\"\nverifier = \"regex\"\npattern = \"[0-9]\"\n";
+    let reward = "[[reward.component]]\nname = \"digit\"\nkind = \"verifier\"\nverifier = \"regex\"\npattern = \"[0-9]\"\n";
     let queue = "[queue]\nbackend = \"redis\"\nlease_s = 2.0\nlearner_lease_s = 2.0\n";
     let config = run_config(dir.path(), &model, &format!("{reward}{queue}"));
     let folder = dir.path().join("runs").join("killed");
@@ -48,7 +47,8 @@ fn an_actor_and_the_learner_are_killed_and_the_run_ends_well() {
     let mut args = vec!["run", &config];
     args.extend(sets.iter().flat_map(|set| ["--set", set.as_str()]));
     let errors = std::fs::File::create(dir.path().join("stderr")).expect("a file");
-    let mut run = command(&args).stdout(std::process::Stdio::null()).stderr(errors).spawn().expect("it starts");
+    let mut run =
+        command(&args).stdout(std::process::Stdio::null()).stderr(errors).spawn().expect("it starts");
     let said = || std::fs::read_to_string(dir.path().join("stderr")).unwrap_or_default();
     let deadline = Instant::now() + Duration::from_secs(180);
     let mut victims = vec![("learner", 9), ("actor-0", 3)];

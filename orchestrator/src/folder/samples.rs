@@ -101,7 +101,7 @@ impl SampleLog {
 
     /// After a resume the learner makes some steps again: their old samples give way.
     fn forget_from(&self, step: u64) -> std::io::Result<()> {
-        self.files()?.iter().try_for_each(|path| keep_before(path, step))
+        self.files()?.iter().try_for_each(|path| keep_before(path, step).map(drop))
     }
 
     fn rotate(&self) -> std::io::Result<()> {

@@ -8,7 +8,7 @@ use std::sync::Mutex;
 use freewheel_learner::assembly::Group;
 use freewheel_learner::metrics::MetricsSink;
 use freewheel_types::{GroupFate, PolicyVersion};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::{EventWriter, SampleLog, names};
 
@@ -31,6 +31,8 @@ pub struct RunMetrics {
 
 struct State {
     metrics: Option<File>,
+    /// Seconds of learning before this process began.
+    wall_before: f64,
     events: Option<EventWriter>,
 }
 
@@ -41,7 +43,7 @@ impl RunMetrics {
     /// If the disk refuses.
     pub fn new(dir: &Path, tensorboard: bool, extras: Extras) -> std::io::Result<Self> {
         let events = if tensorboard { Some(EventWriter::create(dir)?) } else { None };
-        let state = Mutex::new(State { metrics: None, events });
+        let state = Mutex::new(State { metrics: None, wall_before: 0.0, events });
         Ok(Self { dir: dir.to_owned(), samples: None, extras, state })
     }
 
@@ -69,8 +71,14 @@ impl MetricsSink for RunMetrics {
         let path = self.dir.join(names::METRICS);
         if state.metrics.is_none() {
             // After a resume the learner makes some steps again: their old lines give way.
-            report(keep_before(&path, step), names::METRICS);
+            match keep_before(&path, step) {
+                Ok(last) => state.wall_before = last.as_ref().and_then(wall).unwrap_or(0.0),
+                Err(error) => report(Err(error), names::METRICS),
+            }
             state.metrics = append(&path).map_err(|error| report(Err(error), names::METRICS)).ok();
+        }
+        if let Some(seconds) = wall(&line) {
+            line.insert(WALL.into(), json!(state.wall_before + seconds));
         }
         if let Some(file) = &mut state.metrics {
             report(write_line(file, &line), names::METRICS);
@@ -115,32 +123,38 @@ fn report(result: std::io::Result<()>, what: &str) {
     }
 }
 
-/// Keeps the lines of `path` whose step is below `step`; a torn last line goes too.
-pub(super) fn keep_before(path: &Path, step: u64) -> std::io::Result<()> {
-    let Ok(file) = File::open(path) else { return Ok(()) };
-    let mut kept = Vec::new();
+const WALL: &str = "time/wall_s";
+
+fn wall(line: &StepLine) -> Option<f64> {
+    line.get(WALL)?.as_f64()
+}
+
+/// Keeps the lines of `path` whose step is below `step`, and gives the last of them; a torn last line goes too.
+pub(super) fn keep_before(path: &Path, step: u64) -> std::io::Result<Option<StepLine>> {
+    let Ok(file) = File::open(path) else { return Ok(None) };
+    let (mut kept, mut last) = (Vec::new(), None);
     for line in BufReader::new(file).lines() {
         let line = line?;
-        let of_line =
-            serde_json::from_str::<StepLine>(&line).ok().and_then(|line| line.get("step")?.as_u64());
+        let parsed = serde_json::from_str::<StepLine>(&line).ok();
+        let of_line = parsed.as_ref().and_then(|line| line.get("step")?.as_u64());
         if of_line.is_some_and(|of_line| of_line < step) {
+            last = parsed;
             kept.extend_from_slice(line.as_bytes());
             kept.push(b'\n');
         }
     }
     let tmp = path.with_extension("jsonl.tmp");
     fs::write(&tmp, kept)?;
-    fs::rename(tmp, path)
+    fs::rename(tmp, path)?;
+    Ok(last)
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     fn line(step: u64) -> StepLine {
-        json!({"step": step, "reward/mean": 0.5}).as_object().cloned().unwrap()
+        json!({"step": step, "reward/mean": 0.5, "time/wall_s": 2.0}).as_object().cloned().unwrap()
     }
 
     #[test]
@@ -158,11 +172,11 @@ mod tests {
         let second = open();
         (4..=6).for_each(|step| second.step(&line(step)));
         let text = fs::read_to_string(dir.path().join(names::METRICS)).unwrap();
-        let steps: Vec<u64> = text
-            .lines()
-            .map(|l| serde_json::from_str::<StepLine>(l).unwrap()["step"].as_u64().unwrap())
-            .collect();
+        let lines: Vec<StepLine> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let steps: Vec<u64> = lines.iter().map(|line| line["step"].as_u64().unwrap()).collect();
         assert_eq!(steps, [1, 2, 3, 4, 5, 6]);
-        assert!(text.lines().all(|l| l.contains("\"x\":1")));
+        assert!(lines.iter().all(|line| line["x"] == 1));
+        let seconds: Vec<f64> = lines.iter().map(|line| wall(line).unwrap()).collect();
+        assert_eq!(seconds, [2.0, 2.0, 2.0, 4.0, 4.0, 4.0], "the time before the resume counts");
     }
 }
