@@ -39,7 +39,7 @@ pub fn layer_norm(threads: &Threads, x: &[f32], affine: Affine, eps: f32, out: &
 ///
 /// # Panics
 /// When a length does not fit the width of `affine`.
-#[allow(clippy::too_many_arguments)]
+#[expect(clippy::too_many_arguments, reason = "the operands of one op")]
 pub fn layer_norm_backward(
     threads: &Threads,
     x: &[f32],

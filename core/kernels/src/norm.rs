@@ -53,7 +53,7 @@ pub fn rms_norm(threads: &Threads, x: &[f32], width: usize, scale: NormScale, ep
 ///
 /// # Panics
 /// When a length does not fit `width`, or `dweight` is asked for where there is no weight.
-#[allow(clippy::too_many_arguments)]
+#[expect(clippy::too_many_arguments, reason = "the operands of one op")]
 pub fn rms_norm_backward(
     threads: &Threads,
     x: &[f32],

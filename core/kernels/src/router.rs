@@ -55,7 +55,7 @@ pub fn softmax_given(
 ///
 /// # Panics
 /// When a length does not fit, or an id is not below E.
-#[allow(clippy::too_many_arguments)]
+#[expect(clippy::too_many_arguments, reason = "the operands of one op")]
 pub fn softmax_top_k_backward(
     logits: &[f32],
     experts: usize,
@@ -219,7 +219,7 @@ pub fn grouped_given(
 ///
 /// # Panics
 /// When a length does not fit, or an id is not below E.
-#[allow(clippy::too_many_arguments)]
+#[expect(clippy::too_many_arguments, reason = "the operands of one op")]
 pub fn grouped_top_k_backward(
     logits: &[f32],
     experts: usize,

@@ -62,7 +62,6 @@ simd! {
 ///
 /// # Panics
 /// When the lengths differ or `target` is not in the row.
-#[allow(clippy::too_many_arguments)]
 pub fn log_prob_backward(
     logits: &[f32],
     stats: &RowStats,

@@ -120,7 +120,7 @@ impl<T> SharedMut<T> {
     ///
     /// # Safety
     /// The slice given to `new` is still borrowed by the caller, and no other part in use overlaps this one.
-    #[allow(clippy::mut_from_ref)]
+    #[expect(clippy::mut_from_ref, reason = "each part belongs to one thread, as the caller promises")]
     pub(crate) unsafe fn slice(&self, start: usize, len: usize) -> &mut [T] {
         assert!(start <= self.len && len <= self.len - start, "part {start}+{len} of {}", self.len);
         // SAFETY: in bounds by the assertion; unaliased by the caller's promise.

@@ -21,7 +21,7 @@ use std::cell::RefCell;
 ///
 /// # Panics
 /// When a length does not fit the shapes, or a branch has no trunk of at least p rows.
-#[allow(clippy::too_many_arguments)]
+#[expect(clippy::too_many_arguments, reason = "the operands of one op")]
 pub fn attention_backward(
     threads: &Threads,
     shape: &AttentionShape,
@@ -230,7 +230,7 @@ fn store_key(
 /// Adds what queries `first..first + N` (counted by row, then head of the group) and one key block give to each other;
 /// returns `N`. Plain loops, not closures, as in the forward pass.
 #[inline(always)]
-#[allow(clippy::too_many_arguments, clippy::needless_range_loop)]
+#[expect(clippy::too_many_arguments, reason = "the operands of one op")]
 fn queries<S: Lanes, const N: usize>(
     input: &Input,
     seq: &AttentionSeq,
@@ -279,7 +279,6 @@ fn queries<S: Lanes, const N: usize>(
 
 /// `total [dims][16] += Σ_i rows[i] ⊗ lanes[i]`, i ascending.
 #[inline(always)]
-#[allow(clippy::needless_range_loop)] // `i` names a row and its lanes alike.
 fn add_outer<S: Lanes, const N: usize>(total: &mut [f32], rows: &[&[f32]; N], lanes: &[S; N]) {
     let (total, _) = total.as_chunks_mut::<KV_BLOCK>();
     assert!(rows.iter().all(|row| row.len() == total.len()));

@@ -19,7 +19,7 @@ const MIN_WORK: usize = 1 << 19;
 ///
 /// # Panics
 /// When a length does not fit the shapes, or a page id is past the pages.
-#[allow(clippy::too_many_arguments)]
+#[expect(clippy::too_many_arguments, reason = "the operands of one op")]
 pub fn attention(
     threads: &Threads,
     shape: &AttentionShape,
@@ -209,7 +209,7 @@ pub(super) fn hide<S: Lanes>(value: S, visible: (usize, usize), fill: f32) -> S 
 
 /// For `N` queries, rows `index` of `out`: `out = out·rescale`, then adds weight·row for the sixteen `rows`, ascending.
 #[inline(always)]
-#[allow(clippy::needless_range_loop)] // `key` names a row and a weight of each query alike.
+#[expect(clippy::needless_range_loop, reason = "`key` names a row and a weight of each query alike")]
 pub(super) fn accumulate_full<S: Lanes, const N: usize>(
     out: &SharedMut<f32>,
     index: &[usize; N],

@@ -57,7 +57,7 @@ pub fn matmul_add(threads: &Threads, x: &[f32], m: usize, w: &PackedMatrix, out:
 ///
 /// # Panics
 /// When a length does not fit the shapes.
-#[allow(clippy::too_many_arguments)]
+#[expect(clippy::too_many_arguments, reason = "the operands of one op")]
 pub fn weight_grad(
     threads: &Threads,
     precision: Precision,

@@ -25,7 +25,7 @@ impl Output {
     /// # Safety
     /// No other thread works on this panel of this row, and the matrix is still borrowed.
     #[inline(always)]
-    #[allow(clippy::mut_from_ref)]
+    #[expect(clippy::mut_from_ref, reason = "each part belongs to one thread, as the caller promises")]
     pub(super) unsafe fn part(&self, row: usize, panel: usize) -> &mut [f32] {
         let column = panel * LANES;
         // SAFETY: the caller's promise.

@@ -76,7 +76,7 @@ pub(super) unsafe fn max_of_eight(x: __m256) -> f32 {
 
 // SAFETY of every block below: values of this type are made only in functions that `simd!` compiles for, and enters
 // only on, processors with AVX2 and FMA; loads and stores go through references to sixteen f32 or u32.
-#[allow(clippy::undocumented_unsafe_blocks)]
+#[expect(clippy::undocumented_unsafe_blocks, reason = "one comment above holds for all")]
 impl Lanes for Avx2 {
     #[inline(always)]
     fn splat(x: f32) -> Self {

@@ -9,7 +9,7 @@ pub(crate) struct Avx512(__m512);
 
 // SAFETY of every block below: values of this type are made only in functions that `simd!` compiles for, and enters
 // only on, processors with AVX-512 F and DQ; loads and stores go through references to sixteen f32 or u32.
-#[allow(clippy::undocumented_unsafe_blocks)]
+#[expect(clippy::undocumented_unsafe_blocks, reason = "one comment above holds for all")]
 impl Lanes for Avx512 {
     #[inline(always)]
     fn splat(x: f32) -> Self {
