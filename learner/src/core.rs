@@ -94,6 +94,9 @@ pub struct Learner {
     dropped: Vec<(TaskId, DropReason)>,
     new_outcomes: Vec<GroupOutcome>,
     recent_outcomes: VecDeque<GroupOutcome>,
+    last_report: Option<StepReport>,
+    /// Steps that a learner before made, and perhaps told nobody of.
+    made_again: Vec<StepReport>,
     refused_in_a_row: u32,
     full_disk_in_a_row: u32,
     committed_step: Option<u64>,
@@ -147,6 +150,8 @@ impl Learner {
             dropped: Vec::new(),
             new_outcomes: Vec::new(),
             recent_outcomes: VecDeque::new(),
+            last_report: None,
+            made_again: Vec::new(),
             refused_in_a_row: 0,
             full_disk_in_a_row: 0,
             committed_step: None,
@@ -215,6 +220,11 @@ impl Learner {
         std::mem::take(&mut self.new_outcomes)
     }
 
+    /// Steps that recovery came upon, oldest first.
+    pub fn take_made_again(&mut self) -> Vec<StepReport> {
+        std::mem::take(&mut self.made_again)
+    }
+
     /// Commits a checkpoint if one is due, or `now` asks for one.
     ///
     /// # Errors
@@ -260,6 +270,7 @@ impl Learner {
             replay_from: held_from.unwrap_or(end).min(self.last_accepted),
             journal_end: end,
             outcomes: self.recent_outcomes.iter().cloned().collect(),
+            report: self.last_report.clone(),
             refused_in_a_row: self.refused_in_a_row,
             weights: self.policy().digest().to_string(),
             tokenizer: self.parts.tokenizer.to_string(),
@@ -317,7 +328,9 @@ impl Learner {
             weights: self.policy().digest().to_string(),
         };
         self.end_batch(groups, before, &updated);
-        Ok(Trained { record, report: StepReport { version: after, line, ledger: *self.assembly.ledger() } })
+        let report = StepReport { version: after, line, ledger: *self.assembly.ledger() };
+        self.last_report = Some(report.clone());
+        Ok(Trained { record, report })
     }
 
     fn end_batch(&mut self, groups: Vec<Group>, before: PolicyVersion, updated: &Updated) {

@@ -12,6 +12,9 @@ pub trait MetricsSink: Send + Sync {
     /// One step's metrics.
     fn step(&self, line: &Map<String, Value>);
 
+    /// Metrics of a step that an earlier process made, and of which it may have told before it ended.
+    fn made_again(&self, _line: &Map<String, Value>) {}
+
     /// A group that ended at weights `version`, with every member: for rollout samples. Called by the training thread, also for
     /// groups that are gone through again after a restart.
     fn group(&self, _version: PolicyVersion, _group: &Group, _fate: GroupFate) {}

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use freewheel_types::{DropReason, GroupFate, GroupOutcome, PolicyVersion, PromptId, ScoredRollout};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::assembly::{Group, Ledger};
@@ -11,7 +12,7 @@ use crate::objective::Loss;
 use crate::update::Updated;
 
 /// One step, as it leaves the training thread.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepReport {
     /// Version of the weights after it.
     pub version: PolicyVersion,

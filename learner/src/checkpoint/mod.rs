@@ -29,6 +29,7 @@ use crate::consumed::IdSet;
 use crate::disk::Disk;
 use crate::journal::Position;
 use crate::optim::AdamW;
+use crate::report::StepReport;
 
 const STATE: &str = "state.json";
 const TRAINER: &str = "trainer.safetensors";
@@ -71,6 +72,9 @@ pub struct TrainerState {
     pub journal_end: Position,
     /// The newest outcomes reported, told again on resume; the pool knows which it has seen.
     pub outcomes: Vec<GroupOutcome>,
+    /// What the last update told, in case nobody has heard it when this is read.
+    #[serde(default)]
+    pub report: Option<StepReport>,
     /// Updates in a row that were not applied.
     pub refused_in_a_row: u32,
     /// Digest of the working weights, hex.

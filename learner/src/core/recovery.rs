@@ -87,6 +87,8 @@ impl Learner {
         self.assembly = Assembly::restore(rules, state.consumed.clone(), state.settled.clone(), ledger);
         self.overtaking = state.overtaking.clone();
         self.refused_in_a_row = state.refused_in_a_row;
+        self.made_again.extend(state.report.clone());
+        self.last_report = state.report.clone();
         self.recent_outcomes = state.outcomes.iter().cloned().collect();
         self.new_outcomes = state.outcomes.clone();
         self.committed_step = Some(state.step);
@@ -177,6 +179,7 @@ impl Learner {
             )));
         }
         let trained = self.train(&tasks)?;
+        self.made_again.push(trained.report);
         if trained.record.weights != formed.weights {
             return Err(LearnerError::ReplayMismatch {
                 step: self.policy().step(),

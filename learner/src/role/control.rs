@@ -106,6 +106,10 @@ impl Control {
             stop: self.stop.clone(),
         };
         tasks.spawn(intake.run());
+        for report in recovered.made_again {
+            let line = self.line(report).await;
+            self.outside.metrics.made_again(&line);
+        }
         Ok(())
     }
 
@@ -114,6 +118,13 @@ impl Control {
         let version = report.version;
         self.retry("report progress", || self.outside.queue.set_progress(self.epoch, version)).await?;
         self.report(&outcomes).await?;
+        let line = self.line(report).await;
+        self.outside.metrics.step(&line);
+        Ok(())
+    }
+
+    /// What the training thread told of a step, and where every rollout is.
+    async fn line(&mut self, report: StepReport) -> Map<String, Value> {
         let mut line = report.line;
         if let Some(stats) = *self.stats.lock().expect("no holder of the lock panics") {
             stats.write(&mut line);
@@ -122,8 +133,7 @@ impl Control {
             self.last = Some(account(&reading, &report.ledger));
             write_accounting(&mut line, &reading, self.last.as_ref().expect("just set"));
         }
-        self.outside.metrics.step(&line);
-        Ok(())
+        line
     }
 
     async fn report(&self, outcomes: &[GroupOutcome]) -> Result<(), LearnerError> {

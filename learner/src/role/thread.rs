@@ -34,6 +34,7 @@ pub(super) struct Recovered {
     pub(super) ledger: Ledger,
     pub(super) journal: SharedJournal,
     pub(super) outcomes: Vec<GroupOutcome>,
+    pub(super) made_again: Vec<StepReport>,
 }
 
 pub(super) struct Ended {
@@ -75,6 +76,7 @@ fn train_to_end(
         ledger: *learner.ledger(),
         journal: learner.journal(),
         outcomes: learner.take_outcomes(),
+        made_again: learner.take_made_again(),
     };
     wires.events.send(Event::Recovered(Box::new(recovered))).ok();
     while !learner.finished() && !wires.stop.is_cancelled() {

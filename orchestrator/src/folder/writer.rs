@@ -86,6 +86,13 @@ impl MetricsSink for RunMetrics {
         state.scalars(step, &line);
     }
 
+    fn made_again(&self, line: &StepLine) {
+        let step = line.get("step").and_then(Value::as_u64).unwrap_or(0);
+        if !has_step(&self.dir.join(names::METRICS), step) {
+            self.step(line);
+        }
+    }
+
     fn group(&self, version: PolicyVersion, group: &Group, fate: GroupFate) {
         let Some(samples) = &self.samples else { return };
         group.judged().take(SAMPLES_OF_GROUP).for_each(|scored| samples.offer(version.step, scored, fate));
@@ -121,6 +128,14 @@ fn report(result: std::io::Result<()>, what: &str) {
     if let Err(error) = result {
         tracing::error!(%error, what, "metrics cannot be written");
     }
+}
+
+/// Whether `path` has the line of `step`, whole.
+fn has_step(path: &Path, step: u64) -> bool {
+    let Ok(file) = File::open(path) else { return false };
+    let parsed = |line: String| serde_json::from_str::<StepLine>(&line).ok();
+    let lines = BufReader::new(file).lines().map_while(Result::ok).filter_map(parsed);
+    lines.filter_map(|line| line.get("step")?.as_u64()).any(|of_line| of_line == step)
 }
 
 const WALL: &str = "time/wall_s";
@@ -169,6 +184,10 @@ mod tests {
         drop(first);
         // The process died while it wrote.
         append(&dir.path().join(names::METRICS)).unwrap().write_all(b"{\"step\": 6, \"rew").unwrap();
+        let second = open();
+        // Step 5 is told already; step 6 was lost.
+        (5..=6).for_each(|step| second.made_again(&line(step)));
+        drop(second);
         let second = open();
         (4..=6).for_each(|step| second.step(&line(step)));
         let text = fs::read_to_string(dir.path().join(names::METRICS)).unwrap();
