@@ -9,9 +9,9 @@ use freewheel_actor::{
 use freewheel_kernels::Threads;
 use freewheel_model::delta::{delta_frame, key_frame};
 use freewheel_model::{
-    Activation, AttentionSpec, Family, FfnSpec, ModelSpec, MoeSpec, OutputHead, ParamData, Params,
-    PolicyWeights, Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target, TensorKind, TrainBatch,
-    TrainSeq, Transformer,
+    Activation, AttentionSpec, FfnSpec, ModelSpec, MoeSpec, OutputHead, ParamData, Params,
+    PolicyWeights, Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target, TensorKind, TensorNames,
+    TrainBatch, TrainSeq, Transformer,
 };
 use freewheel_types::{CounterRng, Digest, PolicyVersion, SamplingParams, TaskId, WeightsDtype};
 
@@ -57,7 +57,7 @@ fn model() -> Arc<Transformer> {
         bias: false,
     });
     Transformer::new(ModelSpec {
-        family: Family::Qwen3Moe,
+        names: TensorNames::LLAMA,
         vocab_size: VOCAB,
         hidden: 32,
         layers: vec![(attention(true), dense), (attention(true), moe.clone()), (attention(false), moe)],

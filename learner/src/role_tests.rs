@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use freewheel_kernels::Threads;
-use freewheel_model::{Family, ModelSpec, OutputHead, Params, delta};
+use freewheel_model::{ModelSpec, OutputHead, Params, TensorNames, delta};
 use freewheel_queue::memory::{MemoryQueue, MemoryStore};
 use freewheel_queue::{PolicyStore, PutOutcome, QueueConfig, RolloutQueue, RunControl};
 use freewheel_types::{
@@ -45,7 +45,7 @@ impl Run {
 
     fn outside(&self) -> Outside {
         let spec = ModelSpec {
-            family: Family::Llama,
+            names: TensorNames::LLAMA,
             vocab_size: VOCAB,
             hidden: 1,
             layers: Vec::new(),

@@ -43,8 +43,8 @@ pub use init::{ChatStyle, InitRequest, InitScale, TokenizerChoice, build_tokeniz
 pub use params::{ParamData, ParamLayout, Params, TensorKind, TensorSpec};
 pub use scorer::{Scorer, ScorerInfo, score_row};
 pub use spec::{
-    Activation, AttentionSpec, Family, FfnSpec, LatentSpec, ModelSpec, MoeSpec, OutputHead, QkNorm,
-    RopeScaling, RopeSpec, RopeStyle, RouterKind, TemperatureTuning, VisionSpec,
+    Activation, AttentionSpec, ExpertNames, FfnSpec, LatentSpec, ModelSpec, MoeSpec, OutputHead, QkNorm,
+    RopeScaling, RopeSpec, RopeStyle, RouterKind, TemperatureTuning, TensorNames, VisionSpec,
 };
 pub use template::RenderOptions;
 pub use tokenizer::{ChatIds, DecodeStream, Framed, Tokenizer};

@@ -10,8 +10,8 @@ use freewheel_types::{Digest, TensorEntry, WeightsDtype};
 use half::bf16;
 
 use crate::spec::{
-    AttentionSpec, Family, FfnSpec, LatentSpec, ModelSpec, MoeSpec, OutputHead, QkNorm, RouterKind,
-    VisionSpec,
+    AttentionSpec, ExpertNames, FfnSpec, LatentSpec, ModelSpec, MoeSpec, OutputHead, QkNorm, RouterKind,
+    TensorNames, VisionSpec,
 };
 
 /// What a tensor is, for initialisation, decay and parametrisation rules.
@@ -178,14 +178,12 @@ impl Builder {
             self.push(&format!("{at}.pre_feedforward_layernorm.weight"), &[d], TensorKind::Norm);
             self.push(&format!("{at}.post_feedforward_layernorm.weight"), &[d], TensorKind::Norm);
         }
-        let ffn_at = match (spec.family, ffn) {
-            (Family::Llama4Text, _) => format!("{at}.feed_forward"),
-            (Family::Mixtral, FfnSpec::Moe(_)) => format!("{at}.block_sparse_moe"),
-            _ => format!("{at}.mlp"),
-        };
+        let names = &spec.names;
         match ffn {
-            FfnSpec::Dense { width, .. } => self.mlp(&ffn_at, d, *width, TensorKind::Mlp),
-            FfnSpec::Moe(moe) => self.moe(spec.family, &ffn_at, d, moe),
+            FfnSpec::Dense { width, .. } => {
+                self.mlp(&format!("{at}.{}", names.mlp), d, *width, TensorKind::Mlp);
+            }
+            FfnSpec::Moe(moe) => self.moe(names, &format!("{at}.{}", names.moe), d, moe),
         }
     }
 
@@ -278,8 +276,8 @@ impl Builder {
         self.push(&format!("{at}.down_proj.weight"), &[d, width], kind);
     }
 
-    fn moe(&mut self, family: Family, at: &str, d: usize, moe: &MoeSpec) {
-        let router = family.router();
+    fn moe(&mut self, names: &TensorNames, at: &str, d: usize, moe: &MoeSpec) {
+        let router = names.router;
         self.push(&format!("{at}.{router}.weight"), &[moe.experts, d], TensorKind::Router);
         if moe.bias {
             self.push(&format!("{at}.{router}.bias"), &[moe.experts], TensorKind::Bias);
@@ -288,8 +286,8 @@ impl Builder {
             let name = format!("{at}.{router}.e_score_correction_bias");
             self.push(&name, &[moe.experts], TensorKind::RouterBias);
         }
-        match family {
-            Family::Llama4Text | Family::GptOss => {
+        match names.experts {
+            ExpertNames::Fused => {
                 let (e, f) = (moe.experts, moe.width);
                 self.push(&format!("{at}.experts.gate_up_proj"), &[e, d, 2 * f], TensorKind::Expert);
                 self.push(&format!("{at}.experts.down_proj"), &[e, f, d], TensorKind::Expert);
@@ -298,19 +296,14 @@ impl Builder {
                     self.push(&format!("{at}.experts.down_proj_bias"), &[e, d], TensorKind::Bias);
                 }
             }
-            Family::Mixtral => (0..moe.experts).for_each(|e| {
-                for (name, shape) in [("w1", [moe.width, d]), ("w3", [moe.width, d]), ("w2", [d, moe.width])]
-                {
+            ExpertNames::Each([gate, up, down]) => (0..moe.experts).for_each(|e| {
+                for (name, shape) in [(gate, [moe.width, d]), (up, [moe.width, d]), (down, [d, moe.width])] {
                     self.push(&format!("{at}.experts.{e}.{name}.weight"), &shape, TensorKind::Expert);
                 }
             }),
-            Family::Qwen3Moe | Family::Llama | Family::DeepseekV3 => {
-                (0..moe.experts)
-                    .for_each(|e| self.mlp(&format!("{at}.experts.{e}"), d, moe.width, TensorKind::Expert));
-            }
         }
         if let Some(width) = moe.shared_width {
-            self.mlp(&format!("{at}.{}", family.shared_expert()), d, width, TensorKind::Mlp);
+            self.mlp(&format!("{at}.{}", names.shared_expert), d, width, TensorKind::Mlp);
         }
     }
 }

@@ -3,28 +3,50 @@
 //! A [`ModelSpec`] is derived from `config.json` (or GGUF metadata) once and validated there; layers, shapes and
 //! parameter names follow from it alone.
 
-/// Naming and assembly family: decides tensor names, nothing else.
+/// What a checkpoint calls the parts of a layer that families name differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Family {
-    /// Llama 2/3 and its relatives with the same names (SmolLM2, Mistral, Qwen2, Qwen3).
-    Llama,
-    /// Mixtral: `block_sparse_moe`, experts `w1` (gate), `w3` (up), `w2` (down).
-    Mixtral,
-    /// Qwen3-MoE and OLMoE: `mlp.gate`, `mlp.experts.N.{gate,up,down}_proj`.
-    Qwen3Moe,
-    /// Llama 4 text: `feed_forward`, fused expert tensors `[E, in, out]`, shared expert.
-    Llama4Text,
-    /// gpt-oss: `mlp.router`, fused expert tensors `[E, in, out]` with biases, gate and up in alternating columns.
-    GptOss,
-    /// DeepSeek-V3: compressed q, k, v; `mlp.experts.N`, `mlp.shared_experts`, `mlp.gate.e_score_correction_bias`.
-    DeepseekV3,
+pub struct TensorNames {
+    /// A dense feed-forward.
+    pub mlp: &'static str,
+    /// A mixture of experts.
+    pub moe: &'static str,
+    /// The router of a mixture.
+    pub router: &'static str,
+    /// The MLP of a mixture that every token passes through.
+    pub shared_expert: &'static str,
+    /// The routed experts of a mixture.
+    pub experts: ExpertNames,
+    /// Whether a checkpoint may hold layers past the last one, which predict several tokens ahead and have no part in the
+    /// model (DeepSeek-V3; transformers leaves them out too).
+    pub predictors: bool,
+}
+
+/// How a checkpoint holds the routed experts of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ExpertNames {
+    /// `experts.N.NAME.weight` `[out, in]` for gate, up and down.
+    Each([&'static str; 3]),
+    /// `experts.gate_up_proj` `[E, in, 2·out]` and `experts.down_proj` `[E, in, out]`.
+    Fused,
+}
+
+impl TensorNames {
+    /// Those of Llama and of most families after it.
+    pub const LLAMA: Self = Self {
+        mlp: "mlp",
+        moe: "mlp",
+        router: "gate",
+        shared_expert: "shared_expert",
+        experts: ExpertNames::Each(["gate_proj", "up_proj", "down_proj"]),
+        predictors: false,
+    };
 }
 
 /// A decoder-only transformer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
-    /// Naming family.
-    pub family: Family,
+    /// What its checkpoints call things.
+    pub names: TensorNames,
     /// Vocabulary size V.
     pub vocab_size: usize,
     /// Residual width D.
@@ -319,21 +341,6 @@ pub enum RouterKind {
         /// Factor on the weights.
         scale: f32,
     },
-}
-
-impl Family {
-    /// Name of a layer's router.
-    pub(crate) fn router(self) -> &'static str {
-        match self {
-            Self::Llama4Text | Self::GptOss => "router",
-            Self::Llama | Self::Mixtral | Self::Qwen3Moe | Self::DeepseekV3 => "gate",
-        }
-    }
-
-    /// Name of the MLP that every token of a MoE layer passes through.
-    pub(crate) fn shared_expert(self) -> &'static str {
-        if self == Self::DeepseekV3 { "shared_experts" } else { "shared_expert" }
-    }
 }
 
 impl ModelSpec {

@@ -5,13 +5,16 @@ use std::sync::Arc;
 use freewheel_kernels::Threads;
 use freewheel_model::sampling::{SampleScratch, log_prob_of};
 use freewheel_model::{
-    Activation, AttentionSpec, BatchSeq, Family, FfnSpec, ForwardBatch, KvCache, LatentSpec, ModelSpec,
+    Activation, AttentionSpec, BatchSeq, ExpertNames, FfnSpec, ForwardBatch, KvCache, LatentSpec, ModelSpec,
     MoeSpec, OutputHead, ParamData, Params, PolicyWeights, Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind,
-    Target, TemperatureTuning, TensorKind, TrainBatch, TrainSeq, Transformer,
+    Target, TemperatureTuning, TensorKind, TensorNames, TrainBatch, TrainSeq, Transformer,
 };
 use freewheel_types::{CounterRng, PolicyVersion, SamplingParams, WeightsDtype};
 
 const VOCAB: usize = 37;
+
+const LLAMA: TensorNames = TensorNames::LLAMA;
+const FUSED: TensorNames = TensorNames { experts: ExpertNames::Fused, ..LLAMA };
 
 fn attention(qk_norm: QkNorm, style: Option<RopeStyle>, chunk: Option<usize>, bias: bool) -> AttentionSpec {
     AttentionSpec {
@@ -65,9 +68,9 @@ fn dense() -> FfnSpec {
     FfnSpec::Dense { width: 40, activation: Activation::Silu }
 }
 
-fn spec(family: Family, layers: Vec<(AttentionSpec, FfnSpec)>, tied_embeddings: bool) -> ModelSpec {
+fn spec(names: TensorNames, layers: Vec<(AttentionSpec, FfnSpec)>, tied_embeddings: bool) -> ModelSpec {
     ModelSpec {
-        family,
+        names,
         vocab_size: VOCAB,
         hidden: 32,
         layers,
@@ -87,9 +90,9 @@ fn spec(family: Family, layers: Vec<(AttentionSpec, FfnSpec)>, tied_embeddings: 
 fn specs() -> Vec<ModelSpec> {
     let half = Some(RopeStyle::Half);
     vec![
-        spec(Family::Llama, vec![(attention(QkNorm::None, half, None, true), dense()); 2], true),
+        spec(LLAMA, vec![(attention(QkNorm::None, half, None, true), dense()); 2], true),
         spec(
-            Family::Qwen3Moe,
+            LLAMA,
             vec![
                 (
                     attention(QkNorm::PerHead, half, None, false),
@@ -100,7 +103,7 @@ fn specs() -> Vec<ModelSpec> {
             false,
         ),
         spec(
-            Family::Mixtral,
+            LLAMA,
             vec![(
                 attention(QkNorm::WholeProjection, half, None, false),
                 moe(RouterKind::Softmax { renormalise: false }, 3, None),
@@ -108,7 +111,7 @@ fn specs() -> Vec<ModelSpec> {
             true,
         ),
         spec(
-            Family::Llama4Text,
+            FUSED,
             vec![
                 (
                     attention(QkNorm::WeightlessAfterRope, Some(RopeStyle::Interleaved), Some(12), false),
@@ -121,7 +124,7 @@ fn specs() -> Vec<ModelSpec> {
         gpt_oss_like(),
         gemma_like(),
         spec(
-            Family::DeepseekV3,
+            LLAMA,
             vec![
                 (latent(Some(12), RopeStyle::Interleaved, true), dense()),
                 (latent(None, RopeStyle::Half, false), grouped(2, true)),
@@ -147,7 +150,7 @@ fn gpt_oss_like() -> ModelSpec {
         });
         (AttentionSpec { sinks: true, window, ..attention }, ffn)
     };
-    spec(Family::GptOss, vec![layer(Some(6)), layer(None)], false)
+    spec(FUSED, vec![layer(Some(6)), layer(None)], false)
 }
 
 /// Norms on both sides of each block with gains of 1 + weight, scaled embeddings.
@@ -161,7 +164,7 @@ fn gemma_like() -> ModelSpec {
         norm_offset: 1.0,
         sandwich_norms: true,
         embedding_scale: 32f32.sqrt(),
-        ..spec(Family::Llama, vec![layer(Some(6)), layer(None)], true)
+        ..spec(LLAMA, vec![layer(Some(6)), layer(None)], true)
     }
 }
 

@@ -16,12 +16,22 @@ use freewheel_types::{
 use safetensors::SafeTensors;
 use serde_json::Value;
 
+/// The first model of the index that reads images.
 fn dir() -> PathBuf {
-    match std::env::var_os("FREEWHEEL_ORACLES") {
+    let models = match std::env::var_os("FREEWHEEL_ORACLES") {
         Some(root) => PathBuf::from(root),
         None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures"),
     }
-    .join("models/llama4_vision")
+    .join("models");
+    let index: Value = serde_json::from_slice(&std::fs::read(models.join("index.json")).unwrap()).unwrap();
+    let reads_images = |row: &&Value| row["architecture"] == "Llama4ForConditionalGeneration";
+    let row = index.as_array().unwrap().iter().find(reads_images).expect("a model that reads images");
+    models.join(row["name"].as_str().unwrap())
+}
+
+/// The id that stands for a piece of an image.
+fn patch_id() -> u32 {
+    json("config.json")["image_token_index"].as_u64().expect("an id") as u32
 }
 
 fn model() -> LoadedModel {
@@ -122,7 +132,7 @@ fn placeholders_expand_in_prompts() {
         let inner = &golden[1..];
         let at = prompt.ids.windows(inner.len()).position(|window| window == inner);
         let at = at.unwrap_or_else(|| panic!("{:?} not in {:?}", inner, prompt.ids));
-        assert_eq!(prompt.tiles[0].position, at + inner.iter().position(|id| *id == 511).unwrap());
+        assert_eq!(prompt.tiles[0].position, at + inner.iter().position(|id| *id == patch_id()).unwrap());
         assert_eq!(model.tokenizer.tiles_of(&body, &prompt.ids).unwrap(), prompt.tiles);
         assert!(model.tokenizer.tiles_of(&body, &prompt.ids[..at]).is_err(), "ids without the image");
     }
@@ -133,7 +143,8 @@ fn text_never_becomes_an_image_and_text_models_say_so() {
     let model = model();
     let text = PromptBody::Messages(vec![Message::text("user", "<|image|><|patch|>")]);
     let prompt = model.tokenizer.encode_prompt(&text).unwrap();
-    assert!(prompt.tiles.is_empty() && !prompt.ids.contains(&511) && !prompt.ids.contains(&510));
+    let image = model.tokenizer.token_to_id("<|image|>").expect("a token");
+    assert!(prompt.tiles.is_empty() && !prompt.ids.contains(&patch_id()) && !prompt.ids.contains(&image));
 
     let broken = ImagePart::new("cat.png", *b"\x89PNG\r\n\x1a\n nothing");
     let parts = MessageContent::Parts(vec![ContentPart::Image(broken)]);
@@ -160,13 +171,13 @@ impl Batch {
             all.1[row * width * 8..].chunks_exact(8).take(lengths[row]).map(id).collect()
         };
         let tokens: Vec<u32> = (0..lengths.len()).flat_map(row).collect();
-        let patch = json("config.json")["image_token_index"].as_u64().unwrap() as u32;
+        let (patch, each) = (patch_id(), model().model.spec().vision.as_ref().unwrap().tokens());
         let starts: Vec<usize> =
             (0..tokens.len()).filter(|&i| tokens[i] == patch && (i == 0 || tokens[i - 1] != patch)).collect();
         let pixels = golden.f32("pixel_values");
         let tiles = pixels.chunks_exact(pixels.len() / starts.len()).map(|p| Arc::new(Tile::new(p.to_vec())));
         let tiles =
-            starts.into_iter().zip(tiles).map(|(position, tile)| ImageTile { position, tokens: 4, tile });
+            starts.into_iter().zip(tiles).map(|(position, tile)| ImageTile { position, tokens: each, tile });
         Self { tokens, lengths, tiles: tiles.collect() }
     }
 

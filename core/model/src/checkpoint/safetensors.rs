@@ -17,7 +17,7 @@ use super::mmap;
 use super::mxfp4::{self, Mxfp4};
 use crate::error::ModelError;
 use crate::params::{ParamLayout, Params, TensorSpec};
-use crate::spec::{Family, ModelSpec};
+use crate::spec::ModelSpec;
 
 /// Real headers are a few MB for the largest models.
 const MAX_HEADER_BYTES: u64 = 8 << 20;
@@ -270,7 +270,7 @@ pub(super) fn ignorable(name: &str, spec: &ModelSpec) -> bool {
     let layer = || name.strip_prefix("model.layers.")?.split('.').next()?.parse::<usize>().ok();
     is_buffer(name)
         || (spec.tied_embeddings && name == "lm_head.weight")
-        || (spec.family == Family::DeepseekV3 && layer().is_some_and(|layer| layer >= spec.layers.len()))
+        || (spec.names.predictors && layer().is_some_and(|layer| layer >= spec.layers.len()))
 }
 
 /// Buffers that old exporters left in.

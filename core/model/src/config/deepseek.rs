@@ -7,7 +7,8 @@ use super::fields::Fields;
 use super::rope::{rope, score_factor};
 use crate::error::ModelError;
 use crate::spec::{
-    AttentionSpec, Family, FfnSpec, LatentSpec, ModelSpec, MoeSpec, OutputHead, QkNorm, RopeStyle, RouterKind,
+    AttentionSpec, FfnSpec, LatentSpec, ModelSpec, MoeSpec, OutputHead, QkNorm, RopeStyle, RouterKind,
+    TensorNames,
 };
 
 /// Epsilon of the norms inside attention, which `rms_norm_eps` does not reach.
@@ -34,7 +35,7 @@ pub(super) fn deepseek_v3(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> 
         .map(|layer| (attention.clone(), if layer < leading_dense { dense.clone() } else { moe.clone() }))
         .collect();
     Ok(ModelSpec {
-        family: Family::DeepseekV3,
+        names: TensorNames { shared_expert: "shared_experts", predictors: true, ..TensorNames::LLAMA },
         vocab_size: fields.size("vocab_size")?,
         hidden: fields.size("hidden_size")?,
         layers,

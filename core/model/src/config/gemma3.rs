@@ -5,7 +5,7 @@ use super::fields::Fields;
 use super::llama::{Variant, assemble};
 use super::rope::{plain_rope, rope, rope_of_kind};
 use crate::error::ModelError;
-use crate::spec::{Family, FfnSpec, ModelSpec, QkNorm, RopeStyle};
+use crate::spec::{FfnSpec, ModelSpec, QkNorm, RopeStyle, TensorNames};
 
 const GLOBAL_THETA: f64 = 1e6;
 const LOCAL_THETA: f64 = 10_000.0;
@@ -20,7 +20,7 @@ pub(super) fn gemma3_text(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> 
     fields.refuse_flag("use_bidirectional_attention")?;
     let bias = fields.flag_or("attention_bias", false)?;
     let variant = Variant {
-        family: Family::Llama,
+        names: TensorNames::LLAMA,
         architecture: "Gemma3ForCausalLM",
         head_dim: Some(256),
         qk_norm: QkNorm::PerHead,

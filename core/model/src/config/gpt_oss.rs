@@ -3,7 +3,7 @@
 use super::fields::Fields;
 use super::llama::{Variant, assemble};
 use crate::error::ModelError;
-use crate::spec::{Activation, Family, FfnSpec, ModelSpec, MoeSpec, QkNorm, RouterKind};
+use crate::spec::{Activation, ExpertNames, FfnSpec, ModelSpec, MoeSpec, QkNorm, RouterKind, TensorNames};
 
 /// GptOssForCausalLM.
 pub(super) fn gpt_oss(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
@@ -30,7 +30,7 @@ pub(super) fn gpt_oss(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     };
     let bias = fields.flag_or("attention_bias", true)?;
     let variant = Variant {
-        family: Family::GptOss,
+        names: TensorNames { router: "router", experts: ExpertNames::Fused, ..TensorNames::LLAMA },
         architecture: "GptOssForCausalLM",
         head_dim: Some(64),
         qk_norm: QkNorm::None,

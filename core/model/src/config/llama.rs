@@ -3,11 +3,11 @@
 use super::fields::Fields;
 use super::rope::rope;
 use crate::error::ModelError;
-use crate::spec::{AttentionSpec, Family, FfnSpec, ModelSpec, OutputHead, QkNorm, RopeStyle};
+use crate::spec::{AttentionSpec, FfnSpec, ModelSpec, OutputHead, QkNorm, RopeStyle, TensorNames};
 
 /// What tells the relatives apart.
 pub(super) struct Variant {
-    pub(super) family: Family,
+    pub(super) names: TensorNames,
     pub(super) architecture: &'static str,
     /// Width of a head where the file gives none; `None` is `hidden / heads`.
     pub(super) head_dim: Option<usize>,
@@ -53,7 +53,7 @@ pub(super) fn qwen3(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
 
 fn variant(architecture: &'static str) -> Variant {
     Variant {
-        family: Family::Llama,
+        names: TensorNames::LLAMA,
         architecture,
         head_dim: None,
         qk_norm: QkNorm::None,
@@ -129,7 +129,7 @@ pub(super) fn assemble(
         })
         .collect::<Result<_, ModelError>>()?;
     Ok(ModelSpec {
-        family: variant.family,
+        names: variant.names,
         vocab_size: fields.size("vocab_size")?,
         hidden,
         layers,

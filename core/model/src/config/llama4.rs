@@ -5,8 +5,16 @@ use super::fields::Fields;
 use super::rope::rope;
 use crate::error::ModelError;
 use crate::spec::{
-    AttentionSpec, Family, FfnSpec, ModelSpec, MoeSpec, OutputHead, QkNorm, RopeStyle, RouterKind,
-    TemperatureTuning, VisionSpec,
+    AttentionSpec, ExpertNames, FfnSpec, ModelSpec, MoeSpec, OutputHead, QkNorm, RopeStyle, RouterKind,
+    TemperatureTuning, TensorNames, VisionSpec,
+};
+
+const NAMES: TensorNames = TensorNames {
+    mlp: "feed_forward",
+    moe: "feed_forward",
+    router: "router",
+    experts: ExpertNames::Fused,
+    ..TensorNames::LLAMA
 };
 
 /// Llama4ForCausalLM.
@@ -30,7 +38,7 @@ pub(super) fn llama4_text(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> 
         })
         .collect::<Result<_, ModelError>>()?;
     Ok(ModelSpec {
-        family: Family::Llama4Text,
+        names: NAMES,
         vocab_size: fields.size("vocab_size")?,
         hidden,
         layers,

@@ -3,7 +3,13 @@
 use super::fields::Fields;
 use super::llama::{Variant, assemble};
 use crate::error::ModelError;
-use crate::spec::{Family, FfnSpec, ModelSpec, MoeSpec, QkNorm, RouterKind};
+use crate::spec::{ExpertNames, FfnSpec, ModelSpec, MoeSpec, QkNorm, RouterKind, TensorNames};
+
+const NAMES: TensorNames = TensorNames {
+    moe: "block_sparse_moe",
+    experts: ExpertNames::Each(["w1", "w3", "w2"]),
+    ..TensorNames::LLAMA
+};
 
 /// MixtralForCausalLM.
 pub(super) fn mixtral(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
@@ -17,7 +23,7 @@ pub(super) fn mixtral(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
         bias: false,
     };
     let variant = Variant {
-        family: Family::Mixtral,
+        names: NAMES,
         architecture: "MixtralForCausalLM",
         head_dim: None,
         qk_norm: QkNorm::None,

@@ -3,7 +3,7 @@
 use super::fields::Fields;
 use super::llama::{Variant, assemble};
 use crate::error::ModelError;
-use crate::spec::{Family, FfnSpec, ModelSpec, MoeSpec, QkNorm, RouterKind};
+use crate::spec::{FfnSpec, ModelSpec, MoeSpec, QkNorm, RouterKind, TensorNames};
 
 /// Qwen3MoeForCausalLM: dense layers where `mlp_only_layers` or `decoder_sparse_step` say so.
 pub(super) fn qwen3_moe(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
@@ -21,7 +21,7 @@ pub(super) fn qwen3_moe(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     let step = fields.size_or("decoder_sparse_step", 1)?;
     let bias = fields.flag_or("attention_bias", false)?;
     let variant = Variant {
-        family: Family::Qwen3Moe,
+        names: TensorNames::LLAMA,
         architecture: "Qwen3MoeForCausalLM",
         head_dim: None,
         qk_norm: QkNorm::PerHead,
@@ -60,7 +60,7 @@ pub(super) fn olmoe(fields: &Fields<'_>) -> Result<ModelSpec, ModelError> {
     };
     let bias = fields.flag_or("attention_bias", false)?;
     let variant = Variant {
-        family: Family::Qwen3Moe,
+        names: TensorNames::LLAMA,
         architecture: "OlmoeForCausalLM",
         head_dim: None,
         qk_norm: QkNorm::WholeProjection,

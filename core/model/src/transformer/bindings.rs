@@ -6,8 +6,8 @@ use std::ops::Range;
 use super::vision::VisionBinding;
 use crate::params::{ParamLayout, TensorSpec};
 use crate::spec::{
-    Activation, AttentionSpec, Family, FfnSpec, LatentSpec, ModelSpec, MoeSpec, OutputHead, QkNorm,
-    RouterKind,
+    Activation, AttentionSpec, ExpertNames, FfnSpec, LatentSpec, ModelSpec, MoeSpec, OutputHead, QkNorm,
+    RouterKind, TensorNames,
 };
 
 /// A linear map `[n, k]` somewhere in the arena.
@@ -148,11 +148,6 @@ impl Index<'_> {
             read_projections(attention).iter().map(|p| format!("{at}.self_attn.{p}.{suffix}")).collect()
         };
         let weighted = matches!(attention.qk_norm, QkNorm::PerHead | QkNorm::WholeProjection);
-        let ffn_at = match (spec.family, ffn) {
-            (Family::Llama4Text, _) => format!("{at}.feed_forward"),
-            (Family::Mixtral, FfnSpec::Moe(_)) => format!("{at}.block_sparse_moe"),
-            _ => format!("{at}.mlp"),
-        };
         LayerBinding {
             input_norm: named("input_layernorm.weight"),
             qkv: self.fused(&qkv("weight"), d),
@@ -172,9 +167,13 @@ impl Index<'_> {
             ffn_out_norm: spec.sandwich_norms.then(|| named("post_feedforward_layernorm.weight")),
             ffn: match ffn {
                 FfnSpec::Dense { width, activation } => {
-                    FfnBinding::Dense(self.mlp(&ffn_at, d, *width, *activation))
+                    let at = format!("{at}.{}", spec.names.mlp);
+                    FfnBinding::Dense(self.mlp(&at, d, *width, *activation))
                 }
-                FfnSpec::Moe(moe) => FfnBinding::Moe(self.moe(spec.family, &ffn_at, d, moe)),
+                FfnSpec::Moe(moe) => {
+                    let at = format!("{at}.{}", spec.names.moe);
+                    FfnBinding::Moe(self.moe(&spec.names, &at, d, moe))
+                }
             },
         }
     }
@@ -212,16 +211,13 @@ impl Index<'_> {
         }
     }
 
-    fn moe(&self, family: Family, at: &str, d: usize, moe: &MoeSpec) -> MoeBinding {
-        let router = family.router();
+    fn moe(&self, names: &TensorNames, at: &str, d: usize, moe: &MoeSpec) -> MoeBinding {
+        let router = names.router;
         let f = moe.width;
-        let expert = |e: usize| match family {
-            Family::Llama4Text | Family::GptOss => self.fused_expert(at, e, d, moe),
-            Family::Mixtral => {
-                self.mlp_named(&format!("{at}.experts.{e}"), ["w1", "w3", "w2"], d, f, moe.activation)
-            }
-            Family::Qwen3Moe | Family::Llama | Family::DeepseekV3 => {
-                self.mlp(&format!("{at}.experts.{e}"), d, f, moe.activation)
+        let expert = |e: usize| match names.experts {
+            ExpertNames::Fused => self.fused_expert(at, e, d, moe),
+            ExpertNames::Each(parts) => {
+                self.mlp_named(&format!("{at}.experts.{e}"), parts, d, f, moe.activation)
             }
         };
         MoeBinding {
@@ -232,7 +228,7 @@ impl Index<'_> {
             experts: (0..moe.experts).map(expert).collect(),
             shared: moe
                 .shared_width
-                .map(|width| self.mlp(&format!("{at}.{}", family.shared_expert()), d, width, moe.activation)),
+                .map(|width| self.mlp(&format!("{at}.{}", names.shared_expert), d, width, moe.activation)),
         }
     }
 

@@ -20,27 +20,33 @@ pub fn model_dir(name: &str) -> PathBuf {
     oracles().join("models").join(name)
 }
 
-/// The golden checkpoints that are there, of those that can be loaded.
+/// The golden checkpoints of the index that write text, as far as they are there.
 pub fn model_names() -> Vec<String> {
-    let supported = [
-        "gemma3_text",
-        "gpt_oss",
-        "llama3",
-        "llama3_bf16",
-        "llama4_text_step1",
-        "llama4_text_step2",
-        "llama4_vision",
-        "mixtral",
-        "olmoe",
-        "qwen2",
-        "qwen3",
-        "qwen3_moe",
-        "qwen3_moe_bf16",
-    ];
-    let names: Vec<String> =
-        supported.iter().filter(|name| model_dir(name).is_dir()).map(|name| (*name).to_owned()).collect();
+    let index = json(&oracles().join("models/index.json"));
+    let names: Vec<String> = index
+        .as_array()
+        .expect("a list")
+        .iter()
+        .filter(|row| !row["architecture"].as_str().expect("a name").ends_with("ForSequenceClassification"))
+        .map(|row| row["name"].as_str().expect("a name").to_owned())
+        .filter(|name| model_dir(name).is_dir())
+        .collect();
     assert!(names.len() >= 4, "golden checkpoints are missing from {}", oracles().display());
     names
+}
+
+/// The weight files of a golden checkpoint: one, or its shards.
+pub fn weight_files(name: &str) -> Vec<Vec<u8>> {
+    let mut paths: Vec<PathBuf> = std::fs::read_dir(model_dir(name))
+        .expect("golden checkpoint")
+        .map(|entry| entry.expect("entry").path())
+        .filter(|path| {
+            let file = path.file_name().expect("a name").to_string_lossy();
+            file.starts_with("model") && file.ends_with(".safetensors")
+        })
+        .collect();
+    paths.sort();
+    paths.iter().map(|path| std::fs::read(path).expect("weights")).collect()
 }
 
 /// A JSON file.
@@ -68,7 +74,9 @@ pub fn copy_of(name: &str) -> tempfile::TempDir {
 
 /// The element type that `config.json` of a golden checkpoint names.
 pub fn stored_dtype(name: &str) -> WeightsDtype {
-    if name.ends_with("bf16") { WeightsDtype::Bf16 } else { WeightsDtype::F32 }
+    let config = json(&model_dir(name).join("config.json"));
+    let kind = ["dtype", "torch_dtype"].iter().find_map(|key| config[*key].as_str());
+    if kind == Some("bfloat16") { WeightsDtype::Bf16 } else { WeightsDtype::F32 }
 }
 
 /// Logits of every position of `tokens`.

@@ -1,6 +1,6 @@
 //! Checkpoint names → GGUF names.
 
-use crate::spec::{Family, ModelSpec};
+use crate::spec::ModelSpec;
 
 /// Where a tensor of ours is in a GGUF file.
 pub(super) struct Source {
@@ -41,8 +41,7 @@ pub(super) fn source(spec: &ModelSpec, name: &str) -> Option<Source> {
         return Some(Source { expert: Some((expert.parse().ok()?, experts)), ..plain(&at(part))? });
     }
     // Only the converters of Llama and Mixtral permute.
-    let permuted = matches!(spec.family, Family::Mixtral)
-        || matches!(spec.architecture.as_str(), "LlamaForCausalLM" | "MistralForCausalLM");
+    let permuted = matches!(spec.architecture.as_str(), "LlamaForCausalLM" | "MixtralForCausalLM");
     let rotary = |part: &str, heads: usize| {
         Some(Source { rotary_heads: permuted.then_some(heads), ..plain(&at(part))? })
     };
