@@ -13,7 +13,7 @@ use freewheel_model::{
 use freewheel_types::{Digest, PolicyVersion, PromptBody, WeightsPayload};
 
 use crate::ActorError;
-use crate::engine::{Backend, BackendInfo, Draw, Drawn, StepBatch, StepOutput, TextDecoder};
+use crate::engine::{Backend, BackendInfo, Draw, Drawn, LocalLayers, StepBatch, StepOutput, TextDecoder};
 use crate::role::{PolicyLoader, PromptCodec};
 
 /// One version of a policy with its keys and values, on processor cores.
@@ -45,12 +45,14 @@ impl Backend for CpuBackend {
             top_k: spec.top_k(),
             page_tokens: KV_BLOCK,
             page_bytes: KvCache::page_bytes(&self.model),
+            local: KvCache::local_mask(&self.model)
+                .map(|mask| LocalLayers { mask, page_bytes: KvCache::slot_bytes(&self.model) }),
             images: spec.vision.is_some(),
         }
     }
 
-    fn allocate(&mut self, pages: usize) {
-        self.cache = KvCache::new(&self.model, pages);
+    fn allocate(&mut self, pages: usize, local: usize) {
+        self.cache = KvCache::with_slots(&self.model, pages, local);
     }
 
     fn version(&self) -> PolicyVersion {
@@ -79,6 +81,10 @@ impl Backend for CpuBackend {
 
     fn copy_page(&mut self, from: u32, to: u32) {
         self.cache.copy_page(from, to);
+    }
+
+    fn forget(&mut self, pages: &[u32]) {
+        self.cache.forget(pages);
     }
 
     fn sample(&mut self, logits: &[f32], draws: &[Draw]) -> Vec<Drawn> {

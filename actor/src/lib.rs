@@ -19,8 +19,8 @@ pub mod role;
 pub use config::{ActorConfig, InFlight};
 pub use cpu::{CpuBackend, CpuLoader};
 pub use engine::{
-    Backend, BackendInfo, Draw, Drawn, Engine, EngineConfig, EngineStats, Finished, Request, SampleSpec,
-    SeqRows, StepBatch, StepOutput, StopSpec, TextDecoder,
+    Backend, BackendInfo, Draw, Drawn, Engine, EngineConfig, EngineStats, Finished, LocalLayers, Request,
+    SampleSpec, SeqRows, StepBatch, StepOutput, StopSpec, TextDecoder,
 };
 pub use error::ActorError;
 pub use role::{ActorDeps, ActorMetrics, PolicyLoader, PromptCodec, run};

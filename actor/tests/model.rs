@@ -3,15 +3,15 @@
 use std::sync::Arc;
 
 use freewheel_actor::{
-    ActorError, CpuBackend, CpuLoader, Engine, EngineConfig, InFlight, PolicyLoader, Request, SampleSpec,
-    StopSpec, TextDecoder,
+    ActorError, CpuBackend, CpuLoader, Engine, EngineConfig, Finished, InFlight, PolicyLoader, Request,
+    SampleSpec, StopSpec, TextDecoder,
 };
 use freewheel_kernels::Threads;
 use freewheel_model::delta::{delta_frame, key_frame};
 use freewheel_model::{
-    Activation, AttentionSpec, FfnSpec, ModelSpec, MoeSpec, OutputHead, ParamData, Params,
-    PolicyWeights, Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target, TensorKind, TensorNames,
-    TrainBatch, TrainSeq, Transformer,
+    Activation, AttentionSpec, FfnSpec, ModelSpec, MoeSpec, OutputHead, ParamData, Params, PolicyWeights,
+    Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target, TensorKind, TensorNames, TrainBatch, TrainSeq,
+    Transformer,
 };
 use freewheel_types::{CounterRng, Digest, PolicyVersion, SamplingParams, TaskId, WeightsDtype};
 
@@ -44,8 +44,8 @@ fn attention(rope: bool) -> AttentionSpec {
     }
 }
 
-/// Dense, then a mixture of experts, then a mixture without positions.
-fn model() -> Arc<Transformer> {
+/// Dense, then a mixture of experts that sees chunks of 24 positions, then a mixture without positions.
+fn model(max_positions: usize) -> Arc<Transformer> {
     let dense = FfnSpec::Dense { width: 40, activation: Activation::Silu };
     let moe = FfnSpec::Moe(MoeSpec {
         experts: 5,
@@ -60,14 +60,18 @@ fn model() -> Arc<Transformer> {
         names: TensorNames::LLAMA,
         vocab_size: VOCAB,
         hidden: 32,
-        layers: vec![(attention(true), dense), (attention(true), moe.clone()), (attention(false), moe)],
+        layers: vec![
+            (attention(true), dense),
+            (AttentionSpec { chunk: Some(24), ..attention(true) }, moe.clone()),
+            (attention(false), moe),
+        ],
         norm_eps: 1e-5,
         norm_offset: 0.0,
         sandwich_norms: false,
         embedding_scale: 1.0,
         tied_embeddings: false,
         head: OutputHead::LanguageModel,
-        max_positions: 96,
+        max_positions,
         architecture: "Test".into(),
         vision: None,
     })
@@ -99,7 +103,7 @@ fn request(id: u64, prompt_len: u64, samples: u32, sampling: SamplingParams) -> 
 
 #[test]
 fn behaviour_logprobs_and_experts_are_those_of_training_to_the_bit() {
-    let model = model();
+    let model = model(96);
     let transforms = [
         SamplingParams::default(),
         SamplingParams { temperature: 0.7, top_k: 9, top_p: 0.9, min_p: 0.02 },
@@ -131,32 +135,52 @@ fn behaviour_logprobs_and_experts_are_those_of_training_to_the_bit() {
         assert!(engine.stats().preemptions > 0, "the test must reach preemption");
         let training = pack(Purpose::Training);
         for sample in &done {
-            let ids = [&sample.prompt_ids[..], &sample.output_ids[..]].concat();
-            let batch =
-                TrainBatch { tokens: &ids, seqs: &[TrainSeq::whole(ids.len())], replay: None, tiles: &[] };
-            let tape = training.forward_train(&threads, &batch);
-            let first = sample.prompt_ids.len();
-            let targets: Vec<Target> =
-                (first..ids.len()).map(|at| Target { row: at - 1, token: ids[at] }).collect();
             let sampling = requests[sample.request as usize - 1].sampling;
-            let trained = tape.log_probs(&threads, &training, &targets, &sampling);
-            let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-            assert_eq!(
-                bits(&sample.behaviour_logprobs),
-                bits(&trained.logprobs),
-                "{dtype:?} {}",
-                sample.rollout
-            );
-            let rows = (ids.len() - 1) * 2 * 2;
-            assert_eq!(sample.experts.ids, tape.experts()[..rows], "{dtype:?} {}", sample.rollout);
-            assert!(sample.behaviour_logprobs.iter().all(|x| x.is_finite() && *x <= 0.0));
+            check_bits(&training, &threads, sample, &sampling);
         }
+    }
+}
+
+/// Log-probs and experts of `sample` have the bits that training computes for its tokens.
+fn check_bits(training: &PolicyWeights, threads: &Threads, sample: &Finished, sampling: &SamplingParams) {
+    let ids = [&sample.prompt_ids[..], &sample.output_ids[..]].concat();
+    let batch = TrainBatch { tokens: &ids, seqs: &[TrainSeq::whole(ids.len())], replay: None, tiles: &[] };
+    let tape = training.forward_train(threads, &batch);
+    let first = sample.prompt_ids.len();
+    let targets: Vec<Target> = (first..ids.len()).map(|at| Target { row: at - 1, token: ids[at] }).collect();
+    let trained = tape.log_probs(threads, training, &targets, sampling);
+    let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&sample.behaviour_logprobs), bits(&trained.logprobs), "{}", sample.rollout);
+    let rows = (ids.len() - 1) * 2 * 2;
+    assert_eq!(sample.experts.ids, tape.experts()[..rows], "{}", sample.rollout);
+    assert!(sample.behaviour_logprobs.iter().all(|x| x.is_finite() && *x <= 0.0));
+}
+
+#[test]
+fn what_chunked_layers_do_not_need_holds_longer_sequences() {
+    let model = model(4096);
+    let params = params(&model, 1, WeightsDtype::F32);
+    let threads = Threads::single();
+    let pack = |purpose| PolicyWeights::pack(&model, &params, PolicyVersion::new(1, 4), purpose, &threads);
+    let backend = CpuBackend::new(Arc::new(pack(Purpose::Sampling)), threads.clone());
+    let kv_bytes = 20 * freewheel_model::KvCache::page_bytes(&model) as u64;
+    let config = EngineConfig { max_live: 1, kv_bytes, prefill_tokens: 50, in_flight: InFlight::Keep };
+    let mut engine = Engine::new(backend, Arc::new(NoText), config).unwrap();
+    // One of three layers sees a chunk: room for 16 pages there leaves (20 - 16/3) * 3/2 = 22 in the others.
+    assert_eq!(engine.stats().pages, 22);
+    let requests = (0..2).map(|id| request(id, 304, 2, SamplingParams::default())).collect::<Vec<_>>();
+    let done = engine.run_to_end(requests).unwrap();
+    assert_eq!(done.len(), 4);
+    let training = pack(Purpose::Training);
+    for sample in &done {
+        assert!(sample.output_ids.len() == 30 || sample.output_ids.last() == Some(&0));
+        check_bits(&training, &threads, sample, &SamplingParams::default());
     }
 }
 
 #[test]
 fn published_frames_become_the_weights_that_were_published() {
-    let model = model();
+    let model = model(96);
     let tokenizer = Digest::of(b"tokenizer");
     let (v0, v1) = (PolicyVersion::new(1, 0), PolicyVersion::new(1, 1));
     let (old, new) = (params(&model, 1, WeightsDtype::Bf16), params(&model, 2, WeightsDtype::Bf16));

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use freewheel_kernels::attention::AttentionMask;
 use freewheel_model::TileRows;
 use freewheel_types::{PolicyVersion, SamplingParams};
 
@@ -23,8 +24,26 @@ pub struct BackendInfo {
     pub page_tokens: usize,
     /// Bytes of one KV page, all layers.
     pub page_bytes: usize,
+    /// Layers that see a part of the sequence only, where there are such.
+    pub local: Option<LocalLayers>,
     /// Whether it reads images.
     pub images: bool,
+}
+
+/// Layers whose rows see a chunk or window: what lies before it takes no memory in them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LocalLayers {
+    /// Which positions a row sees.
+    pub mask: AttentionMask,
+    /// Bytes of one KV page in these layers.
+    pub page_bytes: usize,
+}
+
+impl BackendInfo {
+    /// The first page that a row at `position` or any later one sees in local layers.
+    pub fn first_local_page(&self, position: usize) -> Option<usize> {
+        self.local.map(|local| local.mask.first_visible(position) / self.page_tokens)
+    }
 }
 
 /// Rows of one sequence in a step.
@@ -88,8 +107,8 @@ pub trait Backend: Send + 'static {
     /// Shape of the model and of a KV page.
     fn info(&self) -> BackendInfo;
 
-    /// Makes `pages` KV pages; called once, before the first forward.
-    fn allocate(&mut self, pages: usize);
+    /// Makes `pages` KV pages, with room for about `local` of them in local layers; called once, before the first forward.
+    fn allocate(&mut self, pages: usize, local: usize);
 
     /// Version of the weights in use.
     fn version(&self) -> PolicyVersion;
@@ -102,6 +121,9 @@ pub trait Backend: Send + 'static {
 
     /// Copies KV page `from` to page `to`.
     fn copy_page(&mut self, from: u32, to: u32);
+
+    /// No row to come sees `pages` in local layers, until they are written again.
+    fn forget(&mut self, _pages: &[u32]) {}
 
     /// Draws tokens from rows of `logits`, `[rows, V]`; one result for each draw, in order.
     fn sample(&mut self, logits: &[f32], draws: &[Draw]) -> Vec<Drawn>;

@@ -127,6 +127,7 @@ impl Group {
     /// Forgets what was computed but keeps the pages.
     pub(crate) fn restart(&mut self) {
         self.computed = 0;
+        self.pages.want_from(0);
         self.logits = None;
         self.first_version = None;
         self.experts.clear();
@@ -160,6 +161,13 @@ impl Group {
         self.computed += rows;
         self.experts.extend_from_slice(experts);
         self.logits = logits.map(|row| (row, version));
+    }
+
+    /// Lets go of what no row sees any more in local layers: not the prompt's next one, and not those of samples, which
+    /// go on (or begin again) after the full pages at the earliest.
+    pub(crate) fn pass(&mut self, info: &BackendInfo) {
+        let next = self.computed.min(self.shared());
+        self.pages.pass(info.first_local_page(next));
     }
 
     /// The token of `sample` at `position`.
@@ -268,6 +276,17 @@ impl Sample {
         self.computed = 0;
     }
 
+    /// Computes again what follows the first `shared` positions, in the same pages.
+    pub(crate) fn restart(&mut self, shared: usize, info: &BackendInfo) {
+        self.computed = shared;
+        self.pages.want_from(info.first_local_page(shared).unwrap_or(0));
+    }
+
+    /// Lets go of what the next row does not see in local layers.
+    pub(crate) fn pass(&mut self, info: &BackendInfo) {
+        self.pages.pass(info.first_local_page(self.computed));
+    }
+
     /// Takes in `rows` computed positions. A position computed again keeps the experts it had when its successor was
     /// drawn: those are what the drawn token's log-prob depends on.
     pub(crate) fn advance(&mut self, rows: usize, prompt_len: usize, experts: &[u16]) {
@@ -345,6 +364,7 @@ mod tests {
             top_k: 0,
             page_tokens: 4,
             page_bytes: 1,
+            local: None,
             images: false,
         };
         let done = group.finish(0, FinishReason::Length, None, &info, &Blank);

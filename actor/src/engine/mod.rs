@@ -25,10 +25,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
+use freewheel_kernels::attention::AttentionMask;
 use freewheel_model::TileRows;
 use freewheel_types::{FinishReason, PolicyVersion};
 
-pub use backend::{Backend, BackendInfo, Draw, Drawn, SeqRows, StepBatch, StepOutput, TextDecoder};
+pub use backend::{
+    Backend, BackendInfo, Draw, Drawn, LocalLayers, SeqRows, StepBatch, StepOutput, TextDecoder,
+};
 pub use request::{Finished, Request, SampleSpec, StopSpec};
 pub use stats::EngineStats;
 
@@ -49,6 +52,32 @@ pub struct EngineConfig {
     pub prefill_tokens: usize,
     /// What running samples do when new weights arrive.
     pub in_flight: InFlight,
+}
+
+/// KV pages that `kv_bytes` holds, and those of them that local layers have room for: what all sequences at work can
+/// see at once, or every page where memory is short.
+fn page_counts(info: &BackendInfo, config: &EngineConfig) -> (usize, usize) {
+    // Pages beyond what full slots of the longest sequences can hold would never be used.
+    let most = (config.max_live + 1).saturating_mul(info.max_positions.div_ceil(info.page_tokens) + 1);
+    let most = most.clamp(2, 1 << 30);
+    let everywhere =
+        usize::try_from(config.kv_bytes / info.page_bytes as u64).unwrap_or(usize::MAX).min(most);
+    let Some(local) = info.local else { return (everywhere, 0) };
+    let span = match local.mask {
+        AttentionMask::Chunked(span) | AttentionMask::Sliding(span) => span,
+        AttentionMask::Causal | AttentionMask::Bidirectional => info.max_positions,
+    };
+    // Running samples, their prompts, prompts that are next in line; and the rows of one step.
+    let sequences = config.max_live.saturating_mul(2).saturating_add(config.max_live / 4 + 2);
+    let seen = sequences.saturating_mul(span.div_ceil(info.page_tokens) + 1);
+    let seen = seen.saturating_add(config.prefill_tokens.div_ceil(info.page_tokens));
+    if seen >= everywhere {
+        return (everywhere, everywhere);
+    }
+    let left = config.kv_bytes - (seen * local.page_bytes) as u64;
+    let whole = (info.page_bytes - local.page_bytes) as u64;
+    let pages = left.checked_div(whole).map_or(most, |n| usize::try_from(n).unwrap_or(usize::MAX).min(most));
+    (pages, seen)
 }
 
 /// Samples completions for many prompts at once.
@@ -84,7 +113,7 @@ impl<B: Backend> Engine<B> {
             let key = if config.max_live == 0 { "max_live" } else { "prefill_tokens" };
             return refuse(key, 0, "it must be at least 1".to_owned());
         }
-        let pages = (config.kv_bytes / info.page_bytes as u64).min(1 << 30) as usize;
+        let (pages, local) = page_counts(&info, &config);
         if pages < 2 {
             let least = 2 * info.page_bytes;
             return refuse(
@@ -93,10 +122,7 @@ impl<B: Backend> Engine<B> {
                 format!("this model needs at least {least} (two pages)"),
             );
         }
-        // Pages beyond what full slots of the longest sequences can hold would never be used.
-        let most = (config.max_live + 1).saturating_mul(info.max_positions.div_ceil(info.page_tokens) + 1);
-        let pages = pages.min(most.max(2));
-        backend.allocate(pages);
+        backend.allocate(pages, local);
         let stats = EngineStats { slots: config.max_live, pages, ..EngineStats::default() };
         Ok(Self {
             backend,
@@ -257,6 +283,7 @@ impl<B: Backend> Engine<B> {
         }
         let Some(weights) = self.pending.take() else { return };
         let start = Instant::now();
+        let info = &self.info;
         self.retired.push(self.backend.swap(weights));
         for group in self.groups.values_mut() {
             if !group.begun {
@@ -266,7 +293,7 @@ impl<B: Backend> Engine<B> {
                 group.restart();
                 let shared = group.shared();
                 let running = group.samples.iter_mut().filter(|sample| sample.state == State::Running);
-                running.for_each(|sample| sample.computed = shared);
+                running.for_each(|sample| sample.restart(shared, info));
             }
         }
         self.stats.record_swap(start.elapsed().as_secs_f64());
@@ -303,6 +330,7 @@ impl<B: Backend> Engine<B> {
             }
             seqs.push(SeqRows { rows: planned.rows, position: planned.position, pages: pages.indices() });
         }
+        self.backend.forget(&self.pool.take_passed());
         let batch = StepBatch { tokens: &tokens, seqs: &seqs, logit_rows: &logit_rows, tiles: &tiles };
         let output = self.backend.forward(&batch);
         assert_eq!(
@@ -331,10 +359,12 @@ impl<B: Backend> Engine<B> {
                         planned.wants_logits.then(|| output.logits[logit_row * vocab..][..vocab].to_vec());
                     self.stats.prompts += u64::from(planned.wants_logits);
                     group.advance(planned.rows, version, experts, logits);
+                    group.pass(&self.info);
                 }
                 Unit::Sample { age, index } => {
                     let prompt_len = group.prompt.len();
                     group.samples[index].advance(planned.rows, prompt_len, experts);
+                    group.samples[index].pass(&self.info);
                     if planned.wants_logits {
                         draws.push(group.draw(&group.samples[index], logit_row));
                         drawers.push((age, index));

@@ -79,11 +79,12 @@ impl Backend for FakeBackend {
             top_k: TOP_K,
             page_tokens: PAGE,
             page_bytes: 100,
+            local: None,
             images: false,
         }
     }
 
-    fn allocate(&mut self, pages: usize) {
+    fn allocate(&mut self, pages: usize, _local: usize) {
         self.keys = vec![None; pages * PAGE];
     }
 

@@ -3,6 +3,8 @@
 //! A [`ModelSpec`] is derived from `config.json` (or GGUF metadata) once and validated there; layers, shapes and
 //! parameter names follow from it alone.
 
+use freewheel_kernels::attention::AttentionMask;
+
 /// What a checkpoint calls the parts of a layer that families name differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TensorNames {
@@ -375,6 +377,15 @@ impl ModelSpec {
 }
 
 impl AttentionSpec {
+    /// Which keys a query may see.
+    pub fn mask(&self) -> AttentionMask {
+        match (self.chunk, self.window) {
+            (Some(chunk), _) => AttentionMask::Chunked(chunk),
+            (None, Some(window)) => AttentionMask::Sliding(window),
+            (None, None) => AttentionMask::Causal,
+        }
+    }
+
     /// Columns of everything that is projected from the residual stream in one go: q, k, v, or what they are unpacked
     /// from.
     pub fn qkv_width(&self) -> usize {

@@ -1,4 +1,6 @@
-//! `freewheel bench decode | train`: how fast, and how near to what this machine can do, measured in the same run.
+//! `freewheel bench decode | prefill | train`: how fast, and how near to what this machine can do, measured in the same run.
+
+mod prefill;
 
 use std::time::Instant;
 
@@ -29,6 +31,11 @@ enum What {
     /// Tokens a second when decoding, by batch size.
     #[command(after_help = "Example:\n  freewheel bench decode --model assets/sprout --batch 1,8,32 --json")]
     Decode(BenchArgs),
+    /// Cost of a prompt's tokens, by its length.
+    #[command(
+        after_help = "Example:\n  freewheel bench prefill --model assets/sprout --length 64,128,256,512 --json"
+    )]
+    Prefill(prefill::PrefillArgs),
     /// Tokens a second of a forward and backward pass, by sequences in the batch.
     #[command(after_help = "Example:\n  freewheel bench train --model assets/sprout --batch 8 --length 128")]
     Train(BenchArgs),
@@ -55,6 +62,8 @@ const PROMPT: usize = 16;
 const SECONDS: f64 = 1.0;
 
 struct Machine {
+    threads: usize,
+    precision: Precision,
     read_bytes_per_s: f64,
     peak_flops_per_s: f64,
 }
@@ -63,6 +72,7 @@ impl BenchCommand {
     pub(super) fn run(self) -> anyhow::Result<()> {
         match self.what {
             What::Decode(args) => args.run("decode", decode),
+            What::Prefill(args) => args.run(),
             What::Train(args) => args.run("train", train),
         }
     }
@@ -88,50 +98,72 @@ impl BenchArgs {
             .input_hint(format!("--length 1 to {}, --batch 1 to 4096", context.saturating_sub(PROMPT)));
         }
         let threads = self.model.threads();
-        let precision = match loaded.params.dtype() {
-            WeightsDtype::Bf16 => Precision::Bf16,
-            WeightsDtype::F32 => Precision::F32,
-        };
-        let machine = Machine {
-            read_bytes_per_s: measure::read_bandwidth(&threads),
-            peak_flops_per_s: measure::peak_flops(&threads, precision),
-        };
+        let machine = Machine::measure(&loaded, &threads);
         let rows = self
             .batch
             .iter()
             .map(|batch| measure_row(self, &loaded, &threads, &machine, *batch))
             .collect::<anyhow::Result<Vec<_>>>()?;
+        machine.print(what, &loaded, rows, self.json, text)
+    }
+}
+
+impl Machine {
+    fn measure(loaded: &LoadedModel, threads: &Threads) -> Self {
+        let precision = match loaded.params.dtype() {
+            WeightsDtype::Bf16 => Precision::Bf16,
+            WeightsDtype::F32 => Precision::F32,
+        };
+        Self {
+            threads: threads.count(),
+            precision,
+            read_bytes_per_s: measure::read_bandwidth(threads),
+            peak_flops_per_s: measure::peak_flops(threads, precision),
+        }
+    }
+
+    /// Prints what was measured, as JSON or as a table.
+    fn print(
+        &self,
+        what: &str,
+        loaded: &LoadedModel,
+        rows: Vec<Value>,
+        as_json: bool,
+        text: fn(&[Value]) -> String,
+    ) -> anyhow::Result<()> {
         let features = measure::cpu_features();
-        let result = json!({
-            "what": what,
-            "machine": {
-                "threads": threads.count(), "features": features.used,
-                "read_bytes_per_s": machine.read_bytes_per_s, "peak_flops_per_s": machine.peak_flops_per_s,
-                "precision": format!("{precision:?}").to_lowercase(),
-            },
-            "model": {"path": loaded.source, "parameters": loaded.model.layout().total},
-            "rows": rows,
-        });
-        if self.json {
+        if as_json {
+            let result = json!({
+                "what": what,
+                "machine": {
+                    "threads": self.threads, "features": features.used,
+                    "read_bytes_per_s": self.read_bytes_per_s, "peak_flops_per_s": self.peak_flops_per_s,
+                    "precision": format!("{:?}", self.precision).to_lowercase(),
+                },
+                "model": {"path": loaded.source, "parameters": loaded.model.layout().total},
+                "rows": rows,
+            });
             println!("{}", serde_json::to_string_pretty(&result)?);
             return Ok(());
         }
         println!(
             "{} on {} threads: reads {:.1} GB/s, computes {:.0} GFLOP/s",
             features.used,
-            threads.count(),
-            machine.read_bytes_per_s / 1e9,
-            machine.peak_flops_per_s / 1e9
+            self.threads,
+            self.read_bytes_per_s / 1e9,
+            self.peak_flops_per_s / 1e9
         );
         print!("{}", text(&rows));
         Ok(())
     }
 }
 
+/// A number of a row for a table; `-` where there is none.
+fn number(row: &Value, key: &str, scale: f64, digits: usize) -> String {
+    row[key].as_f64().map_or_else(|| "-".into(), |x| format!("{:.digits$}", x * scale))
+}
+
 fn text(rows: &[Value]) -> String {
-    let number = |row: &Value, key: &str, scale: f64, digits: usize| {
-        row[key].as_f64().map_or_else(|| "-".into(), |x| format!("{:.digits$}", x * scale))
-    };
     let cells: Vec<Vec<String>> = rows
         .iter()
         .map(|row| {

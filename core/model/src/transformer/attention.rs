@@ -1,8 +1,7 @@
 //! The attention block: norm, q/k/v, rotation, cached attention, output projection, residual.
 
 use freewheel_kernels::attention::{
-    AttentionMask, AttentionSeq, AttentionShape, add_sinks, attention, attention_backward, kv_write,
-    sinks_backward,
+    AttentionSeq, AttentionShape, add_sinks, attention, attention_backward, kv_write, sinks_backward,
 };
 use freewheel_kernels::gemm::{matmul, matmul_add};
 use freewheel_kernels::norm::{NormScale, rms_norm, rms_norm_backward};
@@ -56,18 +55,13 @@ pub(super) struct Saved {
 
 impl AttentionLayer<'_> {
     fn shape(&self) -> AttentionShape {
-        let mask = match (self.spec.chunk, self.spec.window) {
-            (Some(chunk), _) => AttentionMask::Chunked(chunk),
-            (None, Some(window)) => AttentionMask::Sliding(window),
-            (None, None) => AttentionMask::Causal,
-        };
         AttentionShape {
             heads: self.spec.heads,
             kv_heads: self.spec.kv_heads,
             head_dim: self.spec.head_dim,
             value_dim: self.spec.value_dim(),
             scale: self.spec.scale,
-            mask,
+            mask: self.spec.mask(),
         }
     }
 

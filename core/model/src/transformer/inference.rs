@@ -1,34 +1,20 @@
 //! Sampling-side forward: rows of any mix of sequences over cached keys and values, to logits.
 
 use freewheel_kernels::Threads;
-use freewheel_kernels::attention::{AttentionSeq, KV_BLOCK};
+use freewheel_kernels::attention::AttentionSeq;
 use half::bf16;
 
 use super::attention::{AttentionLayer, Rows};
 use super::bindings::FfnBinding;
 use super::buffers::Buf;
+use super::cache::KvCache;
+use super::head;
 use super::mlp::{self, Context};
 use super::moe::{MoeLayer, Routing};
 use super::residual::{OutNorm, add_block};
 use super::vision::TileRows;
 use super::weights::{FfnWeights, PolicyWeights, Table};
-use super::{Transformer, head};
 use crate::spec::FfnSpec;
-
-/// Keys and values of all layers in pages of [`KV_BLOCK`] positions.
-#[derive(Debug)]
-pub struct KvCache {
-    layers: Vec<LayerPages>,
-    pages: usize,
-}
-
-#[derive(Debug)]
-struct LayerPages {
-    k: Vec<f32>,
-    v: Vec<f32>,
-    k_page_len: usize,
-    v_page_len: usize,
-}
 
 /// One sequence's rows in a batch.
 #[derive(Clone, Copy, Debug)]
@@ -61,46 +47,6 @@ pub struct ForwardOutput {
     pub logits: Vec<f32>,
     /// Chosen experts `[T, MoE layers, K]`; empty for dense models.
     pub experts: Vec<u16>,
-}
-
-impl KvCache {
-    /// A cache of `pages` pages.
-    pub fn new(model: &Transformer, pages: usize) -> Self {
-        let layers = model
-            .spec()
-            .layers
-            .iter()
-            .map(|(attention, _)| {
-                let k_page_len = attention.key_width() * KV_BLOCK;
-                let v_page_len = attention.value_width() * KV_BLOCK;
-                let (k, v) = (vec![0.0; k_page_len * pages], vec![0.0; v_page_len * pages]);
-                LayerPages { k, v, k_page_len, v_page_len }
-            })
-            .collect();
-        Self { layers, pages }
-    }
-
-    /// Bytes of one page over all layers.
-    pub fn page_bytes(model: &Transformer) -> usize {
-        let values: usize =
-            model.spec().layers.iter().map(|(a, _)| (a.key_width() + a.value_width()) * KV_BLOCK).sum();
-        values * size_of::<f32>()
-    }
-
-    /// Pages held.
-    pub fn pages(&self) -> usize {
-        self.pages
-    }
-
-    /// Copies a page, so that two sequences may go on from it in different ways.
-    pub fn copy_page(&mut self, from: u32, to: u32) {
-        for layer in &mut self.layers {
-            for (pages, n) in [(&mut layer.k, layer.k_page_len), (&mut layer.v, layer.v_page_len)] {
-                let (from, to) = (from as usize * n, to as usize * n);
-                pages.copy_within(from..from + n, to);
-            }
-        }
-    }
 }
 
 impl PolicyWeights {
@@ -166,12 +112,18 @@ impl PolicyWeights {
     pub fn forward(&self, threads: &Threads, kv: &mut KvCache, batch: &ForwardBatch) -> ForwardOutput {
         let cx = self.context(threads);
         let placed = Placed::new(batch);
-        let rows = Rows { positions: &placed.positions, seqs: &placed.seqs, copies: &[] };
+        let local_pages = kv.local_pages(&placed.seqs);
+        let local_seqs = local_pages.as_ref().map(|pages| placed.with_pages(pages));
+        let rows_of = |local: bool| {
+            let seqs = local_seqs.as_ref().filter(|_| local).unwrap_or(&placed.seqs);
+            Rows { positions: &placed.positions, seqs, copies: &[] }
+        };
         let mut x_td = self.embed(batch.tokens);
         self.show_tiles(&cx, batch.tiles, &mut x_td, false);
         let mut routings = Vec::new();
         for layer in 0..self.layers.len() {
             let pages = &mut kv.layers[layer];
+            let rows = rows_of(pages.is_local());
             self.attention_layer(layer).forward(&cx, &mut x_td, &rows, &mut pages.k, &mut pages.v, false);
             routings.extend(self.feed_forward(&cx, layer, &mut x_td));
         }
@@ -231,6 +183,17 @@ impl<'a> Placed<'a> {
             "rows of the sequences must add up to the tokens"
         );
         placed
+    }
+
+    /// The same sequences over other pages.
+    fn with_pages<'p>(&self, pages: &'p [Vec<u32>]) -> Vec<AttentionSeq<'p>> {
+        let one = |(seq, pages): (&AttentionSeq, &'p Vec<u32>)| AttentionSeq {
+            first_row: seq.first_row,
+            rows: seq.rows,
+            position: seq.position,
+            pages,
+        };
+        self.seqs.iter().zip(pages).map(one).collect()
     }
 }
 

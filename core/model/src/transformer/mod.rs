@@ -3,6 +3,7 @@
 //! ```text
 //! bindings   where each projection lies in the arena        weights   the same, packed for the kernels
 //! attention  mlp  moe  head      one block each: forward, and the backward that mirrors it; latent is MLA's part of it
+//! cache      keys and values, in pages
 //! inference  rows + KV pages → logits                        tape      sequences → log-probs → gradients
 //! vision     tiles of images → rows that stand in for the embeddings of their tokens
 //! ```
@@ -14,6 +15,7 @@
 mod attention;
 mod bindings;
 mod buffers;
+mod cache;
 mod head;
 mod inference;
 mod latent;
@@ -29,7 +31,8 @@ use std::sync::Arc;
 
 use freewheel_kernels::rope::RopeTable;
 
-pub use inference::{BatchSeq, ForwardBatch, ForwardOutput, KvCache};
+pub use cache::KvCache;
+pub use inference::{BatchSeq, ForwardBatch, ForwardOutput};
 pub use tape::{LogProbs, Tape, Target, TrainBatch, TrainSeq};
 pub use vision::TileRows;
 pub use weights::{PolicyWeights, Purpose};
