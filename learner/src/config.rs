@@ -75,6 +75,10 @@ pub struct TrainingConfig {
     /// A checkpoint is written every this many updates, and at the end. 1 or more. Default 50.
     #[schemars(range(min = 1))]
     pub checkpoint_every: u64,
+    /// Most MiB of weights in one file of a checkpoint; a bigger model is cut into shards with an index. 1 or more.
+    /// Default 4768.
+    #[schemars(range(min = 1))]
+    pub checkpoint_shard_mib: u64,
     /// Checkpoints kept. 2 or more. Default 2.
     #[schemars(range(min = 2))]
     pub keep_last: usize,
@@ -105,6 +109,7 @@ impl Default for TrainingConfig {
             publish_every: 1,
             keyframe_every: 32,
             checkpoint_every: 50,
+            checkpoint_shard_mib: 4768,
             keep_last: 2,
             freeze_vision: false,
             threads: 0,
@@ -179,6 +184,12 @@ impl LearnerConfig {
             "checkpoint_every",
             t.checkpoint_every.to_string(),
             "values of 1 or more",
+        );
+        check(
+            (1..=1 << 30).contains(&t.checkpoint_shard_mib),
+            "checkpoint_shard_mib",
+            t.checkpoint_shard_mib.to_string(),
+            "values of 1 to 2^30",
         );
         check(t.keep_last >= 2, "keep_last", t.keep_last.to_string(), "values of 2 or more");
         problems

@@ -24,6 +24,7 @@ fn frozen(model: &LoadedModel, threads: Threads) -> Box<dyn PolicyTrainer> {
 /// Writes checkpoints that every tool of the field can load.
 struct HuggingFaceWriter {
     model: LoadedModel,
+    options: SaveOptions,
     disk: Arc<dyn Disk>,
 }
 
@@ -33,7 +34,7 @@ impl ModelWriter for HuggingFaceWriter {
             self.disk
                 .write(&dir.join(name), &mut |out| pieces.iter().try_for_each(|piece| out.write_all(piece)))
         };
-        freewheel_model::save_into(&self.model, weights, &SaveOptions::default(), sink)
+        freewheel_model::save_into(&self.model, weights, &self.options, sink)
             .map_err(LearnerError::disk(dir, "write the model"))
     }
 }
@@ -49,6 +50,7 @@ pub(super) fn parts(
     let reference = (config.loss.kl_coef > 0.0).then(|| frozen(&model, threads.clone()));
     let trainer = TransformerTrainer::new(&model.model, &model.params, threads.clone())
         .freeze_vision(config.freeze_vision);
+    let options = SaveOptions { shard_bytes: config.checkpoint_shard_mib << 20 };
     LearnerParts {
         policy: Policy::new(Box::new(trainer), model.params.clone(), config.optimizer(), threads),
         config,
@@ -58,7 +60,7 @@ pub(super) fn parts(
         tokenizer: model.tokenizer.digest(),
         images: model.tokenizer.clone(),
         run_dir,
-        writer: Box::new(HuggingFaceWriter { model, disk: disk.clone() }),
+        writer: Box::new(HuggingFaceWriter { model, options, disk: disk.clone() }),
         disk,
         curriculum: None,
         metrics: Arc::new(NoMetrics),
@@ -89,4 +91,31 @@ pub struct RunShape {
     pub group_size: u32,
     /// Longest completion the run allows, tokens.
     pub max_new_tokens: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_over_the_limit_is_cut_into_shards_that_load() {
+        let sprout = Path::new(env!("CARGO_MANIFEST_DIR")).join("../assets/sprout");
+        let model = freewheel_model::load(&sprout, None).unwrap();
+        let params = model.params.clone();
+        for (mib, cut) in [(1, true), (64, false)] {
+            let dir = tempfile::tempdir().unwrap();
+            let config = LearnerConfig::default();
+            let config = LearnerConfig {
+                training: crate::TrainingConfig { checkpoint_shard_mib: mib, ..config.training.clone() },
+                ..config
+            };
+            let parts = parts(config, model.clone(), dir.path().to_owned(), Arc::new(SystemDisk));
+            parts.writer.write(dir.path(), &params).unwrap();
+            let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
+            let shards = names.filter(|name| name.to_string_lossy().ends_with(".safetensors")).count();
+            assert_eq!(shards > 1, cut, "{shards} files of at most {mib} MiB");
+            assert_eq!(dir.path().join("model.safetensors.index.json").exists(), cut);
+            assert!(freewheel_model::load(dir.path(), None).unwrap().params == params);
+        }
+    }
 }

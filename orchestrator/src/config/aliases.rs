@@ -114,6 +114,7 @@ pub const ALIASES: &[(&str, &[&str])] = &[
         &["max_steps", "total_training_steps", "num_train_steps", "num_rollout", "total_steps"],
     ),
     ("learner.checkpoint_every", &["save_freq", "save_steps", "save_interval", "ckpt_interval"]),
+    ("learner.checkpoint_shard_mib", &["max_shard_size", "shard_size"]),
     ("learner.keep_last", &["save_total_limit", "max_ckpt_to_keep", "max_ckpt_num"]),
     ("learner.micro_batch_tokens", &["ppo_max_token_len_per_gpu", "max_tokens_per_gpu", "micro_batch_size"]),
     ("eval.every", &["test_freq", "eval_steps", "eval_interval", "eval_every"]),
