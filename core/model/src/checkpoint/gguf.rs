@@ -6,6 +6,7 @@
 mod config;
 mod header;
 mod names;
+mod sentencepiece;
 mod tokenizer;
 
 use std::path::Path;
@@ -155,6 +156,9 @@ impl File<'_> {
                     .map_err(|e| self.invalid(format!("{}: {e}", source.name)))?
             }
         };
+        if source.offset != 0.0 {
+            elements = Elements::Decoded(elements.to_f32().iter().map(|x| x - source.offset).collect());
+        }
         if let Some(heads) = source.rotary_heads {
             elements = Elements::Decoded(unpermute(&elements.to_f32(), heads, tensor.shape[0]));
         }

@@ -2,7 +2,7 @@
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
-use freewheel_model::{LoadedModel, load};
+use freewheel_model::{InitRequest, LoadedModel, TokenizerChoice, init_model, load};
 use freewheel_types::{CounterRng, WeightsDtype};
 use proptest::prelude::*;
 use serde_json::Value;
@@ -87,7 +87,7 @@ fn set_sizes(file: &mut GgufFile, arch: &str, config: &Value) {
 }
 
 /// GGUF names of the layers' parts.
-const PARTS: [(&str, &str); 14] = [
+const PARTS: [(&str, &str); 17] = [
     ("input_layernorm", "attn_norm"),
     ("self_attn.q_proj", "attn_q"),
     ("self_attn.k_proj", "attn_k"),
@@ -100,11 +100,14 @@ const PARTS: [(&str, &str); 14] = [
     ("mlp.up_proj", "ffn_up"),
     ("mlp.down_proj", "ffn_down"),
     ("mlp.gate", "ffn_gate_inp"),
+    ("block_sparse_moe.gate", "ffn_gate_inp"),
+    ("pre_feedforward_layernorm", "ffn_norm"),
+    ("post_feedforward_layernorm", "post_ffw_norm"),
     ("model.norm", "output_norm"),
     ("lm_head", "output"),
 ];
 
-fn gguf_name(name: &str) -> String {
+fn gguf_name(model: &LoadedModel, name: &str) -> String {
     if name == "model.embed_tokens.weight" {
         return "token_embd.weight".into();
     }
@@ -114,26 +117,57 @@ fn gguf_name(name: &str) -> String {
         None => (String::new(), module),
     };
     let part = PARTS.iter().find(|(ours, _)| *ours == part).unwrap_or_else(|| panic!("{name}")).1;
+    if model.model.spec().sandwich_norms && module.ends_with(".post_attention_layernorm") {
+        return format!("{prefix}post_attention_norm.weight");
+    }
     format!("{prefix}{part}.weight")
 }
 
+/// The tensors of `model` as llama.cpp's converter writes them: q and k of Llama and Mixtral permuted, norms of Gemma as
+/// gains, experts of a layer in one tensor.
+fn put_tensors(file: &mut GgufFile, model: &LoadedModel) {
+    let spec = model.model.spec();
+    let attention = &spec.layers[0].0;
+    let permuted = ["LlamaForCausalLM", "MixtralForCausalLM"].contains(&spec.architecture.as_str());
+    let mut fused: std::collections::BTreeMap<String, (Vec<usize>, Vec<u8>)> = Default::default();
+    for tensor in &model.params.layout.tensors {
+        let mut values = model.params.range_f32(tensor.range());
+        if tensor.name.contains("q_proj") && permuted {
+            values = permute(&values, attention.heads, tensor.shape[0]);
+        }
+        if tensor.name.contains("k_proj") && permuted {
+            values = permute(&values, attention.kv_heads, tensor.shape[0]);
+        }
+        if tensor.name.ends_with("norm.weight") {
+            values.iter_mut().for_each(|x| *x += spec.norm_offset);
+        }
+        let Some((layer, expert)) = tensor.name.split_once(".experts.") else {
+            file.tensors.push((gguf_name(model, &tensor.name), tensor.shape.clone(), 0, bytes(&values)));
+            continue;
+        };
+        let layer = layer.trim_start_matches("model.layers.").split('.').next().expect("a number");
+        let part = match expert.split_once('.').expect("an expert").1.trim_end_matches(".weight") {
+            "gate_proj" | "w1" => "gate",
+            "up_proj" | "w3" => "up",
+            _ => "down",
+        };
+        let entry = fused.entry(format!("blk.{layer}.ffn_{part}_exps.weight")).or_default();
+        let so_far = entry.0.first().copied().unwrap_or(0);
+        entry.0 = [&[so_far + 1], tensor.shape.as_slice()].concat();
+        entry.1.extend(bytes(&values));
+    }
+    file.tensors.extend(fused.into_iter().map(|(name, (shape, data))| (name, shape, 0, data)));
+}
+
 /// The golden `llama3` as GGUF, without rope scaling.
-fn llama_file(model: &LoadedModel) -> GgufFile {
+pub fn llama_file(model: &LoadedModel) -> GgufFile {
     let config = json(&model_dir("llama3").join("config.json"));
     let mut file = GgufFile::default();
     set_sizes(&mut file, "llama", &config);
     file.set("llama.rope.freq_base", Meta::F32(500_000.0));
     set_tokenizer(&mut file, "llama3", "llama-bpe");
     file.set("tokenizer.chat_template", Meta::Text("{{ bos_token }}{{ messages[0].content }}".into()));
-    for tensor in &model.params.layout.tensors {
-        let values = model.params.range_f32(tensor.range());
-        let values = match tensor.name.as_str() {
-            name if name.contains("q_proj") => permute(&values, 4, tensor.shape[0]),
-            name if name.contains("k_proj") => permute(&values, 2, tensor.shape[0]),
-            _ => values,
-        };
-        file.tensors.push((gguf_name(&tensor.name), tensor.shape.clone(), 0, bytes(&values)));
-    }
+    put_tensors(&mut file, model);
     file
 }
 
@@ -223,24 +257,153 @@ fn fused_experts_are_taken_apart() {
     }
     file.set("qwen3moe.rope.freq_base", Meta::F32(1_000_000.0));
     set_tokenizer(&mut file, "qwen3_moe_bf16", "qwen2");
-    let mut fused: std::collections::BTreeMap<String, (Vec<usize>, Vec<u8>)> = Default::default();
-    for tensor in &original.params.layout.tensors {
-        let data = bytes(&original.params.range_f32(tensor.range()));
-        match tensor.name.split_once(".mlp.experts.") {
-            Some((layer, rest)) => {
-                let part = rest.split_once('.').expect("expert").1.trim_end_matches("_proj.weight");
-                let layer = layer.trim_start_matches("model.layers.");
-                let entry = fused.entry(format!("blk.{layer}.ffn_{part}_exps.weight")).or_default();
-                entry.0 = [&[8], tensor.shape.as_slice()].concat();
-                entry.1.extend(data);
-            }
-            None => file.tensors.push((gguf_name(&tensor.name), tensor.shape.clone(), 0, data)),
-        }
-    }
-    file.tensors.extend(fused.into_iter().map(|(name, (shape, data))| (name, shape, 0, data)));
+    put_tensors(&mut file, &original);
     let loaded = load_bytes(&file.bytes()).expect("GGUF");
     assert_eq!(loaded.params, original.params);
     assert_eq!(loaded.model.spec(), original.model.spec());
+}
+
+/// Pieces and scores that give the merges of a golden tokenizer in their order.
+fn set_sentencepiece(file: &mut GgufFile, name: &str) {
+    let tokenizer = json(&model_dir(name).join("tokenizer.json"));
+    set_tokenizer(file, name, "default");
+    file.set("tokenizer.ggml.model", Meta::Text("llama".into()));
+    let vocab = tokenizer["model"]["vocab"].as_object().expect("vocab");
+    let (mut scores, mut kinds) = (vec![-1e6f32; vocab.len()], vec![1; vocab.len()]);
+    for (token, id) in vocab {
+        let id = id.as_u64().expect("id") as usize;
+        if token.starts_with("<0x") {
+            kinds[id] = 6;
+        }
+    }
+    for token in tokenizer["added_tokens"].as_array().expect("added tokens") {
+        kinds[token["id"].as_u64().expect("id") as usize] = if token["content"] == "<unk>" { 2 } else { 3 };
+    }
+    for (rank, merge) in tokenizer["model"]["merges"].as_array().expect("merges").iter().enumerate() {
+        let piece: String = merge.as_array().expect("two").iter().filter_map(Value::as_str).collect();
+        scores[vocab[&piece].as_u64().expect("id") as usize] = -(rank as f32);
+    }
+    file.set("tokenizer.ggml.scores", Meta::Floats(scores));
+    file.set("tokenizer.ggml.token_type", Meta::Ints(kinds));
+    let unknown = vocab["<unk>"].as_u64().expect("id") as u32;
+    file.set("tokenizer.ggml.unknown_token_id", Meta::U32(unknown));
+    let prefixed = tokenizer["normalizer"]["type"] == "Sequence";
+    file.set("tokenizer.ggml.add_space_prefix", Meta::Bool(prefixed));
+}
+
+/// The ids of the golden texts, by a tokenizer out of a GGUF file.
+fn check_golden_ids(loaded: &LoadedModel, name: &str) {
+    let golden = json(&model_dir(name).join("golden.json"));
+    for case in golden["tokenizer"]["cases"].as_array().expect("cases") {
+        let text = case["text"].as_str().expect("text");
+        let ids = super::support::ids(&case["ids_no_special"]);
+        assert_eq!(loaded.tokenizer.encode_trusted(text).expect("ids"), ids, "{name}: {text:?}");
+        assert_eq!(
+            loaded.tokenizer.decode_all(&ids),
+            case["decoded"]
+                .as_str()
+                .map(|text| {
+                    let first = super::support::ids(&case["ids"]).len() - ids.len();
+                    let special: String = super::support::ids(&case["ids"])[..first]
+                        .iter()
+                        .filter_map(|id| loaded.tokenizer.id_to_token(*id))
+                        .collect();
+                    text.trim_start_matches(&special).to_owned()
+                })
+                .expect("text"),
+            "{name}: {text:?}"
+        );
+    }
+}
+
+#[test]
+fn a_gemma_comes_back_with_its_norms_and_its_pieces() {
+    let dir = super::support::copy_of("gemma3_text");
+    let path = dir.path().join("config.json");
+    let mut config = json(&path);
+    // GGUF has no key for a scale of its own.
+    config["query_pre_attn_scalar"] = config["head_dim"].clone();
+    std::fs::write(&path, config.to_string()).expect("write");
+    let original = load(dir.path(), None).expect("golden checkpoint");
+
+    let mut file = GgufFile::default();
+    set_sizes(&mut file, "gemma3", &config);
+    file.set("gemma3.attention.sliding_window", Meta::U32(8));
+    let local =
+        config["layer_types"].as_array().expect("types").iter().map(|kind| kind == "sliding_attention");
+    file.set("gemma3.attention.sliding_window_pattern", Meta::Bools(local.collect()));
+    file.set("gemma3.rope.freq_base", Meta::F32(1e6));
+    file.set("gemma3.rope.scaling.type", Meta::Text("linear".into()));
+    file.set("gemma3.rope.scaling.factor", Meta::F32(8.0));
+    set_sentencepiece(&mut file, "gemma3_text");
+    put_tensors(&mut file, &original);
+    let loaded = load_bytes(&file.bytes()).expect("GGUF");
+    assert_eq!(loaded.model.spec(), original.model.spec());
+    let worst = super::support::largest_difference(&loaded.params.to_f32(), &original.params.to_f32());
+    assert!(worst <= 5e-7, "1 + weight - 1 is off by {worst}");
+    let tokens: Vec<u32> = (0..40).map(|i| i * 7 % 250).collect();
+    let worst = super::support::largest_difference(&logits(&loaded, &tokens), &logits(&original, &tokens));
+    assert!(worst <= 1e-4, "logits are off by {worst}");
+    check_golden_ids(&loaded, "gemma3_text");
+}
+
+#[test]
+fn a_mixtral_comes_back_as_it_was() {
+    let request = InitRequest {
+        arch: "mixtral".into(),
+        overrides: vec![("hidden_size".into(), 64.into()), ("head_dim".into(), 16.into())],
+        seed: 3,
+        scale: freewheel_model::InitScale::FanIn,
+        dtype: WeightsDtype::F32,
+        tokenizer: TokenizerChoice::Bytes,
+    };
+    let original = init_model(&request).expect("a Mixtral");
+    let config = Value::Object(original.config_json.clone());
+    let mut file = GgufFile::default();
+    set_sizes(&mut file, "llama", &config);
+    for (key, from) in [("expert_count", "num_local_experts"), ("expert_used_count", "num_experts_per_tok")] {
+        file.set(&format!("llama.{key}"), Meta::U32(config[from].as_u64().expect(from) as u32));
+    }
+    let theta = config["rope_theta"].as_f64().or(config["rope_parameters"]["rope_theta"].as_f64());
+    file.set("llama.rope.freq_base", Meta::F32(theta.expect("a base") as f32));
+    set_tokenizer(&mut file, "llama3", "llama-bpe");
+    put_tensors(&mut file, &original);
+    let vocab = original.model.spec().vocab_size;
+    let Some(Meta::Texts(tokens)) =
+        file.meta.iter().find(|(key, _)| key == "tokenizer.ggml.tokens").map(|m| &m.1)
+    else {
+        panic!("tokens were set");
+    };
+    // The embedding of a random model is made for its own tokenizer, which is smaller.
+    let tokens: Vec<String> = tokens[..vocab.min(tokens.len())].to_vec();
+    file.set("tokenizer.ggml.token_type", Meta::Ints(vec![1; tokens.len()]));
+    file.set("tokenizer.ggml.tokens", Meta::Texts(tokens));
+    file.set("tokenizer.ggml.merges", Meta::Texts(Vec::new()));
+    for key in ["bos", "eos", "padding"] {
+        file.meta.retain(|(name, _)| *name != format!("tokenizer.ggml.{key}_token_id"));
+    }
+    let loaded = load_bytes(&file.bytes()).expect("GGUF");
+    assert_eq!(loaded.params, original.params);
+    assert_eq!(loaded.model.spec(), original.model.spec());
+}
+
+/// Every golden tokenizer of SentencePiece's kind, a space before the text or not.
+#[test]
+fn sentencepiece_vocabularies_give_the_golden_ids() {
+    let mut checked = 0;
+    for name in super::support::model_names() {
+        let tokenizer = json(&model_dir(&name).join("tokenizer.json"));
+        if tokenizer["model"]["byte_fallback"] != Value::Bool(true) {
+            continue;
+        }
+        let size = tokenizer["model"]["vocab"].as_object().expect("vocab").len();
+        let mut file = one_block(0, &[256, 256], vec![0; 4 * 256 * 256]);
+        set_sentencepiece(&mut file, &name);
+        file.tensors[0] = ("token_embd.weight".into(), vec![size, 256], 0, vec![0; 4 * size * 256]);
+        check_golden_ids(&load_bytes(&file.bytes()).expect("GGUF"), &name);
+        checked += 1;
+    }
+    assert!(checked > 0, "no golden tokenizer falls back to bytes");
 }
 
 /// A llama of one layer whose matrices are 256 wide, one of them stored as `kind`.
@@ -337,7 +500,10 @@ fn damaged_files_are_refused_by_name() {
     let refused = |change: &dyn Fn(&mut GgufFile), needles: &[&str]| {
         let mut file = llama_file(&original);
         change(&mut file);
-        let error = load_bytes(&file.bytes()).expect_err(needles[0]).to_string();
+        let error = match load_bytes(&file.bytes()) {
+            Ok(_) => panic!("loaded, though it should be refused for {needles:?}"),
+            Err(error) => error.to_string(),
+        };
         for needle in needles {
             assert!(error.contains(needle) && error.contains("model.gguf"), "{needle:?} is not in: {error}");
         }
@@ -345,13 +511,21 @@ fn damaged_files_are_refused_by_name() {
     refused(&|f| f.set("general.architecture", Meta::Text("mamba".into())), &["mamba", "qwen3moe"]);
     refused(&|f| f.set("general.alignment", Meta::U32(0)), &["general.alignment"]);
     refused(&|f| f.set("tokenizer.ggml.pre", Meta::Text("mystery".into())), &["mystery", "smollm"]);
-    refused(&|f| f.set("tokenizer.ggml.model", Meta::Text("llama".into())), &["llama", "gpt2"]);
+    refused(&|f| f.set("tokenizer.ggml.model", Meta::Text("bert".into())), &["bert", "gpt2"]);
+    refused(&|f| f.set("tokenizer.ggml.model", Meta::Text("llama".into())), &["tokenizer.ggml.scores"]);
     refused(&|f| f.set("llama.rope.scaling.type", Meta::Text("yarn".into())), &["yarn"]);
     refused(&|f| f.set("llama.attention.head_count", Meta::Bool(true)), &["llama.attention.head_count"]);
     refused(&|f| f.set("tokenizer.ggml.token_type", Meta::Ints(vec![1])), &["token_type"]);
     refused(&|f| drop(f.tensors.remove(3)), &["is missing", "blk.0.attn"]);
     refused(&|f| f.tensors[3].1 = vec![1, 4096], &["[1, 4096]"]);
     refused(&|f| f.tensors[3].2 = 99, &["GGML type 99", "Q8_0"]);
+    let mut twice = llama_file(&original);
+    let again = Meta::Text("again".into());
+    twice.meta.push(("general.architecture".into(), again));
+    assert!(
+        load_bytes(&twice.bytes())
+            .is_err_and(|e| e.to_string().contains("general.architecture is there twice"))
+    );
     let good = llama_file(&original).bytes();
     for length in [0, 3, 4, 8, 20, 30, 200, 5000, good.len() / 2, good.len() - 64] {
         assert!(load_bytes(&good[..length]).is_err(), "{length} bytes of {}", good.len());

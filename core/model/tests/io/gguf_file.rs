@@ -8,6 +8,8 @@ pub enum Meta {
     Text(String),
     Texts(Vec<String>),
     Ints(Vec<i32>),
+    Floats(Vec<f32>),
+    Bools(Vec<bool>),
 }
 
 /// A file in the making.
@@ -42,6 +44,14 @@ impl GgufFile {
                 Meta::Texts(items) => {
                     list(&mut out, 8, items.len());
                     items.iter().for_each(|item| text(&mut out, item));
+                }
+                Meta::Floats(items) => {
+                    list(&mut out, 6, items.len());
+                    items.iter().for_each(|item| out.extend(item.to_le_bytes()));
+                }
+                Meta::Bools(items) => {
+                    list(&mut out, 7, items.len());
+                    items.iter().for_each(|item| out.push(u8::from(*item)));
                 }
                 Meta::Ints(items) => {
                     list(&mut out, 5, items.len());

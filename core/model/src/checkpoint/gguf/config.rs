@@ -9,12 +9,16 @@ use crate::error::ModelError;
 use crate::spec::RopeScaling;
 
 /// GGUF architecture, and what it is here.
-const ARCHITECTURES: [(&str, &str, &str); 4] = [
+const ARCHITECTURES: [(&str, &str, &str); 5] = [
     ("llama", "LlamaForCausalLM", "llama"),
     ("qwen2", "Qwen2ForCausalLM", "qwen2"),
     ("qwen3", "Qwen3ForCausalLM", "qwen3"),
     ("qwen3moe", "Qwen3MoeForCausalLM", "qwen3_moe"),
+    ("gemma3", "Gemma3ForCausalLM", "gemma3_text"),
 ];
+
+/// The one released Gemma 3 whose scores are not scaled by the width of a head (27B, as llama.cpp knows it too).
+const GEMMA3_27B_LAYERS: i64 = 62;
 
 /// The configuration of the model in `file`.
 pub(super) fn config_json(file: &File<'_>) -> Result<Map<String, Value>, ModelError> {
@@ -25,7 +29,7 @@ pub(super) fn config_json(file: &File<'_>) -> Result<Map<String, Value>, ModelEr
     else {
         return Err(file.unsupported(
             format!("GGUF architecture `{name}`"),
-            "; supported are llama (Mixtral included), qwen2, qwen3 and qwen3moe",
+            "; supported are llama (Mixtral included), qwen2, qwen3, qwen3moe and gemma3",
         ));
     };
     let experts = int(file, &format!("{name}.expert_count")).filter(|n| *n > 0);
@@ -67,6 +71,20 @@ pub(super) fn config_json(file: &File<'_>) -> Result<Map<String, Value>, ModelEr
             config["moe_intermediate_size"] = required("expert_feed_forward_length")?.into();
             config["norm_topk_prob"] = true.into();
         }
+    }
+    if model_type == "gemma3_text" {
+        config["hidden_activation"] = "gelu_pytorch_tanh".into();
+        config["sliding_window"] = required("attention.sliding_window")?.into();
+        if let Some(Meta::List(local)) = file.header.meta.get("gemma3.attention.sliding_window_pattern") {
+            let kind = |flag: &Meta| match flag {
+                Meta::Bool(true) => "sliding_attention",
+                _ => "full_attention",
+            };
+            config["layer_types"] = local.iter().map(kind).collect();
+        }
+        let plain = required("block_count")? != GEMMA3_27B_LAYERS;
+        config["query_pre_attn_scalar"] =
+            if plain { head_dim } else { required("embedding_length")? / heads.max(1) }.into();
     }
     if model_type == "llama" {
         config["attention_bias"] = file.header.tensors.contains_key("blk.0.attn_q.bias").into();

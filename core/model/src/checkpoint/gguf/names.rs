@@ -9,11 +9,14 @@ pub(super) struct Source {
     pub(super) expert: Option<(usize, usize)>,
     /// Rows are permuted per head; so many heads.
     pub(super) rotary_heads: Option<usize>,
+    /// What the file has added to the values: 1 for the norms of Gemma, which are stored as gains.
+    pub(super) offset: f32,
 }
 
 /// The source of the tensor `name`; `None` if GGUF has no place for it.
 pub(super) fn source(spec: &ModelSpec, name: &str) -> Option<Source> {
-    let plain = |name: &str| Some(Source { name: name.to_owned(), expert: None, rotary_heads: None });
+    let offset = if name.ends_with("norm.weight") { spec.norm_offset } else { 0.0 };
+    let plain = |name: &str| Some(Source { name: name.to_owned(), expert: None, rotary_heads: None, offset });
     let Some(rest) = name.strip_prefix("model.layers.") else {
         return match name {
             "model.embed_tokens.weight" => plain("token_embd.weight"),
@@ -47,7 +50,9 @@ pub(super) fn source(spec: &ModelSpec, name: &str) -> Option<Source> {
     };
     match module {
         "input_layernorm" => plain(&at("attn_norm")),
-        "post_attention_layernorm" => plain(&at("ffn_norm")),
+        "post_attention_layernorm" if spec.sandwich_norms => plain(&at("post_attention_norm")),
+        "post_attention_layernorm" | "pre_feedforward_layernorm" => plain(&at("ffn_norm")),
+        "post_feedforward_layernorm" => plain(&at("post_ffw_norm")),
         "self_attn.q_proj" => rotary("attn_q", attention.heads),
         "self_attn.k_proj" => rotary("attn_k", attention.kv_heads),
         "self_attn.v_proj" => plain(&at("attn_v")),

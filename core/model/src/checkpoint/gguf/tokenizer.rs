@@ -1,13 +1,15 @@
 //! Metadata → `tokenizer.json` and `tokenizer_config.json`.
 //!
-//! Byte-level BPE only (`tokenizer.ggml.model = "gpt2"`). How text is cut before merging is known by the name in
-//! `tokenizer.ggml.pre`; a name we do not know is refused, since a wrong guess gives other ids without any error.
+//! Byte-level BPE (`tokenizer.ggml.model = "gpt2"`) here, SentencePiece's (`"llama"`) beside it. How text is cut before
+//! merging is known by the name in `tokenizer.ggml.pre`; a name we do not know is refused, since a wrong guess gives other
+//! ids without any error.
 
 use serde_json::{Map, Value, json};
 
 use super::File;
 use super::config::{int, text};
 use super::header::Meta;
+use super::sentencepiece;
 use crate::error::ModelError;
 
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -16,21 +18,29 @@ const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N
 /// The files of the tokenizer in `file`.
 pub(super) fn files(file: &File<'_>) -> Result<Vec<(String, Vec<u8>)>, ModelError> {
     match text(file, "tokenizer.ggml.model") {
-        Some("gpt2") => {}
-        other => {
-            return Err(file.unsupported(
-                format!("GGUF tokenizer `{}`", other.unwrap_or("none")),
-                "; only byte-level BPE (gpt2) is, use the original checkpoint",
-            ));
-        }
+        Some("gpt2") => byte_level(file),
+        Some("llama") => sentencepiece::files(file),
+        other => Err(file.unsupported(
+            format!("GGUF tokenizer `{}`", other.unwrap_or("none")),
+            "; supported are gpt2 (byte-level BPE) and llama (SentencePiece), use the original checkpoint",
+        )),
     }
+}
+
+fn byte_level(file: &File<'_>) -> Result<Vec<(String, Vec<u8>)>, ModelError> {
     let tokens = strings(file, "tokenizer.ggml.tokens")?;
+    let plain =
+        json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": false, "use_regex": true});
+    let post_processor = match beginning(file, &tokens, is_llama3(file))? {
+        Some(template) => json!({"type": "Sequence", "processors": [plain, template]}),
+        None => plain,
+    };
     let json = json!({
         "version": "1.0", "truncation": null, "padding": null,
-        "added_tokens": added_tokens(file, &tokens)?,
+        "added_tokens": added_tokens(file, &tokens, false)?,
         "normalizer": if pre(file) == "qwen2" { json!({"type": "NFC"}) } else { Value::Null },
         "pre_tokenizer": pre_tokenizer(file)?,
-        "post_processor": post_processor(file, &tokens)?,
+        "post_processor": post_processor,
         "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
         "model": {
             "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
@@ -38,7 +48,11 @@ pub(super) fn files(file: &File<'_>) -> Result<Vec<(String, Vec<u8>)>, ModelErro
             "vocab": vocab(file, &tokens)?, "merges": merges(file)?,
         },
     });
-    let config = config(file, &tokens)?;
+    both(json, config(file, &tokens)?)
+}
+
+/// The two files.
+pub(super) fn both(json: Value, config: Map<String, Value>) -> Result<Vec<(String, Vec<u8>)>, ModelError> {
     Ok(vec![
         ("tokenizer.json".into(), json.to_string().into_bytes()),
         ("tokenizer_config.json".into(), Value::Object(config).to_string().into_bytes()),
@@ -75,34 +89,33 @@ fn pre_tokenizer(file: &File<'_>) -> Result<Value, ModelError> {
     }
 }
 
-fn post_processor(file: &File<'_>, tokens: &[&str]) -> Result<Value, ModelError> {
+/// What puts the beginning of a sequence before every text, where the file says so or else `default` does.
+pub(super) fn beginning(
+    file: &File<'_>,
+    tokens: &[&str],
+    default: bool,
+) -> Result<Option<Value>, ModelError> {
     let add_bos = match file.header.meta.get("tokenizer.ggml.add_bos_token") {
         Some(Meta::Bool(flag)) => *flag,
-        _ => is_llama3(file),
+        _ => default,
     };
-    let plain =
-        json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": false, "use_regex": true});
-    let Some(bos) = named(file, tokens, "bos")?.filter(|_| add_bos) else { return Ok(plain) };
+    let Some(bos) = named(file, tokens, "bos")?.filter(|_| add_bos) else { return Ok(None) };
     let id = int(file, "tokenizer.ggml.bos_token_id");
     let special = |kind: u32| json!({"SpecialToken": {"id": bos, "type_id": kind}});
     let sequence = |name: &str, kind: u32| json!({"Sequence": {"id": name, "type_id": kind}});
-    Ok(json!({"type": "Sequence", "processors": [plain, {
+    Ok(Some(json!({
         "type": "TemplateProcessing",
         "single": [special(0), sequence("A", 0)],
         "pair": [special(0), sequence("A", 0), special(1), sequence("B", 1)],
         "special_tokens": {bos: {"id": bos, "ids": [id], "tokens": [bos]}},
-    }]}))
+    })))
 }
 
 /// Control tokens are special; user-defined ones are matched as a whole but are text.
-fn added_tokens(file: &File<'_>, tokens: &[&str]) -> Result<Value, ModelError> {
-    let kinds = match file.header.meta.get("tokenizer.ggml.token_type") {
-        Some(Meta::List(kinds)) if kinds.len() == tokens.len() => {
-            kinds.iter().map(|kind| kind.int()).collect()
-        }
-        None => vec![Some(1); tokens.len()],
-        Some(_) => return Err(file.invalid("tokenizer.ggml.token_type does not fit tokenizer.ggml.tokens")),
-    };
+///
+/// Where spaces are written otherwise before merging (`normalized`), so are those in user-defined tokens.
+pub(super) fn added_tokens(file: &File<'_>, tokens: &[&str], normalized: bool) -> Result<Value, ModelError> {
+    let kinds = kinds(file, tokens)?;
     let named = kinds.iter().zip(tokens).enumerate().filter_map(|(id, (kind, token))| {
         let special = match kind {
             Some(2 | 3) => true,
@@ -110,12 +123,23 @@ fn added_tokens(file: &File<'_>, tokens: &[&str]) -> Result<Value, ModelError> {
             _ => return None,
         };
         Some(json!({"id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
-            "normalized": false, "special": special}))
+            "normalized": normalized && !special, "special": special}))
     });
     Ok(named.collect())
 }
 
-fn vocab(file: &File<'_>, tokens: &[&str]) -> Result<Value, ModelError> {
+/// The kind of every token: 1 ordinary, 2 unknown, 3 control, 4 user-defined, 6 a byte.
+pub(super) fn kinds(file: &File<'_>, tokens: &[&str]) -> Result<Vec<Option<i128>>, ModelError> {
+    match file.header.meta.get("tokenizer.ggml.token_type") {
+        Some(Meta::List(kinds)) if kinds.len() == tokens.len() => {
+            Ok(kinds.iter().map(|kind| kind.int()).collect())
+        }
+        None => Ok(vec![Some(1); tokens.len()]),
+        Some(_) => Err(file.invalid("tokenizer.ggml.token_type does not fit tokenizer.ggml.tokens")),
+    }
+}
+
+pub(super) fn vocab(file: &File<'_>, tokens: &[&str]) -> Result<Value, ModelError> {
     let map: Map<String, Value> =
         tokens.iter().enumerate().map(|(id, token)| ((*token).to_owned(), id.into())).collect();
     if map.len() == tokens.len() {
@@ -135,7 +159,7 @@ fn merges(file: &File<'_>) -> Result<Value, ModelError> {
         .collect()
 }
 
-fn config(file: &File<'_>, tokens: &[&str]) -> Result<Map<String, Value>, ModelError> {
+pub(super) fn config(file: &File<'_>, tokens: &[&str]) -> Result<Map<String, Value>, ModelError> {
     let mut config = Map::new();
     for (ours, theirs) in
         [("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")]
@@ -150,7 +174,11 @@ fn config(file: &File<'_>, tokens: &[&str]) -> Result<Map<String, Value>, ModelE
 }
 
 /// The token whose id `tokenizer.ggml.NAME_token_id` gives.
-fn named<'t>(file: &File<'_>, tokens: &[&'t str], name: &str) -> Result<Option<&'t str>, ModelError> {
+pub(super) fn named<'t>(
+    file: &File<'_>,
+    tokens: &[&'t str],
+    name: &str,
+) -> Result<Option<&'t str>, ModelError> {
     let Some(id) = int(file, &format!("tokenizer.ggml.{name}_token_id")) else { return Ok(None) };
     match usize::try_from(id).ok().and_then(|id| tokens.get(id)) {
         Some(token) => Ok(Some(token)),
@@ -160,7 +188,7 @@ fn named<'t>(file: &File<'_>, tokens: &[&'t str], name: &str) -> Result<Option<&
     }
 }
 
-fn strings<'f>(file: &'f File<'_>, key: &str) -> Result<Vec<&'f str>, ModelError> {
+pub(super) fn strings<'f>(file: &'f File<'_>, key: &str) -> Result<Vec<&'f str>, ModelError> {
     let list = match file.header.meta.get(key) {
         Some(Meta::List(items)) => items.iter().map(Meta::text).collect::<Option<Vec<_>>>(),
         _ => None,
