@@ -14,21 +14,27 @@ pub enum RopeStyle {
     Interleaved,
 }
 
-/// Cosines and sines of every position up to a limit that grows on demand.
+/// Cosines and sines of every position up to a limit. Those of the first positions are kept; those beyond are computed
+/// anew each time, to the same bits: a table for millions of positions would take gigabytes.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
     inv_freq: Vec<f32>,
     scale: f32,
     first: usize,
-    /// `[positions][pairs]` of (cos, sin).
+    positions: usize,
+    /// `[kept positions][pairs]` of (cos, sin).
     rows: Vec<(f32, f32)>,
 }
+
+/// Pairs of a table that are kept: 32 MiB, or 65,536 positions of a head of 128.
+const KEPT: usize = 1 << 22;
 
 impl RopeTable {
     /// A table for positions `0..max_positions`. `inv_freq` has one value a pair; a head's first `2 · inv_freq.len()`
     /// dimensions are rotated, or those after [`RopeTable::starting_at`]. `scale` multiplies cosine and sine.
     pub fn new(inv_freq: &[f32], scale: f32, max_positions: usize) -> Self {
-        let mut table = RopeTable { inv_freq: inv_freq.to_vec(), scale, first: 0, rows: Vec::new() };
+        let mut table =
+            RopeTable { inv_freq: inv_freq.to_vec(), scale, first: 0, positions: 0, rows: Vec::new() };
         table.grow(max_positions);
         table
     }
@@ -49,7 +55,8 @@ impl RopeTable {
             (cos, sin)
         };
         let rows = angles.iter().map(turn).collect();
-        RopeTable { inv_freq: vec![0.0; pairs], scale: 1.0, first: 0, rows }
+        let positions = angles.len() / pairs;
+        RopeTable { inv_freq: vec![0.0; pairs], scale: 1.0, first: 0, positions, rows }
     }
 
     /// Leaves the first `first` dimensions of a head as they are and rotates the ones after them (DeepSeek).
@@ -60,23 +67,36 @@ impl RopeTable {
 
     /// Makes sure that positions `0..positions` are in the table.
     pub fn grow(&mut self, positions: usize) {
-        for position in self.positions()..positions {
-            self.rows.extend(self.inv_freq.iter().map(|&inv_freq| {
-                let (sin, cos) = sin_cos(position as f32 * inv_freq);
-                (cos * self.scale, sin * self.scale)
-            }));
+        self.positions = self.positions.max(positions);
+        let Some(kept) = self.rows.len().checked_div(self.inv_freq.len()) else { return };
+        for position in kept..positions.min(KEPT / self.inv_freq.len()) {
+            let Self { rows, inv_freq, scale, .. } = self;
+            compute(inv_freq, *scale, position, rows);
         }
     }
 
     /// Number of positions in the table.
     pub fn positions(&self) -> usize {
-        if self.inv_freq.is_empty() { usize::MAX } else { self.rows.len() / self.inv_freq.len() }
+        if self.inv_freq.is_empty() { usize::MAX } else { self.positions }
     }
 
-    fn row(&self, position: u32) -> &[(f32, f32)] {
+    /// The row of `position`: kept, or computed into `scratch`.
+    fn row<'a>(&'a self, position: u32, scratch: &'a mut Vec<(f32, f32)>) -> &'a [(f32, f32)] {
         let pairs = self.inv_freq.len();
-        &self.rows[position as usize * pairs..][..pairs]
+        if let Some(row) = self.rows.get(position as usize * pairs..(position as usize + 1) * pairs) {
+            return row;
+        }
+        scratch.clear();
+        compute(&self.inv_freq, self.scale, position as usize, scratch);
+        scratch
     }
+}
+
+fn compute(inv_freq: &[f32], scale: f32, position: usize, rows: &mut Vec<(f32, f32)>) {
+    rows.extend(inv_freq.iter().map(|&inv_freq| {
+        let (sin, cos) = sin_cos(position as f32 * inv_freq);
+        (cos * scale, sin * scale)
+    }));
 }
 
 /// Rotates `x [T, heads, head_dim]` in place, row t by `positions[t]`.
@@ -124,13 +144,14 @@ fn rotate(
     if x.is_empty() || pairs == 0 {
         return;
     }
+    let mut scratch = Vec::new();
     for (row, &position) in x.chunks_exact_mut(heads * head_dim).zip(positions) {
         assert!(
             (position as usize) < table.positions(),
             "rope: position {position} in a table of {}",
             table.positions()
         );
-        let angles = table.row(position);
+        let angles = table.row(position, &mut scratch);
         for head in row.chunks_exact_mut(head_dim) {
             let head = &mut head[first..first + 2 * pairs];
             match style {
@@ -259,5 +280,26 @@ mod tests {
         let whole = RopeTable::new(&frequencies(3), 1.0, 40);
         assert_eq!(grown.positions(), 40);
         assert_eq!(grown.rows, whole.rows);
+    }
+
+    #[test]
+    fn positions_beyond_the_kept_ones_turn_by_the_same_bits() {
+        let pairs = 64;
+        let table = RopeTable::new(&frequencies(pairs), 1.2, 10 << 20);
+        assert_eq!((table.positions(), table.rows.len()), (10 << 20, KEPT));
+        let x = Random(3).vec(2 * pairs);
+        for position in [KEPT as u32 / 64 - 1, KEPT as u32 / 64, 9_999_999] {
+            let mut found = x.clone();
+            rope(&table, RopeStyle::Half, &mut found, 1, 2 * pairs, &[position]);
+            let angles: Vec<f32> = table.inv_freq.iter().map(|f| position as f32 * f).collect();
+            let scaled = |x: f32, y: f32, angle: f32| {
+                let (sin, cos) = sin_cos(angle);
+                (x * (cos * 1.2) - y * (sin * 1.2), y * (cos * 1.2) + x * (sin * 1.2))
+            };
+            for (i, &angle) in angles.iter().enumerate() {
+                let (low, high) = scaled(x[i], x[i + pairs], angle);
+                assert_eq!((found[i], found[i + pairs]), (low, high), "position {position}, pair {i}");
+            }
+        }
     }
 }

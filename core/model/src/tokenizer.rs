@@ -24,6 +24,9 @@ use crate::vision::{EncodedPrompt, ImageProcessor, ImageTile};
 pub use frame::Framed;
 pub use stream::DecodeStream;
 
+/// The largest released tokenizers have 35 MB.
+const MAX_FILE_BYTES: u64 = 128 << 20;
+
 /// Files that make up a tokenizer in Hugging Face's layout; kept as they are, to be saved as they were.
 const FILES: [&str; 10] = [
     "tokenizer.json",
@@ -84,7 +87,7 @@ impl Tokenizer {
         for name in FILES {
             let path = dir.join(name);
             if path.is_file() {
-                files.push((name.to_owned(), read_text(&path)?.into_bytes()));
+                files.push((name.to_owned(), read_text(&path, MAX_FILE_BYTES)?.into_bytes()));
             }
         }
         Self::from_files(dir, files)

@@ -5,6 +5,7 @@ mod io {
     pub mod corrupt;
     pub mod gguf;
     pub mod gguf_file;
+    pub mod hostile;
     pub mod load;
     pub mod make;
     pub mod mxfp4;

@@ -65,8 +65,8 @@ impl Elements<'_> {
         out
     }
 
-    /// Writes all elements to `out`; the index of the first that is not finite, if any.
-    fn copy_to<T: Store>(&self, out: &mut [T]) -> Option<usize> {
+    /// Writes all elements to `out`; those that are not finite, if any.
+    fn copy_to<T: Store>(&self, out: &mut [T]) -> Option<Unsound> {
         match self {
             Elements::F32(bytes) => store(out, bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
             Elements::F16(bytes) => {
@@ -77,20 +77,33 @@ impl Elements<'_> {
             }
             Elements::Mxfp4(packed) => {
                 packed.for_each(|at, value| out[at] = T::narrow(value));
-                out.iter().position(|value| !value.finite())
+                Unsound::of(out)
             }
             Elements::Decoded(values) => store(out, values.iter().copied()),
         }
     }
 }
 
-fn store<T: Store>(out: &mut [T], values: impl Iterator<Item = f32>) -> Option<usize> {
+/// Elements that are not finite.
+struct Unsound {
+    first: usize,
+    count: usize,
+}
+
+impl Unsound {
+    fn of<T: Store>(values: &[T]) -> Option<Self> {
+        let first = values.iter().position(|value| !value.finite())?;
+        Some(Self { first, count: values.iter().filter(|value| !value.finite()).count() })
+    }
+}
+
+fn store<T: Store>(out: &mut [T], values: impl Iterator<Item = f32>) -> Option<Unsound> {
     let mut all_finite = true;
     for (slot, value) in out.iter_mut().zip(values) {
         *slot = T::narrow(value);
         all_finite &= slot.finite();
     }
-    if all_finite { None } else { out.iter().position(|value| !value.finite()) }
+    if all_finite { None } else { Unsound::of(out) }
 }
 
 /// Fills an arena of `layout`, tensor by tensor, with what `read` returns for it.
@@ -126,10 +139,12 @@ fn fill_arena<'a, T: Store>(
                 format!("{}: {} elements where {} are expected", tensor.name, elements.len(), tensor.len());
             return Err(invalid(what));
         }
-        if let Some(index) = elements.copy_to(&mut arena[tensor.range()]) {
+        if let Some(Unsound { first, count }) = elements.copy_to(&mut arena[tensor.range()]) {
             let what = format!(
-                "{}: element {index} is NaN, infinite or too large for {}; the checkpoint is damaged",
+                "{}: {count} of {} elements are NaN, infinite or too large for {}, the first is element {first}; \
+                 the checkpoint is damaged",
                 tensor.name,
+                tensor.len(),
                 if size_of::<T>() == 2 { "bfloat16 (load it as f32)" } else { "a finite float" }
             );
             return Err(invalid(what));

@@ -36,8 +36,8 @@ use crate::tokenizer::Tokenizer;
 pub use convert::convert;
 pub use save::{FileSink, SaveOptions, save, save_into};
 
-/// `config.json` and its kin are small; a bigger file is not what it says it is.
-const MAX_JSON_BYTES: u64 = 256 << 20;
+/// `config.json` and its kin are small; a bigger file is not what it says it is, and would take many times its size.
+const MAX_JSON_BYTES: u64 = 4 << 20;
 
 /// A model with everything that belongs to it.
 #[derive(Clone, Debug)]
@@ -197,17 +197,17 @@ fn load_folder(dir: &Path, dtype: Option<WeightsDtype>, wanted: Wanted) -> Resul
 
 /// Reads a JSON object, bounded.
 pub(crate) fn read_json(path: &Path) -> Result<Map<String, Value>, ModelError> {
-    let text = read_text(path)?;
+    let text = read_text(path, MAX_JSON_BYTES)?;
     serde_json::from_str(&text)
         .map_err(|e| ModelError::Invalid { path: path.to_owned(), what: format!("not a JSON object: {e}") })
 }
 
-/// Reads a text file, bounded.
-pub(crate) fn read_text(path: &Path) -> Result<String, ModelError> {
+/// Reads a text file of at most `limit` bytes.
+pub(crate) fn read_text(path: &Path, limit: u64) -> Result<String, ModelError> {
     let error = |what: &str, source| ModelError::File { path: path.to_owned(), what: what.into(), source };
     let size = std::fs::metadata(path).map_err(|e| error("cannot be read", Some(e)))?.len();
-    if size > MAX_JSON_BYTES {
-        return Err(error(&format!("{size} bytes, more than the limit of {MAX_JSON_BYTES}"), None));
+    if size > limit {
+        return Err(error(&format!("{size} bytes, more than the limit of {limit}"), None));
     }
     std::fs::read_to_string(path).map_err(|e| error("cannot be read as text", Some(e)))
 }

@@ -10,7 +10,6 @@ use std::sync::Arc;
 use freewheel_types::WeightsDtype;
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
-use serde_json::Value;
 
 use super::elements::{Elements, fill};
 use super::mmap;
@@ -24,6 +23,15 @@ const MAX_HEADER_BYTES: u64 = 8 << 20;
 const MAX_TENSORS: usize = 1 << 20;
 /// Names in an error message before it says "and n more".
 const NAMED: usize = 3;
+
+/// The index of the largest released models has 10 MB.
+const MAX_INDEX_BYTES: u64 = 64 << 20;
+
+/// What is read of an index.
+#[derive(serde::Deserialize)]
+struct Index {
+    weight_map: BTreeMap<String, String>,
+}
 
 /// An opened checkpoint: shards, and where each tensor is.
 pub(super) struct Checkpoint {
@@ -64,31 +72,25 @@ impl Checkpoint {
 
     fn from_index(dir: &Path, index: PathBuf) -> Result<Self, ModelError> {
         let invalid = |what: String| ModelError::Invalid { path: index.clone(), what };
-        let json = super::read_json(&index)?;
-        let Some(Value::Object(map)) = json.get("weight_map") else {
-            return Err(invalid("weight_map is missing".into()));
-        };
+        let text = super::read_text(&index, MAX_INDEX_BYTES)?;
+        let Index { weight_map: map } =
+            serde_json::from_str(&text).map_err(|e| invalid(format!("not an index in JSON: {e}")))?;
         let mut files: Vec<&str> = Vec::new();
-        for (name, file) in map {
+        for (name, file) in &map {
             // A file name from outside must not lead out of the folder.
-            match file.as_str() {
-                Some(file) if !file.contains(['/', '\\']) && file.ends_with(".safetensors") => {
-                    files.push(file)
-                }
-                _ => {
-                    return Err(invalid(format!(
-                        "weight_map.{name} = {file}: expected a .safetensors file name"
-                    )));
-                }
+            if file.contains(['/', '\\']) || !file.ends_with(".safetensors") {
+                let what = format!("weight_map.{name} = {file:?}: expected a .safetensors file name");
+                return Err(invalid(what));
             }
+            files.push(file);
         }
         files.sort_unstable();
         files.dedup();
         let paths: Vec<PathBuf> = files.iter().map(|file| dir.join(file)).collect();
         let checkpoint = Self::from_shards(index.clone(), &paths)?;
-        for (name, file) in map {
+        for (name, file) in &map {
             match checkpoint.tensors.get(name) {
-                Some(stored) if Some(files[stored.shard]) == file.as_str() => {}
+                Some(stored) if files[stored.shard] == file => {}
                 _ => return Err(invalid(format!("weight_map says that {name} is in {file}, but it is not"))),
             }
         }
@@ -117,6 +119,11 @@ impl Checkpoint {
             )));
         }
         // Checks in the crate: UTF-8, JSON, gapless and ordered offsets, sizes that match shape and type, no overflow.
+        // What it does not see is a name given twice: the last one wins.
+        let header = &map[8..8 + length as usize];
+        if let Some(name) = twice(header).map_err(|e| invalid(format!("safetensors header: {e}")))? {
+            return Err(invalid(format!("safetensors header: tensor {name} is listed twice")));
+        }
         let (_, metadata) =
             SafeTensors::read_metadata(map).map_err(|e| invalid(format!("safetensors header: {e}")))?;
         let start = 8 + length as usize;
@@ -276,6 +283,29 @@ pub(super) fn ignorable(name: &str, spec: &ModelSpec) -> bool {
 /// Buffers that old exporters left in.
 pub(super) fn is_buffer(name: &str) -> bool {
     name.ends_with(".rotary_emb.inv_freq") || name.ends_with("embeddings.position_ids")
+}
+
+/// A key that the JSON object `header` holds twice.
+fn twice(header: &[u8]) -> Result<Option<String>, serde_json::Error> {
+    struct Keys;
+    impl<'de> serde::de::Visitor<'de> for Keys {
+        type Value = Option<String>;
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a table of tensors")
+        }
+
+        fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let (mut keys, mut twice) = (BTreeSet::new(), None);
+            while let Some((key, _)) = map.next_entry::<String, serde::de::IgnoredAny>()? {
+                if let Some(again) = keys.replace(key) {
+                    twice.get_or_insert(again);
+                }
+            }
+            Ok(twice)
+        }
+    }
+    serde::Deserializer::deserialize_map(&mut serde_json::Deserializer::from_slice(header), Keys)
 }
 
 fn list(names: &[&str]) -> String {

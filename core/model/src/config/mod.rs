@@ -128,8 +128,8 @@ fn find(fields: &Fields<'_>) -> Result<&'static Architecture, ModelError> {
     })
 }
 
-/// Keeps the table of tensor names of a hostile configuration small; the largest released models have 60 000.
-const MAX_EXPERTS: usize = 1 << 18;
+/// Keeps the table of tensor names of a hostile configuration small; the largest released models have 25,000.
+const MAX_EXPERTS: usize = 1 << 17;
 
 /// No model comes near 2^48 parameters; more would overflow sizes in bytes.
 const MAX_PARAMETERS: f64 = (1u64 << 48) as f64;

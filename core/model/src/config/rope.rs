@@ -71,6 +71,9 @@ pub(super) fn plain_rope(theta: f64, head_dim: usize, style: RopeStyle) -> RopeS
     RopeSpec { inv_freq, attention_factor: 1.0, style }
 }
 
+/// Widest head: the frequencies of each of thousands of layers are held. Released models have 512 at most.
+const MAX_HEAD_DIM: usize = 1 << 13;
+
 fn read(
     fields: &Fields<'_>,
     parameters: Option<Fields<'_>>,
@@ -78,6 +81,9 @@ fn read(
     head_dim: usize,
     style: RopeStyle,
 ) -> Result<RopeSpec, ModelError> {
+    if head_dim > MAX_HEAD_DIM {
+        return Err(fields.invalid(format!("head_dim = {head_dim}: the limit is {MAX_HEAD_DIM}")));
+    }
     let mut partial = fields.number_or("partial_rotary_factor", 1.0)?;
     let mut scaling = RopeScaling::None;
     if let Some(parameters) = parameters {

@@ -85,6 +85,9 @@ fn golden_templates_of_checkpoints() {
         let tokenizer = load(&model_dir(&name), None).expect("checkpoint").tokenizer;
         let golden = read_json(&model_dir(&name).join("golden.json"));
         let Some(cases) = golden["tokenizer"]["chat"].as_array() else { continue };
+        if !tokenizer.has_template() && std::env::var_os("FREEWHEEL_ORACLES").is_none() {
+            continue; // Copies of others' templates are not among the fixtures.
+        }
         for case in cases {
             let options = RenderOptions {
                 add_generation_prompt: case["add_generation_prompt"].as_bool().unwrap_or(false),

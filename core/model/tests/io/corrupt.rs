@@ -17,19 +17,24 @@ fn weights(header: &Value, data: usize) -> Vec<u8> {
     bytes
 }
 
-fn parts(bytes: &[u8]) -> (Value, Vec<u8>) {
+/// Header and data of a safetensors file.
+pub fn parts(bytes: &[u8]) -> (Value, Vec<u8>) {
     let length = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;
     (serde_json::from_slice(&bytes[8..8 + length]).expect("header"), bytes[8 + length..].to_vec())
 }
 
-fn join(header: &Value, data: &[u8]) -> Vec<u8> {
+/// A safetensors file of this header and data.
+pub fn join(header: &Value, data: &[u8]) -> Vec<u8> {
     let mut bytes = weights(header, 0);
     bytes.extend_from_slice(data);
     bytes
 }
 
 fn refused(dir: &Path, needles: &[&str]) {
-    let error = load(dir, None).expect_err(needles[0]).to_string();
+    let error = match load(dir, None) {
+        Ok(_) => panic!("loaded, though it should be refused for {needles:?}"),
+        Err(error) => error.to_string(),
+    };
     for needle in needles {
         assert!(error.contains(needle), "{needle:?} is not in: {error}");
     }
@@ -68,11 +73,34 @@ fn damaged_weights_are_refused_by_name() {
     check(&join(&renamed, &data), &["1 tensors are missing: model.norm.weight"]);
     let overflow = json!({"a": {"dtype": "F32", "shape": [u64::MAX / 2, 3], "data_offsets": [0, 4]}});
     check(&weights(&overflow, 4), &["header"]);
+    let mut beyond = header.clone();
+    beyond["model.norm.weight"]["data_offsets"] = json!([u64::MAX - 255, u64::MAX]);
+    check(&join(&beyond, &data), &["header"]);
+    let mut backwards = header.clone();
+    backwards["model.norm.weight"]["data_offsets"] = json!([256, 0]);
+    check(&join(&backwards, &data), &["header"]);
+
+    // A name twice: JSON allows it, and the last one would win.
+    let text = header.to_string();
+    let entry = format!("\"model.norm.weight\":{}", header["model.norm.weight"]);
+    let double = text.replacen('{', &format!("{{{entry},"), 1);
+    let mut bytes = (double.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(double.as_bytes());
+    bytes.extend_from_slice(&data);
+    check(&bytes, &["model.norm.weight", "listed twice"]);
+    let deep = format!("{{\"__metadata__\": {}{}}}", "[".repeat(100_000), "]".repeat(100_000));
+    let deep = [&(deep.len() as u64).to_le_bytes(), deep.as_bytes()].concat();
+    check(&deep, &["safetensors header", "line 1"]);
+    let many: serde_json::Map<String, Value> = (0..100_000)
+        .map(|i| (i.to_string(), json!({"dtype": "F32", "shape": [0], "data_offsets": [0, 0]})))
+        .collect();
+    check(&weights(&many.into(), 0), &["tensors are missing", "model.embed_tokens.weight", " more"]);
 
     let mut nan = data.clone();
     let at = header["lm_head.weight"]["data_offsets"][0].as_u64().expect("offset") as usize;
     nan[at + 8..at + 12].copy_from_slice(&f32::NAN.to_le_bytes());
-    check(&join(&header, &nan), &["lm_head.weight", "element 2", "NaN"]);
+    nan[at + 20..at + 24].copy_from_slice(&f32::INFINITY.to_le_bytes());
+    check(&join(&header, &nan), &["lm_head.weight", "2 of 32768 elements", "first is element 2", "NaN"]);
 
     std::fs::write(&file, &good).expect("write");
     load(dir.path(), None).expect("whole again");
@@ -94,6 +122,36 @@ fn extra_tensors_are_named_and_old_buffers_are_not() {
             Err(e) => assert!(!fine && e.to_string().contains(name), "{name}: {e}"),
         }
     }
+}
+
+#[test]
+fn configurations_that_are_not_are_refused() {
+    let dir = copy_of("llama3");
+    let path = dir.path().join("config.json");
+    let good = json_text(&path);
+    let check = |text: &str, needles: &[&str]| {
+        std::fs::write(&path, text).expect("write");
+        refused(dir.path(), needles);
+    };
+    check("[]", &["config.json", "JSON object"]);
+    check(&format!("{{\"x\": {}", "[".repeat(1 << 20)), &["config.json", "recursion"]);
+    check(&format!("{{\"x\": {}}}", "[0,".repeat(2 << 20)), &["config.json", "limit"]);
+    check(&good[..good.len() / 2], &["config.json", "JSON"]);
+    check(&good.replace("\"hidden_size\": 64", "\"hidden_size\": 18446744073709551616"), &["hidden_size"]);
+    check(
+        &good.replace("LlamaForCausalLM", "MambaForCausalLM"),
+        &["MambaForCausalLM", "DeepseekV3ForCausalLM"],
+    );
+    let quantised = good.replacen('{', "{\"quantization_config\": {\"quant_method\": \"awq\"},", 1);
+    check(&quantised, &["quantised", "awq", "bf16"]);
+    std::fs::write(&path, &good).expect("write");
+    load(dir.path(), None).expect("whole again");
+}
+
+fn json_text(path: &Path) -> String {
+    serde_json::from_str::<Value>(&std::fs::read_to_string(path).expect("file"))
+        .map(|v| format!("{v:#}"))
+        .expect("JSON")
 }
 
 #[test]

@@ -8,7 +8,11 @@ use crate::error::ModelError;
 const MAX_DIMENSIONS: u32 = 4;
 const MAX_DEPTH: usize = 4;
 /// List elements in all metadata together; the largest vocabularies with their merges come to a million and a half.
-const MAX_ELEMENTS: usize = 1 << 22;
+const MAX_ELEMENTS: usize = 1 << 21;
+/// Bytes of the header, which are held; those of the largest vocabularies come to 20 MB.
+const MAX_BYTES: usize = 128 << 20;
+const MAX_KEYS: u64 = 1 << 16;
+const MAX_TENSORS: u64 = 1 << 20;
 
 /// A metadata value.
 #[derive(Clone, Debug, PartialEq)]
@@ -71,12 +75,20 @@ impl Header {
             return Err(reader.invalid(&format!("GGUF version {version}, supported are 2 and 3")));
         }
         let (tensor_count, meta_count) = (reader.u64()?, reader.u64()?);
+        if tensor_count > MAX_TENSORS || meta_count > MAX_KEYS {
+            let what = format!(
+                "{tensor_count} tensors and {meta_count} keys; the limits are {MAX_TENSORS} and {MAX_KEYS}"
+            );
+            return Err(reader.invalid(&what));
+        }
         let mut meta = BTreeMap::new();
         for _ in 0..meta_count {
             let key = reader.text()?;
             let kind = reader.u32()?;
             let value = reader.value(kind, 0)?;
-            meta.insert(key, value);
+            if meta.insert(key.clone(), value).is_some() {
+                return Err(reader.invalid(&format!("{key} is there twice")));
+            }
         }
         let mut tensors = BTreeMap::new();
         for _ in 0..tensor_count {
@@ -111,6 +123,9 @@ impl<'a> Reader<'a> {
         let slice = self.at.checked_add(n).and_then(|end| self.bytes.get(self.at..end));
         let slice = slice
             .ok_or_else(|| self.invalid(&format!("the header wants {n} bytes more than the file has")))?;
+        if self.at + n > MAX_BYTES {
+            return Err(self.invalid(&format!("a header of more than {MAX_BYTES} bytes")));
+        }
         self.at += n;
         Ok(slice)
     }
