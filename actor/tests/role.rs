@@ -136,8 +136,13 @@ impl Run {
     }
 
     fn begin(&mut self) {
-        let config =
-            ActorConfig { max_live: 4, kv_bytes: 4000, max_new_tokens: MAX_NEW, ..ActorConfig::default() };
+        let config = ActorConfig {
+            max_live: 4,
+            kv_bytes: 4000,
+            max_new_tokens: MAX_NEW,
+            drain_s: 3600.0,
+            ..ActorConfig::default()
+        };
         let (sender, receiver) = watch::channel(ActorMetrics::default());
         self.metrics = receiver;
         let deps = ActorDeps {
@@ -325,7 +330,7 @@ async fn shutdown_finishes_what_has_begun_and_takes_nothing_more() {
     }
     run.shutdown.cancel();
     let actor = run.actor.take().unwrap();
-    let last = tokio::time::timeout(Duration::from_secs(8), actor)
+    let last = tokio::time::timeout(Duration::from_secs(120), actor)
         .await
         .expect("it ends before drain_s")
         .unwrap()
@@ -365,7 +370,7 @@ async fn an_engine_that_dies_ends_the_role_at_once_with_an_error() {
     run.begin();
     let actor = run.actor.take().unwrap();
     let ended =
-        tokio::time::timeout(Duration::from_secs(5), actor).await.expect("no waiting for drain_s").unwrap();
+        tokio::time::timeout(Duration::from_secs(120), actor).await.expect("no waiting for drain_s").unwrap();
     assert_eq!(ended.unwrap_err().to_string(), "the engine thread of this actor ended unexpectedly");
     assert_eq!(run.queue.counts().await.unwrap().tasks, 1, "the task is left to others");
 }
