@@ -112,6 +112,11 @@ impl<'a> TrainingSample<'a> {
         }
     }
 
+    /// Version that drew each token `[T]`.
+    pub fn versions(&self) -> Vec<f64> {
+        self.scored.rollout.token_versions().map(|version| version.step as f64).collect()
+    }
+
     /// As the loss takes it.
     pub fn input(
         &self,
@@ -121,6 +126,7 @@ impl<'a> TrainingSample<'a> {
         entropies: &[f32],
     ) -> SequenceInput {
         SequenceInput {
+            id: self.scored.rollout.id.0,
             policy_logprobs: widen(policy),
             behaviour_logprobs: widen(&self.scored.rollout.behaviour_logprobs),
             proximal_logprobs: proximal.map(widen),

@@ -297,6 +297,7 @@ impl Learner {
             minibatches: config.minibatches,
             router_replay: config.router_replay,
             learning_rate: config.learning_rate * self.schedule.factor(before.step),
+            ess_learning_rate: config.loss.ess_learning_rate,
         };
         let batch =
             Batch::new(&groups, &config.loss, &*self.parts.images, before.step, self.parts.max_new_tokens);

@@ -1,7 +1,7 @@
 //! One step of the policy on one batch: log-probs, loss, backward, optimiser.
 
 use crate::batch::Batch;
-use crate::objective::{BatchStats, Diagnostics, Loss, SequenceInput};
+use crate::objective::{BatchStats, Diagnostics, Loss, Proximal, SequenceInput, log_linear};
 use crate::optim::StepOutcome;
 use crate::packing::{TrainSequence, pack};
 use crate::policy::Policy;
@@ -18,6 +18,8 @@ pub struct UpdateRules {
     pub router_replay: bool,
     /// Rate of this step.
     pub learning_rate: f64,
+    /// Whether the rate of each update is scaled by the root of its effective sample size.
+    pub ess_learning_rate: bool,
 }
 
 /// What a step did.
@@ -64,8 +66,8 @@ pub fn update(
     let ahead = |model: &dyn Fn(&PackedBatch) -> TokenLogProbs| gather(&all, rules.micro_batch_tokens, model);
     let reference = reference.map(|model| ahead(&|packed| model.log_probs(packed)));
     // With one update a batch the policy's own log-probs are the proximal ones.
-    let split = parts.len() > 1;
-    let proximal = split.then(|| ahead(&|packed| policy.log_probs(packed)));
+    let ask = parts.len() > 1 && loss.proximal() == Proximal::Exact;
+    let proximal = ask.then(|| ahead(&|packed| policy.log_probs(packed)));
     let mut out = Updated {
         loss: 0.0,
         diagnostics: Diagnostics::default(),
@@ -76,16 +78,21 @@ pub fn update(
         tokens: 0,
     };
     let shares: Vec<f64> = parts.iter().map(|part| part.len() as f64 / batch.samples.len() as f64).collect();
-    for (part, share) in parts.into_iter().zip(shares) {
-        let pass = Pass { loss, batch, part, rules, proximal: &proximal, reference: &reference };
-        let part_loss = pass.accumulate(policy, &mut out);
+    let count = parts.len() as f64;
+    for (made, (part, share)) in parts.into_iter().zip(shares).enumerate() {
+        let version = policy.step() as f64 + made as f64 / count;
+        let pass = Pass { loss, batch, part, rules, version, proximal: &proximal, reference: &reference };
+        let mut diagnostics = Diagnostics::default();
+        let part_loss = pass.accumulate(policy, &mut out, &mut diagnostics);
+        out.diagnostics.merge(&diagnostics);
         out.loss += share * part_loss;
         if !part_loss.is_finite() {
             policy.discard_gradient();
             out.applied = false;
             return out;
         }
-        match policy.update(rules.learning_rate) {
+        let scale = if rules.ess_learning_rate { diagnostics.ess().sqrt() } else { 1.0 };
+        match policy.update(rules.learning_rate * scale) {
             StepOutcome::Applied { grad_norm, .. } => {
                 out.grad_norm = out.grad_norm.max(grad_norm);
                 out.moved = true;
@@ -106,12 +113,14 @@ struct Pass<'p> {
     batch: &'p Batch<'p>,
     part: std::ops::Range<usize>,
     rules: &'p UpdateRules,
+    /// Version of the weights, a fraction between the updates of a batch.
+    version: f64,
     proximal: &'p Ahead,
     reference: &'p Ahead,
 }
 
 impl Pass<'_> {
-    fn accumulate(&self, policy: &mut Policy, out: &mut Updated) -> f64 {
+    fn accumulate(&self, policy: &mut Policy, out: &mut Updated, diagnostics: &mut Diagnostics) -> f64 {
         let sequences = sequences(self.batch, self.part.clone(), self.rules);
         let totals = self.batch.totals(self.part.clone());
         let stats = self.batch_stats(policy, &sequences);
@@ -126,7 +135,7 @@ impl Pass<'_> {
                     self.note_agreement(index, &input, out);
                     let term = self.loss.sequence(&input, &totals, &stats);
                     part_loss += term.loss;
-                    out.diagnostics.merge(&term.diagnostics);
+                    diagnostics.merge(&term.diagnostics);
                     gradients.d_logprobs.extend(&term.d_logprobs);
                     if let Some(d_entropies) = &term.d_entropies {
                         gradients.d_entropies.get_or_insert_default().extend(d_entropies);
@@ -153,12 +162,24 @@ impl Pass<'_> {
         let ahead = |values: &Ahead| values.as_ref().map(|values| values[index].logprobs.clone());
         let (proximal, reference) = (ahead(self.proximal), ahead(self.reference));
         let sample = &self.batch.samples[index];
-        sample.input(&found.logprobs, proximal.as_deref(), reference.as_deref(), &found.entropies)
+        let mut input =
+            sample.input(&found.logprobs, proximal.as_deref(), reference.as_deref(), &found.entropies);
+        if self.loss.proximal() == Proximal::LogLinear {
+            let (policy, behaviour) = (&input.policy_logprobs, &input.behaviour_logprobs);
+            let point = log_linear(policy, behaviour, &sample.versions(), self.version.floor(), self.version);
+            input.proximal_logprobs = Some(point);
+        }
+        input
     }
 
     fn note_agreement(&self, index: usize, input: &SequenceInput, out: &mut Updated) {
         let sample = &self.batch.samples[index];
-        let learner = input.proximal_logprobs.as_ref().unwrap_or(&input.policy_logprobs);
+        // A proximal policy off the line is none to compare with: then only the weights of the batch's start will do.
+        let learner = match self.loss.proximal() {
+            Proximal::Exact => input.proximal_logprobs.as_ref().unwrap_or(&input.policy_logprobs),
+            Proximal::LogLinear if self.version.fract() == 0.0 => &input.policy_logprobs,
+            Proximal::LogLinear => return,
+        };
         let pairs = learner.iter().zip(&input.behaviour_logprobs).take(sample.same_version_tokens);
         for (learner, behaviour) in pairs {
             let gap = (learner - behaviour).abs() as f32;

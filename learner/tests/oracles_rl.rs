@@ -55,6 +55,7 @@ impl Draw {
         let old = old.map(|name| self.rows(name));
         let masks = self.masks(tool);
         let sequence = |b: usize| SequenceInput {
+            id: b as u64,
             policy_logprobs: fields[0][b].clone(),
             behaviour_logprobs: fields[1][b].clone(),
             proximal_logprobs: old.as_ref().map(|rows| rows[b].clone()),

@@ -18,13 +18,15 @@ fn batch(spread: f64) -> Vec<SequenceInput> {
     let mut batch: Vec<SequenceInput> = LENGTHS
         .iter()
         .zip([0.9, -0.6, -1.1, 0.4])
-        .map(|(&len, advantage)| {
+        .zip(1..)
+        .map(|((&len, advantage), id)| {
             let behaviour: Vec<f64> = (0..len).map(|_| -1.5 - normal(0.4).abs()).collect();
             let near = |base: &[f64], normal: &mut dyn FnMut(f64) -> f64| {
                 base.iter().map(|x| x + normal(spread)).collect()
             };
             let proximal: Vec<f64> = near(&behaviour, &mut normal);
             SequenceInput {
+                id,
                 policy_logprobs: near(&proximal, &mut normal),
                 ref_logprobs: Some(near(&behaviour, &mut normal)),
                 entropies: Some((0..len).map(|t| 0.5 + 0.1 * t as f64).collect()),
@@ -67,8 +69,8 @@ fn configs() -> impl Iterator<Item = ObjectiveConfig> {
 /// Objectives whose loss differentiates to their gradient; in the others the weight is a stop-gradient, so the difference
 /// quotient is taken with the weights held.
 fn stop_gradient(objective: Objective) -> bool {
-    use Objective::{Aipo, Cispo, Dppo, Topr, Vespo};
-    matches!(objective, Aipo | Cispo | Dppo | Topr | Vespo)
+    use Objective::{Aipo, Cispo, Dppo, DppoSymmetric, ReinforceUnbiased, Topr, Vespo};
+    matches!(objective, Aipo | Cispo | Dppo | DppoSymmetric | ReinforceUnbiased | Topr | Vespo)
 }
 
 #[test]
@@ -82,7 +84,24 @@ fn gradients_are_those_of_finite_differences() {
             ..kl.clone()
         })
     });
-    for config in configs().filter(|c| !stop_gradient(c.objective)).chain(variants) {
+    let grpo = ObjectiveConfig { objective: Objective::Grpo, ..Default::default() };
+    let stages = [
+        ObjectiveConfig { anchor_coef: 0.3, ..grpo.clone() },
+        ObjectiveConfig {
+            covariance_control: CovarianceControl::Kl,
+            covariance_fraction: Some(0.3),
+            covariance_kl_coef: Some(0.7),
+            ..grpo.clone()
+        },
+        ObjectiveConfig {
+            covariance_control: CovarianceControl::Clip,
+            covariance_fraction: Some(0.3),
+            covariance_low: Some(0.0),
+            ..grpo.clone()
+        },
+        ObjectiveConfig { correction: Some(Correction::Tis), correction_normalise: true, ..grpo },
+    ];
+    for config in configs().filter(|c| !stop_gradient(c.objective)).chain(variants).chain(stages) {
         let batch = batch(0.25);
         let loss = Loss::new(&config).unwrap();
         let (totals, mut stats) = (totals(&batch), loss.batch_stats(&batch));
@@ -155,6 +174,10 @@ fn stop_gradient_weights_by_hand() {
     // π − μ = 0.32 and −0.09: the first token has left the region upwards.
     close(gradient(Objective::Dppo, 1.0), [0.0, -w1]);
     close(gradient(Objective::Dppo, -1.0), [w0, w1]);
+    // The symmetric region of ±0.1 holds the first back whatever the sign, and not the second.
+    close(gradient(Objective::DppoSymmetric, 1.0), [0.0, -w1]);
+    close(gradient(Objective::DppoSymmetric, -1.0), [0.0, w1]);
+    close(gradient(Objective::ReinforceUnbiased, 1.0), [-1.5f64.exp(); 2]);
     // Π w = e^1.5, above the cap of 1.
     close(gradient(Objective::Topr, -2.0), [2.0, 2.0]);
     close(gradient(Objective::Topr, 2.0), [-2.0, -2.0]);
@@ -167,7 +190,7 @@ fn stop_gradient_weights_by_hand() {
 #[test]
 fn on_policy_every_objective_is_plain_policy_gradient() {
     let batch = batch(0.0);
-    for config in configs().filter(|c| c.objective != Objective::Oapl) {
+    for config in configs().filter(|c| !matches!(c.objective, Objective::Oapl | Objective::MirrorDescent)) {
         let reinforce = ObjectiveConfig {
             objective: Objective::Reinforce,
             loss_aggregation: Some(config.aggregation()),
@@ -332,6 +355,53 @@ fn rejected_tokens_do_not_shrink_the_denominator() {
 }
 
 #[test]
+fn normalised_weights_have_mean_one() {
+    let batch = batch(0.5);
+    for correction in [Correction::Tis, Correction::Mis, Correction::SeqTis] {
+        // Reinforce with an advantage of 1 and a token sum: the gradient is minus the weight.
+        let config = ObjectiveConfig {
+            objective: Objective::Reinforce,
+            correction: Some(correction),
+            correction_normalise: true,
+            loss_aggregation: Some(LossAggregation::SeqMeanTokenSum),
+            ..Default::default()
+        };
+        let ones: Vec<SequenceInput> = batch
+            .iter()
+            .map(|s| SequenceInput { advantages: vec![1.0; s.advantages.len()], ..s.clone() })
+            .collect();
+        let (_, gradients) = run(&config, &ones);
+        let weights: Vec<f64> = match correction {
+            Correction::SeqTis => gradients.iter().map(|g| -4.0 * g[0]).collect(),
+            _ => ones
+                .iter()
+                .zip(&gradients)
+                .flat_map(|(s, g)| (0..g.len()).filter(|&t| s.loss_mask[t]).map(|t| -4.0 * g[t]))
+                .collect(),
+        };
+        let mean = weights.iter().sum::<f64>() / weights.len() as f64;
+        assert!((mean - 1.0).abs() <= 1e-12, "{correction:?}: mean weight {mean}");
+    }
+}
+
+#[test]
+fn clip_cov_takes_the_gradient_of_its_picks_and_leaves_the_rest() {
+    let batch = batch(0.25);
+    let plain = ObjectiveConfig { objective: Objective::Grpo, ..Default::default() };
+    let held = ObjectiveConfig {
+        covariance_control: CovarianceControl::Clip,
+        covariance_fraction: Some(0.25),
+        covariance_low: Some(0.0),
+        ..plain.clone()
+    };
+    let ((_, all), (_, kept)) = (run(&plain, &batch), run(&held, &batch));
+    let changed: Vec<(f64, f64)> =
+        all.concat().into_iter().zip(kept.concat()).filter(|(a, b)| a != b).collect();
+    assert!(!changed.is_empty() && changed.len() <= 3, "{changed:?}");
+    assert!(changed.iter().all(|(_, kept)| *kept == 0.0));
+}
+
+#[test]
 fn aggregations_by_hand() {
     let totals = BatchTotals { tokens: 10, sequences: 4, prompts: 2, length_max: 8 };
     let weights = [
@@ -381,4 +451,6 @@ fn every_advantage_is_somebodys_default_or_named() {
     assert_eq!(default(Objective::DrGrpo), Advantage::DrGrpo);
     assert_eq!(default(Objective::Rloo), Advantage::Rloo);
     assert_eq!(default(Objective::Oapl), Advantage::SoftValue);
+    let shift = |objective| ObjectiveConfig { objective, ..Default::default() }.advantage_config().shift;
+    assert_eq!((shift(Objective::AsymmetricReinforce), shift(Objective::Reinforce)), (-0.1, 0.0));
 }

@@ -5,7 +5,9 @@ use serde::{Deserialize, Serialize};
 
 use super::aggregate::LossAggregation;
 use super::correction::{Correction, SequenceRejection};
+use super::covariance::CovarianceControl;
 use super::kl::KlEstimator;
+use super::proximal::Proximal;
 use super::recipes::{Objective, Recipe};
 use crate::advantage::{Advantage, AdvantageConfig};
 
@@ -19,12 +21,24 @@ pub enum RatioAnchor {
     Proximal,
 }
 
+/// Where the divergence from the reference is felt.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum KlPlacement {
+    /// A term of the loss, with its gradient.
+    #[default]
+    Loss,
+    /// Subtracted from the rewards, a constant: the advantage carries it.
+    Reward,
+}
+
 /// Settings of advantage and objective, part of `[learner]`. `None` means the objective's own default (its recipe).
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ObjectiveConfig {
-    /// The policy loss: `aipo` (default), `aipo_surrogate`, `reinforce`, `ppo`, `grpo`, `dr_grpo`, `dapo`, `two_sided`, `gspo`, `luspo`,
-    /// `gmpo`, `sapo`, `cispo`, `rloo`, `decoupled_ppo`, `topr`, `vespo`, `dppo`, `m2po` or `oapl`.
+    /// The policy loss: `aipo` (default), `aipo_surrogate`, `reinforce`, `reinforce_unbiased`, `asymmetric_reinforce`, `ppo`, `grpo`,
+    /// `dr_grpo`, `dapo`, `two_sided`, `gspo`, `luspo`, `gmpo`, `sapo`, `cispo`, `rloo`, `decoupled_ppo`, `topr`, `vespo`, `dppo`,
+    /// `dppo_symmetric`, `m2po`, `oapl` or `mirror_descent`. Each with its formula: docs/objectives.md.
     pub objective: Objective,
     /// The advantage: `grpo`, `dr_grpo`, `rloo`, `batch_std`, `opo`, `maxrl`, `pass_k`, `reinforce_pp`, `reinforce_pp_baseline` or
     /// `soft_value`. Default: the objective's own (`dr_grpo` for `aipo`, `grpo` for `grpo`, …).
@@ -32,14 +46,17 @@ pub struct ObjectiveConfig {
     /// Added to the standard deviation that `grpo`, `batch_std` and `pass_k` divide by. Above 0. Default 1e-6.
     pub advantage_std_eps: Option<f64>,
     /// Subtracted from every advantage: a baseline below the mean (negative value) trusts off-policy successes more than
-    /// failures (asymmetric REINFORCE, arXiv 2506.20520). Reward units. Default 0.
-    pub advantage_shift: f64,
+    /// failures (asymmetric REINFORCE, arXiv 2506.20520). Reward units. Default 0; −0.1 for `asymmetric_reinforce`.
+    pub advantage_shift: Option<f64>,
     /// How token terms become the loss: `token_mean`, `seq_mean_token_mean`, `seq_mean_token_sum`, `fixed_length` or `prompt_mean`.
     /// Default: the objective's own (`token_mean` for `aipo` and `dapo`, `seq_mean_token_mean` for `grpo`, …).
     pub loss_aggregation: Option<LossAggregation>,
     /// What ratios are taken against: `behaviour` (the sampler) or `proximal` (the learner before the batch's first update).
     /// Default: `behaviour`; `proximal` for `decoupled_ppo` and whenever `correction` is set.
     pub ratio: Option<RatioAnchor>,
+    /// How the log-probs before a batch's first update are had: `exact` (default; a forward pass where `minibatches` is above 1) or
+    /// `log_linear` (between sampler and learner, by version, no pass).
+    pub proximal: Proximal,
     /// Lower clip distance: ratios below 1 − `clip_low` stop counting where the advantage is negative. 0 or more.
     /// Default: the objective's own (0.2 for `grpo` and `dapo`, 3e-4 for `gspo`, 0.4 for `gmpo`, …).
     pub clip_low: Option<f64>,
@@ -48,10 +65,11 @@ pub struct ObjectiveConfig {
     pub clip_high: Option<f64>,
     /// Dual clip: bounds the loss at `dual_clip` · |A| where the advantage is negative. Above 1; 3 is usual. Default: off.
     pub dual_clip: Option<f64>,
-    /// Cap on the importance weight: c of `aipo`, `cispo`, `dppo`, δ of `aipo_surrogate` and `two_sided`. Above 0.
-    /// Default: the objective's own (4 for `aipo` and `two_sided`, 5 for `cispo`, 20 for `dppo`).
+    /// Cap on the importance weight: c of `aipo`, `cispo`, `dppo`, `topr`, δ of `aipo_surrogate` and `two_sided`. Above 0.
+    /// Default: the objective's own (4 for `aipo` and `two_sided`, 5 for `cispo`, 20 for `dppo`, 1 for `topr`, none for
+    /// `reinforce_unbiased`).
     pub is_cap: Option<f64>,
-    /// Temperature β of the regression objective `oapl` and of its advantage `soft_value`. Above 0. Default 1.
+    /// Temperature β of the regression objectives `oapl` and `mirror_descent` and of its advantage `soft_value`. Above 0. Default 1.
     pub regression_beta: Option<f64>,
     /// Mean of (log w)² that `m2po` leaves in a batch. Above 0. Default 0.04.
     pub m2po_tau: Option<f64>,
@@ -63,6 +81,8 @@ pub struct ObjectiveConfig {
     pub correction_low: Option<f64>,
     /// Upper bound of the correction's weight. Above `correction_low`. Default: the correction's own (2; 5 for `icepop`).
     pub correction_high: Option<f64>,
+    /// Divides the correction's weights by their mean over the batch, after truncation. Default false.
+    pub correction_normalise: bool,
     /// Drops whole sequences whose sampler and learner disagree: `none` (default), `geo` (geometric mean of ρ outside a band),
     /// `k2`, `k3` (mean divergence estimate above a bound).
     pub sequence_rejection: SequenceRejection,
@@ -73,17 +93,34 @@ pub struct ObjectiveConfig {
     /// Off-policy sequence mask (DeepSeek-V3.2): drops a sequence with a negative advantage whose mean of log(μ/π) is above this.
     /// 0.5 is usual. Nats. Default: off.
     pub opsm_delta: Option<f64>,
+    /// Scales the learning rate of each update by √ESS, the effective sample size of its sequence weights (VCPO): updates from data
+    /// that the policy has moved away from become small. Default false.
+    pub ess_learning_rate: bool,
     /// Trains only on this share of tokens, those with the highest entropy. In (0, 1); 0.2 is usual. Default: off.
     pub top_entropy: Option<f64>,
-    /// Weight of the divergence from the frozen reference in the loss. 0 or more; above 0 the reference is kept in
-    /// memory and run on every batch. Default 0.
+    /// Weight of the divergence from the reference. 0 or more; above 0 the reference is kept in memory and run on every
+    /// batch. Default 0.
     pub kl_coef: f64,
+    /// Where that divergence goes: into the `loss` (default) or into the `reward`.
+    pub kl_placement: KlPlacement,
     /// Estimator of that divergence: `k1`, `k2`, `k3` (default) or `k3_plus` (value of k3, gradient of k2).
     pub kl_estimator: KlEstimator,
     /// Whether the divergence is weighted by the ratio, gradient included, which makes it unbiased off policy. Default true.
     pub kl_importance_weighted: Option<bool>,
     /// Weight of the entropy bonus: this much times the mean token entropy is subtracted from the loss. Default 0.
     pub entropy_coef: f64,
+    /// Weight of (log π/μ)² in the loss, which holds the policy near the sampler. 0 or more; 1e-3 is usual. Default 0.
+    pub anchor_coef: f64,
+    /// What is done about the tokens that lower the entropy most: `none` (default), `clip` (Clip-Cov) or `kl` (KL-Cov).
+    pub covariance_control: CovarianceControl,
+    /// Share of the batch's tokens that `covariance_control` acts on, one token at least. In (0, 1). Default 2e-4.
+    pub covariance_fraction: Option<f64>,
+    /// Lower bound of the covariance that `covariance_control = "clip"` draws from. Default 1.
+    pub covariance_low: Option<f64>,
+    /// Upper bound of it. Above `covariance_low`. Default 5.
+    pub covariance_high: Option<f64>,
+    /// What `covariance_control = "kl"` charges for |log r|. 0 or more. Default 1.
+    pub covariance_kl_coef: Option<f64>,
     /// Whether truncated completions are left out of the loss; they still count in their group's baseline (DAPO). Default false.
     pub overlong_filter: bool,
     /// Soft overlong punishment (DAPO): the last this many tokens before `max_new_tokens` cost up to 1 reward, linearly. Tokens.
@@ -102,7 +139,7 @@ impl ObjectiveConfig {
         AdvantageConfig {
             kind: self.advantage.unwrap_or(self.recipe().advantage),
             std_eps: self.advantage_std_eps.unwrap_or(1e-6),
-            shift: self.advantage_shift,
+            shift: self.advantage_shift.unwrap_or(self.recipe().shift),
             beta: self.regression_beta.unwrap_or(1.0),
         }
     }
@@ -157,6 +194,17 @@ impl ObjectiveConfig {
                 ));
             }
         }
+        let (low, high) = (self.covariance_low.unwrap_or(1.0), self.covariance_high.unwrap_or(5.0));
+        if low >= high {
+            problems.push(format!(
+                "learner.covariance_low is {low}, must be below learner.covariance_high ({high})"
+            ));
+        }
+        if self.correction_normalise && self.correction_kind() == Correction::None {
+            problems.push(
+                "learner.correction_normalise divides weights by their mean, but there are none: set learner.correction".to_owned(),
+            );
+        }
         if self.objective == Objective::Oapl && self.advantage.is_some_and(|a| a != Advantage::SoftValue) {
             problems.push("learner.objective = \"oapl\" regresses on reward minus soft value: leave learner.advantage out".to_owned());
         }
@@ -164,10 +212,10 @@ impl ObjectiveConfig {
     }
 
     #[expect(clippy::type_complexity, reason = "a table, read top to bottom")]
-    fn ranges(&self) -> [(&'static str, Option<f64>, &'static str, fn(f64) -> bool); 16] {
+    fn ranges(&self) -> [(&'static str, Option<f64>, &'static str, fn(f64) -> bool); 21] {
         [
             ("advantage_std_eps", self.advantage_std_eps, "values above 0", |x| x <= 0.0),
-            ("advantage_shift", Some(self.advantage_shift), "finite values", |_| false),
+            ("advantage_shift", self.advantage_shift, "finite values", |_| false),
             ("clip_low", self.clip_low, "values of 0 or more", |x| x < 0.0),
             ("clip_high", self.clip_high, "values of 0 or more", |x| x < 0.0),
             ("dual_clip", self.dual_clip, "values above 1", |x| x <= 1.0),
@@ -182,6 +230,13 @@ impl ObjectiveConfig {
             ("top_entropy", self.top_entropy, "values above 0 and below 1", |x| x <= 0.0 || x >= 1.0),
             ("kl_coef", Some(self.kl_coef), "values of 0 or more", |x| x < 0.0),
             ("entropy_coef", Some(self.entropy_coef), "finite values", |_| false),
+            ("anchor_coef", Some(self.anchor_coef), "values of 0 or more", |x| x < 0.0),
+            ("covariance_fraction", self.covariance_fraction, "values above 0 and below 1", |x| {
+                x <= 0.0 || x >= 1.0
+            }),
+            ("covariance_low", self.covariance_low, "finite values", |_| false),
+            ("covariance_high", self.covariance_high, "finite values", |_| false),
+            ("covariance_kl_coef", self.covariance_kl_coef, "values of 0 or more", |x| x < 0.0),
         ]
     }
 }

@@ -85,6 +85,11 @@ pub(super) struct Corrections {
     opsm_delta: Option<f64>,
 }
 
+/// Whether a kind weighs whole sequences.
+fn by_sequence(kind: Correction) -> bool {
+    matches!(kind, Correction::SeqTis | Correction::SeqMis)
+}
+
 impl Corrections {
     pub(super) fn new(config: &ObjectiveConfig) -> Self {
         let kind = config.correction_kind();
@@ -107,6 +112,9 @@ impl Corrections {
             return vec![0.0; sequence.tokens.len()];
         }
         let mut factors = self.weights(sequence);
+        if let Some(mean) = stats.correction_mean {
+            factors.iter_mut().for_each(|factor| *factor /= mean);
+        }
         if let Some(floor) = stats.entropy_floor {
             for (factor, token) in factors.iter_mut().zip(&sequence.tokens) {
                 let kept = token.entropy.is_some_and(|entropy| entropy >= floor);
@@ -129,6 +137,20 @@ impl Corrections {
             Correction::SeqTis => vec![truncate(product()); sequence.tokens.len()],
             Correction::SeqMis => vec![mask(product()); sequence.tokens.len()],
         }
+    }
+
+    /// Mean weight over the tokens of a batch, or over its sequences where those are weighed; `None` if nothing is left.
+    pub(super) fn mean_weight(&self, sequences: &[Sequence]) -> Option<f64> {
+        let weights: Vec<f64> = sequences
+            .iter()
+            .flat_map(|sequence| {
+                let mut weights = self.weights(sequence);
+                weights.truncate(if by_sequence(self.kind) { 1 } else { usize::MAX });
+                weights
+            })
+            .collect();
+        let mean = weights.iter().sum::<f64>() / weights.len() as f64;
+        (mean > 0.0).then_some(mean)
     }
 
     fn rejects(&self, sequence: &Sequence) -> bool {

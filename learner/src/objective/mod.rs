@@ -12,30 +12,36 @@
 //! step loop must refuse).
 
 mod aggregate;
-mod clip;
 mod config;
 mod correction;
+mod covariance;
 mod diagnostics;
 mod kl;
+mod losses;
+mod proximal;
 mod recipes;
+mod regularise;
 mod sequence;
-mod sequence_level;
 mod stats;
-mod weighted;
 
 #[cfg(test)]
 mod checks;
 
 pub use aggregate::{BatchTotals, LossAggregation};
-pub use config::{ObjectiveConfig, RatioAnchor};
+pub use config::{KlPlacement, ObjectiveConfig, RatioAnchor};
 pub use correction::{Correction, SequenceRejection};
+pub use covariance::{CovarianceControl, TokenId};
 pub use diagnostics::Diagnostics;
 pub use kl::{KlEstimator, reward_penalty};
+pub use proximal::{Proximal, log_linear};
 pub use recipes::{Objective, RECIPES, Recipe};
 pub use sequence::{LOG_RATIO_LIMIT, Sequence, SequenceInput, Token, clamp_log, live_tokens, widen};
 pub use stats::BatchStats;
 
 use correction::Corrections;
+use covariance::Covariance;
+use regularise::Regularisers;
+use stats::Wanted;
 
 /// Which bound held a token back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -72,12 +78,12 @@ pub struct Loss {
     corrections: Corrections,
     aggregation: LossAggregation,
     anchor: RatioAnchor,
-    kl_coef: f64,
-    kl_estimator: KlEstimator,
-    kl_importance_weighted: bool,
+    proximal: Proximal,
+    regularisers: Regularisers,
+    reference: bool,
     entropy_coef: f64,
-    top_entropy: Option<f64>,
-    m2po_tau: Option<f64>,
+    entropies: bool,
+    wanted: Wanted,
 }
 
 /// Loss and gradient of one sequence, aggregation weight included: those of a batch are the sums over its sequences.
@@ -110,12 +116,12 @@ impl Loss {
             corrections: Corrections::new(config),
             aggregation: config.aggregation(),
             anchor: config.anchor(),
-            kl_coef: config.kl_coef,
-            kl_estimator: config.kl_estimator,
-            kl_importance_weighted: config.kl_importance_weighted.unwrap_or(true),
+            proximal: config.proximal,
+            regularisers: Regularisers::new(config),
+            reference: config.kl_coef > 0.0,
             entropy_coef: config.entropy_coef,
-            top_entropy: config.top_entropy,
-            m2po_tau: (config.objective == Objective::M2po).then(|| config.m2po_tau.unwrap_or(0.04)),
+            entropies: config.entropy_coef != 0.0 || config.top_entropy.is_some(),
+            wanted: Wanted::new(config),
         })
     }
 
@@ -127,23 +133,28 @@ impl Loss {
 
     /// Whether every sequence needs `ref_logprobs`.
     pub fn needs_reference(&self) -> bool {
-        self.kl_coef > 0.0
+        self.reference
     }
 
     /// Whether every sequence needs `entropies`.
     pub fn needs_entropies(&self) -> bool {
-        self.entropy_coef != 0.0 || self.top_entropy.is_some()
+        self.entropies
     }
 
     /// Whether [`Loss::batch_stats`] needs the log-probs of the whole batch before the first gradient. If not,
     /// `BatchStats::default()` will do.
     pub fn needs_batch_pass(&self) -> bool {
-        self.top_entropy.is_some() || self.m2po_tau.is_some()
+        self.wanted.anything()
     }
 
-    /// Thresholds over the whole batch.
+    /// Figures over the whole batch.
     pub fn batch_stats(&self, batch: &[SequenceInput]) -> BatchStats {
-        stats::measure(batch, self.top_entropy, self.m2po_tau)
+        self.wanted.measure(batch, &self.corrections)
+    }
+
+    /// How the proximal log-probs are had where they are needed.
+    pub fn proximal(&self) -> Proximal {
+        self.proximal
     }
 
     /// Loss and gradient of one sequence.
@@ -160,7 +171,7 @@ impl Loss {
         let mut out = SequenceLoss {
             loss: 0.0,
             d_logprobs: vec![0.0; len],
-            d_entropies: (self.entropy_coef != 0.0).then(|| vec![0.0; len]),
+            d_entropies: (self.entropy_weight(stats) != 0.0).then(|| vec![0.0; len]),
             d_logprobs_f64: vec![0.0; len],
             diagnostics: Diagnostics::default(),
         };
@@ -173,35 +184,42 @@ impl Loss {
             return out;
         }
         let terms = self.policy.terms(&sequence, stats);
-        let factors = self.corrections.factors(&sequence, stats);
+        let mut factors = self.corrections.factors(&sequence, stats);
+        let covariance = self.wanted.covariance();
+        let picked = |token: &Token| stats.covariance_picks.contains(&(input.id, token.index));
         let weight = self.aggregation.weight(totals, sequence.tokens.len() as u64, input.group_tokens);
-        for ((token, term), &factor) in sequence.tokens.iter().zip(&terms).zip(&factors) {
-            let (kl, kl_gradient) = self.kl_term(token);
+        for ((token, term), factor) in sequence.tokens.iter().zip(&terms).zip(&mut factors) {
+            let picking = covariance.filter(|_| picked(token));
+            if picking.is_some_and(Covariance::drops) {
+                *factor = 0.0;
+            }
+            let (extra, extra_gradient) = self.regularisers.term(token, picking);
             // A dropped token is dropped: 0 · NaN would not be.
             let (loss, gradient) =
-                if factor == 0.0 { (0.0, 0.0) } else { (factor * term.loss, factor * term.gradient) };
-            out.loss += weight * (loss + kl);
-            out.d_logprobs_f64[token.index] = weight * (gradient + kl_gradient);
+                if *factor == 0.0 { (0.0, 0.0) } else { (*factor * term.loss, *factor * term.gradient) };
+            out.loss += weight * (loss + extra);
+            out.d_logprobs_f64[token.index] = weight * (gradient + extra_gradient);
             out.d_logprobs[token.index] = out.d_logprobs_f64[token.index] as f32;
         }
-        self.add_entropy_bonus(&sequence, totals, &mut out);
+        self.add_entropy_bonus(&sequence, totals, stats, &mut out);
         out.diagnostics = Diagnostics::of(&sequence, &terms, &factors);
         out
     }
 
-    fn kl_term(&self, token: &Token) -> (f64, f64) {
-        if self.kl_coef == 0.0 {
-            return (0.0, 0.0);
-        }
-        let reference = token.reference.expect("needs_reference() asked for ref_logprobs");
-        let (value, gradient) = kl::term(self.kl_estimator, self.kl_importance_weighted, token, reference);
-        (self.kl_coef * value, self.kl_coef * gradient)
+    fn entropy_weight(&self, stats: &BatchStats) -> f64 {
+        stats.entropy_coef.unwrap_or(self.entropy_coef)
     }
 
     /// The bonus is on the token mean, whatever the aggregation of the policy term.
-    fn add_entropy_bonus(&self, sequence: &Sequence, totals: &BatchTotals, out: &mut SequenceLoss) {
+    fn add_entropy_bonus(
+        &self,
+        sequence: &Sequence,
+        totals: &BatchTotals,
+        stats: &BatchStats,
+        out: &mut SequenceLoss,
+    ) {
         let Some(d_entropies) = &mut out.d_entropies else { return };
-        let weight = -self.entropy_coef / totals.tokens as f64;
+        let weight = -self.entropy_weight(stats) / totals.tokens as f64;
         for token in &sequence.tokens {
             out.loss += weight * token.entropy.expect("needs_entropies() asked for entropies");
             d_entropies[token.index] = weight as f32;

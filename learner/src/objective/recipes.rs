@@ -5,11 +5,12 @@ use serde::{Deserialize, Serialize};
 
 use super::PolicyLoss;
 use super::aggregate::LossAggregation as A;
-use super::clip::{ClippedSurrogate, RatioLevel};
 use super::config::ObjectiveConfig;
 use super::correction::Correction;
-use super::sequence_level::{Gmpo, Oapl, Topr, Vespo};
-use super::weighted::{CappedSurrogate, CappedWeight, Dppo, M2po, Reinforce, Sapo};
+use super::losses::{
+    CappedSurrogate, CappedWeight, ClippedSurrogate, Dppo, Gmpo, M2po, RatioLevel, Region, Regression,
+    Reinforce, ReinforceUnbiased, Sapo, Topr, Vespo,
+};
 use crate::advantage::Advantage;
 
 /// Names of the objectives.
@@ -23,6 +24,10 @@ pub enum Objective {
     AipoSurrogate,
     /// Plain policy gradient.
     Reinforce,
+    /// Policy gradient weighted by the sequence's importance weight: unbiased off policy, of high variance.
+    ReinforceUnbiased,
+    /// Policy gradient with a baseline below the mean reward, for off-policy data.
+    AsymmetricReinforce,
     /// Clipped surrogate, token mean, whitened advantage.
     Ppo,
     /// Clipped surrogate, sequence means, group-normalised advantage.
@@ -51,12 +56,16 @@ pub enum Objective {
     Topr,
     /// Smooth sequence weight.
     Vespo,
-    /// Trust region on probabilities.
+    /// Trust region on probabilities, one-sided by the sign of the advantage.
     Dppo,
+    /// Trust region on probabilities, whatever the sign.
+    DppoSymmetric,
     /// Second moment of log-ratios bounded over the batch.
     M2po,
-    /// Least squares on the log-ratio.
+    /// Least squares on the log-ratio, around the soft value.
     Oapl,
+    /// Least squares on the log-ratio, around the group mean (Kimi k1.5).
+    MirrorDescent,
 }
 
 /// One row of the table.
@@ -71,6 +80,8 @@ pub struct Recipe {
     pub aggregation: A,
     /// Default correction.
     pub correction: Correction,
+    /// Default of `advantage_shift`.
+    pub shift: f64,
     /// Makes the policy loss from checked settings.
     pub build: fn(&ObjectiveConfig) -> Box<dyn PolicyLoss>,
 }
@@ -89,7 +100,7 @@ const fn row(
     aggregation: A,
     build: fn(&ObjectiveConfig) -> Box<dyn PolicyLoss>,
 ) -> Recipe {
-    Recipe { objective, name, advantage, aggregation, correction: Correction::None, build }
+    Recipe { objective, name, advantage, aggregation, correction: Correction::None, shift: 0.0, build }
 }
 
 /// Every objective with its defaults.
@@ -101,6 +112,15 @@ pub const RECIPES: &[Recipe] = &[
         Box::new(CappedSurrogate { cap: c.is_cap.unwrap_or(4.0) })
     }),
     row(Objective::Reinforce, "reinforce", Advantage::DrGrpo, A::TokenMean, |_| Box::new(Reinforce)),
+    row(Objective::ReinforceUnbiased, "reinforce_unbiased", Advantage::DrGrpo, A::TokenMean, |c| {
+        Box::new(ReinforceUnbiased { cap: c.is_cap })
+    }),
+    Recipe {
+        shift: -0.1,
+        ..row(Objective::AsymmetricReinforce, "asymmetric_reinforce", Advantage::DrGrpo, A::TokenMean, |_| {
+            Box::new(Reinforce)
+        })
+    },
     row(Objective::Ppo, "ppo", Advantage::ReinforcePp, A::TokenMean, |c| {
         clip(c, 0.2, 0.2, RatioLevel::Token)
     }),
@@ -145,15 +165,19 @@ pub const RECIPES: &[Recipe] = &[
     }),
     row(Objective::Vespo, "vespo", Advantage::Grpo, A::TokenMean, |_| Box::new(Vespo)),
     row(Objective::Dppo, "dppo", Advantage::DrGrpo, A::TokenMean, |c| {
-        Box::new(Dppo {
-            low: c.clip_low.unwrap_or(0.2),
-            high: c.clip_high.unwrap_or(0.2),
-            cap: c.is_cap.unwrap_or(20.0),
-        })
+        let (low, high) = (c.clip_low.unwrap_or(0.2), c.clip_high.unwrap_or(0.2));
+        Box::new(Dppo { region: Region::Binary { low, high }, cap: c.is_cap.unwrap_or(20.0) })
+    }),
+    row(Objective::DppoSymmetric, "dppo_symmetric", Advantage::DrGrpo, A::TokenMean, |c| {
+        let (low, high) = (c.clip_low.unwrap_or(0.1), c.clip_high.unwrap_or(0.1));
+        Box::new(Dppo { region: Region::Symmetric { low, high }, cap: c.is_cap.unwrap_or(20.0) })
     }),
     row(Objective::M2po, "m2po", Advantage::Grpo, A::TokenMean, |_| Box::new(M2po)),
     row(Objective::Oapl, "oapl", Advantage::SoftValue, A::SeqMeanTokenMean, |c| {
-        Box::new(Oapl { beta: c.regression_beta.unwrap_or(1.0) })
+        Box::new(Regression { beta: c.regression_beta.unwrap_or(1.0) })
+    }),
+    row(Objective::MirrorDescent, "mirror_descent", Advantage::DrGrpo, A::SeqMeanTokenMean, |c| {
+        Box::new(Regression { beta: c.regression_beta.unwrap_or(1.0) })
     }),
 ];
 

@@ -12,6 +12,8 @@ pub const LOG_RATIO_LIMIT: f64 = 20.0;
 /// One completion as the learner hands it in. All per-token fields are `[T]`, nats, T = completion tokens.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SequenceInput {
+    /// Names the sequence within its batch, for picks over the whole batch.
+    pub id: u64,
     /// Log-probs under the weights being trained; what is differentiated.
     pub policy_logprobs: Vec<f64>,
     /// Log-probs under the distribution each token was drawn from.
@@ -77,6 +79,8 @@ pub struct Token {
 /// The live tokens of one sequence; T of them from here on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sequence {
+    /// As [`SequenceInput::id`].
+    pub id: u64,
     /// Live tokens in order.
     pub tokens: Vec<Token>,
 }
@@ -98,7 +102,7 @@ impl Sequence {
         );
         let drawable = |t: usize| input.policy_logprobs[t] != f64::NEG_INFINITY;
         let live = |&t: &usize| input.loss_mask[t] && input.behaviour_logprobs[t].is_finite() && drawable(t);
-        Self { tokens: (0..len).filter(live).map(|t| token(input, anchor, t)).collect() }
+        Self { id: input.id, tokens: (0..len).filter(live).map(|t| token(input, anchor, t)).collect() }
     }
 
     /// T, as a float.
@@ -131,6 +135,11 @@ impl Token {
     /// Proximal over behaviour, logarithm, clamped: how far trainer and sampler were apart before any update.
     pub fn log_rho(&self) -> f64 {
         clamp_log(self.proximal - self.behaviour)
+    }
+
+    /// Policy over behaviour, logarithm, clamped: both gaps at once.
+    pub fn log_w(&self) -> f64 {
+        clamp_log(self.policy - self.behaviour)
     }
 }
 

@@ -1,37 +1,79 @@
-//! Thresholds that need the whole batch before the first gradient.
+//! What needs the whole batch before the first gradient: thresholds, picks, a mean weight.
 
-use super::config::RatioAnchor;
+use std::collections::BTreeSet;
+
+use super::config::{ObjectiveConfig, RatioAnchor};
+use super::correction::Corrections;
+use super::covariance::{Covariance, TokenId};
+use super::recipes::Objective;
 use super::sequence::{Sequence, SequenceInput};
 
-/// Batch-wide thresholds; the default has none.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+/// Batch-wide figures; the default has none.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct BatchStats {
     pub(super) measured: bool,
     /// Entropy below which a token is left out (`top_entropy`).
     pub entropy_floor: Option<f64>,
     /// (log w)² above which `m2po` leaves a token out.
     pub m2po_limit: Option<f64>,
+    /// Mean weight that `correction_normalise` divides by.
+    pub correction_mean: Option<f64>,
+    /// Tokens that `covariance_control` acts on.
+    pub covariance_picks: BTreeSet<TokenId>,
+    /// Weight of the entropy bonus where it adapts, in place of `entropy_coef`.
+    pub entropy_coef: Option<f64>,
 }
 
-pub(super) fn measure(
-    batch: &[SequenceInput],
+/// Which of them a run's loss asks for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted {
     top_entropy: Option<f64>,
     m2po_tau: Option<f64>,
-) -> BatchStats {
-    let sequences: Vec<Sequence> =
-        batch.iter().map(|input| Sequence::new(input, RatioAnchor::Behaviour)).collect();
-    let tokens = || sequences.iter().flat_map(|sequence| &sequence.tokens);
-    let sorted = |mut values: Vec<f64>| {
-        values.sort_by(f64::total_cmp);
-        values
-    };
-    BatchStats {
-        measured: true,
-        entropy_floor: top_entropy
-            .and_then(|share| quantile(&sorted(tokens().filter_map(|t| t.entropy).collect()), 1.0 - share)),
-        m2po_limit: m2po_tau.and_then(|tau| {
-            second_moment_limit(&sorted(tokens().map(|t| t.log_ratio * t.log_ratio).collect()), tau)
-        }),
+    correction_mean: bool,
+    covariance: Option<Covariance>,
+}
+
+impl Wanted {
+    pub(super) fn new(config: &ObjectiveConfig) -> Self {
+        Self {
+            top_entropy: config.top_entropy,
+            m2po_tau: (config.objective == Objective::M2po).then(|| config.m2po_tau.unwrap_or(0.04)),
+            correction_mean: config.correction_normalise,
+            covariance: Covariance::new(config),
+        }
+    }
+
+    pub(super) fn anything(&self) -> bool {
+        self.top_entropy.is_some()
+            || self.m2po_tau.is_some()
+            || self.correction_mean
+            || self.covariance.is_some()
+    }
+
+    pub(super) fn covariance(&self) -> Option<&Covariance> {
+        self.covariance.as_ref()
+    }
+
+    pub(super) fn measure(&self, batch: &[SequenceInput], corrections: &Corrections) -> BatchStats {
+        let sequences: Vec<Sequence> =
+            batch.iter().map(|input| Sequence::new(input, RatioAnchor::Behaviour)).collect();
+        let tokens = || sequences.iter().flat_map(|sequence| &sequence.tokens);
+        let sorted = |mut values: Vec<f64>| {
+            values.sort_by(f64::total_cmp);
+            values
+        };
+        BatchStats {
+            measured: true,
+            entropy_floor: self.top_entropy.and_then(|share| {
+                quantile(&sorted(tokens().filter_map(|t| t.entropy).collect()), 1.0 - share)
+            }),
+            m2po_limit: self.m2po_tau.and_then(|tau| {
+                second_moment_limit(&sorted(tokens().map(|t| t.log_ratio * t.log_ratio).collect()), tau)
+            }),
+            correction_mean: self.correction_mean.then(|| corrections.mean_weight(&sequences)).flatten(),
+            covariance_picks: self.covariance.map(|stage| stage.pick(&sequences)).unwrap_or_default(),
+            entropy_coef: None,
+        }
     }
 }
 

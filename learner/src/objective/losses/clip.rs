@@ -4,12 +4,12 @@
 //! J = min(min(r, δ)·A, clip(r, 1−ε_low, 1+ε_high)·A), bounded below by c·A where A < 0 (dual clip, 1912.09729).
 //! They differ in the ratio's level and in their table row (clip range, aggregation, advantage).
 
-use super::sequence::clamp_log;
-use super::{BatchStats, Clip, PolicyLoss, Sequence, Term};
+use crate::objective::sequence::clamp_log;
+use crate::objective::{BatchStats, Clip, PolicyLoss, Sequence, Term};
 
 /// What one ratio is taken over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum RatioLevel {
+pub(in crate::objective) enum RatioLevel {
     /// Each token.
     Token,
     /// The geometric mean over the sequence (GSPO).
@@ -19,7 +19,7 @@ pub(super) enum RatioLevel {
 }
 
 /// The clipped surrogate.
-pub(super) struct ClippedSurrogate {
+pub(in crate::objective) struct ClippedSurrogate {
     pub low: f64,
     pub high: f64,
     pub dual: Option<f64>,
