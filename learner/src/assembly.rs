@@ -162,6 +162,8 @@ pub struct GroupRules {
     pub min_valid: u32,
     /// Size of groups none of whose members says.
     pub group_size: u32,
+    /// Whether a group must hold different rewards, because only differences within it are credited.
+    pub needs_contrast: bool,
 }
 
 impl GroupRules {
@@ -173,8 +175,9 @@ impl GroupRules {
             return Some(if unscored { DropReason::Unscored } else { DropReason::Invalid });
         }
         // A group of one has no baseline of its own; it is for objectives that compare across the batch.
-        let informative =
-            group.members.len() == 1 || is_informative(group.scored().map(|s| s.reward.reward()));
+        let informative = !self.needs_contrast
+            || group.members.len() == 1
+            || is_informative(group.scored().map(|s| s.reward.reward()));
         (!informative).then_some(DropReason::ZeroSignal)
     }
 }
@@ -351,7 +354,7 @@ mod tests {
     use crate::report::outcome;
     use crate::testing::{arrival, scored, unscored};
 
-    const RULES: GroupRules = GroupRules { min_valid: 2, group_size: 3 };
+    const RULES: GroupRules = GroupRules { min_valid: 2, group_size: 3, needs_contrast: true };
 
     fn sample(index: u32, reward: f32) -> Arrival {
         Arrival::Scored(Box::new(scored(0, index, PolicyVersion::default(), reward)))

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use freewheel_model::vision::ImageTile;
 use freewheel_types::{RolloutId, ScoredRollout};
 
-use crate::advantage::{Sample, advantages, overlong_penalty};
+use crate::advantage::{CreditRules, CreditSample, credit, overlong_penalty};
 use crate::assembly::Group;
 use crate::objective::{BatchTotals, ObjectiveConfig, SequenceInput, live_tokens, widen};
 use crate::packing::TrainSequence;
@@ -18,8 +18,12 @@ pub struct TrainingSample<'a> {
     pub scored: &'a ScoredRollout,
     /// Tiles of its prompt's images.
     pub tiles: Arc<[ImageTile]>,
-    /// Credit of each of its tokens.
-    pub advantage: f64,
+    /// Its reward, shaping included.
+    pub reward: f64,
+    /// Credit of each token `[T]`; empty until [`Batch::assign_credit`].
+    pub advantages: Vec<f64>,
+    /// What the critic's values are to become `[T]`, where there is a critic.
+    pub returns: Option<Vec<f64>>,
     /// True on tokens to train on.
     pub loss_mask: Vec<bool>,
     /// Live tokens of its group.
@@ -39,6 +43,15 @@ pub struct Batch<'a> {
     length_max: u64,
 }
 
+/// What credit takes from models, one entry a sample `[T]` each.
+#[derive(Clone, Debug, Default)]
+pub struct CreditSources {
+    /// What each token pays for its distance from the reference.
+    pub penalties: Option<Vec<Vec<f64>>>,
+    /// The critic's values.
+    pub values: Option<Vec<Vec<f64>>>,
+}
+
 impl<'a> Batch<'a> {
     /// Turns groups into samples; `step` is that of the weights being trained, `length_max` the run's longest completion.
     ///
@@ -53,18 +66,19 @@ impl<'a> Batch<'a> {
     ) -> Self {
         let mut samples = Vec::new();
         let mut group_starts = vec![0];
-        let credits = advantages(&config.advantage_config(), &shaped_rewards(groups, config, length_max));
-        for (group, credits) in groups.iter().zip(credits) {
+        for group in groups {
             let masks: Vec<Vec<bool>> = group.scored().map(|s| loss_mask(s, config)).collect();
             let live =
                 |(s, mask): (&ScoredRollout, &Vec<bool>)| live_tokens(mask, &s.rollout.behaviour_logprobs);
             let group_tokens = group.scored().zip(&masks).map(live).sum();
             let mut shown = Shown::default();
-            for ((scored, loss_mask), advantage) in group.scored().zip(masks).zip(credits) {
+            for (scored, loss_mask) in group.scored().zip(masks) {
                 samples.push(TrainingSample {
                     scored,
                     tiles: shown.tiles(images, scored),
-                    advantage: advantage.expect("unscored samples were left out"),
+                    reward: shaped_reward(scored, config, length_max),
+                    advantages: Vec::new(),
+                    returns: None,
                     loss_mask,
                     group_tokens,
                     same_version_tokens: same_version_tokens(scored, step),
@@ -73,6 +87,35 @@ impl<'a> Batch<'a> {
             group_starts.push(samples.len());
         }
         Self { samples, group_starts, length_max }
+    }
+
+    /// Gives every token its credit.
+    pub fn assign_credit(&mut self, rules: &CreditRules, sources: &CreditSources) {
+        let sample = |index: usize| {
+            let sample = &self.samples[index];
+            let of = |source: &Option<Vec<Vec<f64>>>| source.as_ref().map(|rows| rows[index].clone());
+            CreditSample {
+                reward: sample.reward,
+                tokens: sample.scored.rollout.len() as u64,
+                components: sample.scored.reward.components.iter().map(|c| c.value.map(f64::from)).collect(),
+                live: sample.live(),
+                penalties: of(&sources.penalties),
+                values: of(&sources.values),
+            }
+        };
+        let groups = self.group_starts.windows(2);
+        let groups: Vec<Vec<CreditSample>> =
+            groups.map(|bounds| (bounds[0]..bounds[1]).map(sample).collect()).collect();
+        let credits = credit(rules, &groups).into_iter().flatten();
+        for (sample, credit) in self.samples.iter_mut().zip(credits) {
+            (sample.advantages, sample.returns) = (credit.advantages, credit.returns);
+        }
+    }
+
+    /// Mean reward of its samples.
+    pub fn reward_mean(&self) -> Option<f64> {
+        let sum: f64 = self.samples.iter().map(|sample| sample.reward).sum();
+        (!self.samples.is_empty()).then(|| sum / self.samples.len() as f64)
     }
 
     /// Splits into `parts` runs of whole groups, as even as can be.
@@ -112,6 +155,12 @@ impl<'a> TrainingSample<'a> {
         }
     }
 
+    /// True on tokens that count: kept by the mask, drawn with a finite log-prob.
+    pub fn live(&self) -> Vec<bool> {
+        let behaviour = &self.scored.rollout.behaviour_logprobs;
+        self.loss_mask.iter().zip(behaviour).map(|(&mask, logprob)| mask && logprob.is_finite()).collect()
+    }
+
     /// Version that drew each token `[T]`.
     pub fn versions(&self) -> Vec<f64> {
         self.scored.rollout.token_versions().map(|version| version.step as f64).collect()
@@ -132,7 +181,7 @@ impl<'a> TrainingSample<'a> {
             proximal_logprobs: proximal.map(widen),
             ref_logprobs: reference.map(widen),
             entropies: Some(widen(entropies)),
-            advantages: vec![self.advantage; policy.len()],
+            advantages: self.advantages.clone(),
             loss_mask: self.loss_mask.clone(),
             group_tokens: self.group_tokens,
         }
@@ -161,15 +210,12 @@ impl<'a> Shown<'a> {
     }
 }
 
-/// Rewards of the scored samples of each group, soft overlong punishment included.
-fn shaped_rewards(groups: &[Group], config: &ObjectiveConfig, length_max: u64) -> Vec<Vec<Sample>> {
-    let sample = |scored: &ScoredRollout| {
-        let tokens = scored.rollout.len() as u64;
-        let penalty =
-            config.overlong_buffer.map_or(0.0, |buffer| overlong_penalty(tokens, length_max, buffer.into()));
-        Sample { reward: scored.reward.reward().map(|reward| f64::from(reward) + penalty), tokens }
-    };
-    groups.iter().map(|group| group.scored().map(sample).collect()).collect()
+/// The reward, soft overlong punishment included.
+fn shaped_reward(scored: &ScoredRollout, config: &ObjectiveConfig, length_max: u64) -> f64 {
+    let tokens = scored.rollout.len() as u64;
+    let penalty =
+        config.overlong_buffer.map_or(0.0, |buffer| overlong_penalty(tokens, length_max, buffer.into()));
+    f64::from(scored.reward.reward().expect("unscored samples were left out")) + penalty
 }
 
 fn loss_mask(scored: &ScoredRollout, config: &ObjectiveConfig) -> Vec<bool> {

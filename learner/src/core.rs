@@ -3,6 +3,7 @@
 //! Everything that changes the weights happens here and is a function of the journal: [`Learner::recover`] repeats it to the bit.
 
 mod recovery;
+mod rollback;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
@@ -16,8 +17,10 @@ use crate::assembly::{Arrival, Assembly, Group, GroupRules, Ledger, SettledGroup
 use crate::batch::Batch;
 use crate::batching::{BatchRules, Overtaking};
 use crate::checkpoint::{Checkpoints, Commit, ModelWriter, TrainerState};
+use crate::companions::Companions;
 use crate::config::LearnerConfig;
 use crate::consumed::IdSet;
+use crate::critic::Critic;
 use crate::disk::Disk;
 use crate::journal::{Journal, Position, Record, StepFormed};
 use crate::metrics::MetricsSink;
@@ -30,7 +33,7 @@ use crate::update::{UpdateRules, Updated, update};
 
 pub use recovery::{Recovery, Replayed};
 
-/// Updates in a row that may fail before the learner stops.
+/// Updates in a row that may fail before the learner goes back to a checkpoint, and the second time stops.
 const REFUSED_MAX: u32 = 3;
 /// Checkpoints in a row that may fail for want of space.
 const FULL_DISK_MAX: u32 = 3;
@@ -52,8 +55,10 @@ pub struct LearnerParts {
     pub config: LearnerConfig,
     /// The policy at its initial weights.
     pub policy: Policy,
-    /// The frozen reference; needed when the loss asks for one.
+    /// The reference at the initial weights; needed when the loss asks for one.
     pub reference: Option<Box<dyn PolicyTrainer>>,
+    /// The critic; needed when the advantage asks for one.
+    pub critic: Option<Critic>,
     /// Rollouts in a group.
     pub group_size: u32,
     /// Longest completion the run allows, tokens.
@@ -79,6 +84,7 @@ pub struct Learner {
     parts: LearnerParts,
     epoch: u64,
     loss: Loss,
+    companions: Companions,
     schedule: Schedule,
     batch_rules: BatchRules,
     assembly: Assembly,
@@ -98,11 +104,22 @@ pub struct Learner {
     /// Steps that a learner before made, and perhaps told nobody of.
     made_again: Vec<StepReport>,
     refused_in_a_row: u32,
+    /// Step of the checkpoint that the learner went back to, if it did.
+    rolled_back_to: Option<u64>,
     full_disk_in_a_row: u32,
     committed_step: Option<u64>,
     interval: Interval,
     started: Instant,
     idle_s: f64,
+}
+
+/// What makes a group one to train on in this run.
+fn group_rules(parts: &LearnerParts) -> GroupRules {
+    GroupRules {
+        min_valid: parts.config.min_valid,
+        group_size: parts.group_size,
+        needs_contrast: parts.config.loss.advantage_config().kind.needs_contrast(),
+    }
 }
 
 /// Folder of the journal in a run's folder.
@@ -117,7 +134,7 @@ pub fn checkpoint_dir(run_dir: &Path) -> PathBuf {
 
 impl Learner {
     fn new(
-        parts: LearnerParts,
+        mut parts: LearnerParts,
         checkpoints: Checkpoints,
         journal: Option<SharedJournal>,
         epoch: u64,
@@ -131,9 +148,15 @@ impl Learner {
         if loss.needs_reference() && parts.reference.is_none() {
             return Err(LearnerError::Config("learner.kl_coef above 0 needs a reference model".into()));
         }
-        let rules = GroupRules { min_valid: config.min_valid, group_size: parts.group_size };
+        if config.loss.needs_critic() && parts.critic.is_none() {
+            return Err(LearnerError::Config("learner.advantage = \"gae\" needs a critic".into()));
+        }
+        let (reference, critic) = (parts.reference.take(), parts.critic.take());
+        let companions = Companions::new(&config.loss, &parts.policy, reference, critic);
+        let rules = group_rules(&parts);
         Ok(Self {
             epoch,
+            companions,
             last_accepted: Position::default(),
             loss,
             schedule: Schedule::new(config.schedule.clone(), config.steps),
@@ -153,6 +176,7 @@ impl Learner {
             last_report: None,
             made_again: Vec::new(),
             refused_in_a_row: 0,
+            rolled_back_to: None,
             full_disk_in_a_row: 0,
             committed_step: None,
             interval: Interval::default(),
@@ -181,11 +205,15 @@ impl Learner {
         }
     }
 
-    /// Makes one step if a batch can be formed now.
+    /// Makes one step if a batch can be formed now; after too many updates in a row that were not finite, the step is a return
+    /// to a checkpoint.
     ///
     /// # Errors
-    /// If the journal cannot be written, or too many updates in a row were not finite.
+    /// If the journal cannot be written, or there is no going back.
     pub fn try_step(&mut self) -> Result<Option<StepReport>, LearnerError> {
+        if self.must_roll_back() {
+            return self.roll_back().map(Some);
+        }
         let step = self.policy().step();
         for task in self.overtaking.stale(&self.batch_rules, &self.assembly, step) {
             let settled = self.assembly.drop_ready(task, DropReason::Stale);
@@ -200,13 +228,6 @@ impl Learner {
         journal.append(&Record::StepFormed(trained.record))?;
         journal.sync()?;
         drop(journal);
-        if self.refused_in_a_row >= REFUSED_MAX {
-            return Err(LearnerError::Diverged {
-                count: self.refused_in_a_row,
-                step: self.policy().step(),
-                folder: self.parts.run_dir.join("bad-steps"),
-            });
-        }
         Ok(Some(trained.report))
     }
 
@@ -272,6 +293,8 @@ impl Learner {
             outcomes: self.recent_outcomes.iter().cloned().collect(),
             report: self.last_report.clone(),
             refused_in_a_row: self.refused_in_a_row,
+            rolled_back_to: self.rolled_back_to,
+            companions: self.companions.state(),
             weights: self.policy().digest().to_string(),
             tokenizer: self.parts.tokenizer.to_string(),
         };
@@ -280,6 +303,8 @@ impl Learner {
             state: &state,
             weights: self.policy().weights(),
             optimizer: self.policy().optimizer(),
+            critic: self.companions.critic().map(|critic| critic.model.optimizer()),
+            reference: self.companions.moving_reference(),
             curriculum: curriculum.as_deref(),
         };
         self.checkpoints.commit(&commit, &*self.parts.writer)
@@ -292,19 +317,27 @@ impl Learner {
         self.overtaking.formed(&self.assembly, tasks);
         let groups = self.assembly.take(tasks);
         let config = &self.parts.config;
+        let factor = self.schedule.factor(before.step);
+        let mut credit = config.loss.credit_rules();
+        credit.advantage.reward_ema = self.companions.reward_ema();
         let rules = UpdateRules {
             micro_batch_tokens: config.micro_batch_tokens,
             minibatches: config.minibatches,
             router_replay: config.router_replay,
-            learning_rate: config.learning_rate * self.schedule.factor(before.step),
+            learning_rate: config.learning_rate * factor,
             ess_learning_rate: config.loss.ess_learning_rate,
+            critic_learning_rate: config.loss.critic_learning_rate.unwrap_or(config.learning_rate) * factor,
+            credit,
+            reward_divergence: config.loss.reward_divergence(),
+            entropy_coef: self.companions.entropy_coef(),
         };
-        let batch =
+        let mut batch =
             Batch::new(&groups, &config.loss, &*self.parts.images, before.step, self.parts.max_new_tokens);
-        let updated =
-            update(&mut self.parts.policy, self.parts.reference.as_deref(), &self.loss, &batch, &rules);
+        let helpers = self.companions.helpers();
+        let updated = update(&mut self.parts.policy, helpers, &self.loss, &mut batch, &rules);
         if updated.moved {
             self.parts.policy.advance();
+            self.companions.after(&batch, &updated, &self.parts.policy);
         }
         self.refused_in_a_row = if updated.applied { 0 } else { self.refused_in_a_row + 1 };
         if !updated.applied {
@@ -378,7 +411,7 @@ impl Learner {
             let line = serde_json::json!({
                 "rollout": rollout.id, "prompt_ids": rollout.prompt_ids, "output_ids": rollout.output_ids,
                 "behaviour_logprobs": rollout.behaviour_logprobs, "versions": rollout.versions,
-                "reward": sample.scored.reward.reward(), "advantage": sample.advantage,
+                "reward": sample.scored.reward.reward(), "advantages": sample.advantages,
             });
             serde_json::to_writer(&mut text, &line).expect("plain data always serialises");
             text.push(b'\n');

@@ -52,7 +52,7 @@ pub enum LearnerError {
         /// Digest written then.
         journalled: String,
     },
-    /// Several updates in a row had a non-finite loss or gradient.
+    /// Several updates in a row had a non-finite loss or gradient, and going back did not help or was not possible.
     #[error(
         "{count} updates in a row had a non-finite loss or gradient, the last at step {step}; their batches are in {}; \
          lower learning_rate or look at the rewards", folder.display()

@@ -46,6 +46,8 @@ pub enum Record {
     Abandoned(AbandonedRollout),
     /// An update was made, or tried.
     StepFormed(StepFormed),
+    /// The learner went back to a checkpoint.
+    RolledBack(RolledBack),
 }
 
 /// A learner started, from these weights.
@@ -96,6 +98,19 @@ pub struct StepFormed {
     /// Whether the update was applied; `false` for a non-finite loss or gradient.
     pub applied: bool,
     /// Digest of the weights afterwards, hex.
+    pub weights: String,
+}
+
+/// The weights of a checkpoint became the next version.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RolledBack {
+    /// Updates in the weights left behind; the version after it carries those of the checkpoint.
+    pub from_step: u64,
+    /// Step of the checkpoint.
+    pub to_step: u64,
+    /// Epoch of the learner that wrote it.
+    pub to_epoch: u64,
+    /// Digest of the weights, hex.
     pub weights: String,
 }
 
@@ -372,6 +387,7 @@ fn encode(record: &Record) -> Result<(u32, Vec<u8>), LearnerError> {
         Record::Bad(bad) => (3, json(serde_json::to_vec(bad))),
         Record::Abandoned(abandoned) => (4, json(serde_json::to_vec(abandoned))),
         Record::StepFormed(step) => (5, json(serde_json::to_vec(step))),
+        Record::RolledBack(back) => (6, json(serde_json::to_vec(back))),
     })
 }
 
@@ -383,6 +399,7 @@ fn decode(kind: u32, payload: &[u8]) -> Result<Record, String> {
         3 => Record::Bad(serde_json::from_slice(payload).map_err(text)?),
         4 => Record::Abandoned(serde_json::from_slice(payload).map_err(text)?),
         5 => Record::StepFormed(serde_json::from_slice(payload).map_err(text)?),
+        6 => Record::RolledBack(serde_json::from_slice(payload).map_err(text)?),
         _ => return Err(format!("record kind {kind} is unknown to this build")),
     })
 }

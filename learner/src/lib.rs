@@ -16,9 +16,11 @@ pub mod assembly;
 mod batch;
 pub mod batching;
 pub mod checkpoint;
+mod companions;
 pub mod config;
 pub mod consumed;
 pub mod core;
+pub mod critic;
 pub mod disk;
 mod error;
 mod intake;
@@ -43,6 +45,8 @@ mod recovery_tests;
 mod role_tests;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod update_tests;
 
 pub use crate::core::{CurriculumSource, Recovery, Replayed};
 pub use config::{LearnerConfig, TrainingConfig};

@@ -29,7 +29,7 @@ pub fn received(run_dir: &Path) -> Result<IdSet, LearnerError> {
             Record::Consumed(scored) => ids.insert(scored.rollout.id.0),
             Record::Bad(bad) => ids.insert(bad.rollout.0),
             Record::Abandoned(gone) => ids.insert(gone.rollout.0),
-            Record::Opened(_) | Record::StepFormed(_) => false,
+            Record::Opened(_) | Record::StepFormed(_) | Record::RolledBack(_) => false,
         };
         Ok(())
     })?;

@@ -263,6 +263,136 @@ fn outcomes_of_replayed_groups_are_told_again() {
 }
 
 #[test]
+fn what_the_loss_keeps_beside_the_policy_comes_back_after_a_cut() {
+    use crate::advantage::Advantage;
+    use crate::objective::{KlPlacement, Objective, ObjectiveConfig};
+    let script = script(22);
+    let kept = [
+        ObjectiveConfig { kl_coef: 0.2, reference_every: Some(3), ..Default::default() },
+        ObjectiveConfig { kl_coef: 0.2, kl_placement: KlPlacement::Reward, ..Default::default() },
+        ObjectiveConfig { entropy_target: Some(2.0), entropy_step: Some(0.5), ..Default::default() },
+        ObjectiveConfig { advantage: Some(Advantage::Ema), ..Default::default() },
+        ObjectiveConfig { objective: Objective::Ppo, ..Default::default() },
+    ];
+    let plain = uninterrupted(&config(7), &script).0;
+    for loss in kept {
+        let mut config = config(7);
+        config.loss = loss;
+        let (expected, operations) = uninterrupted(&config, &script);
+        assert_ne!(expected.weights, plain.weights, "{:?} changes nothing", config.loss);
+        for at in (0..operations).step_by(7) {
+            let dir = tempfile::tempdir().unwrap();
+            let cut = Arc::new(FaultyDisk::new(Some((at, Fault::Crash))));
+            drive(&config, dir.path(), cut, &script).unwrap_err();
+            let resumed = drive(&config, dir.path(), whole(), &script)
+                .unwrap_or_else(|error| panic!("{:?}: after a cut at operation {at}: {error}", config.loss));
+            assert_eq!(resumed, expected, "{:?}: after a cut at operation {at}", config.loss);
+        }
+    }
+}
+
+/// Groups `bad` have rewards so large that their gradient is infinite under `oapl`.
+fn poisoned(tasks: u64, bad: std::ops::Range<u64>) -> Vec<Arrival> {
+    let arrival = |task: u64, index: u32| {
+        let reward = if bad.contains(&task) && index == 0 { f32::MAX } else { index as f32 };
+        let rollout = crate::testing::scored(task, index, freewheel_types::PolicyVersion::default(), reward);
+        Arrival::Scored(Box::new(rollout))
+    };
+    (0..tasks).flat_map(|task| (0..3).map(move |index| (task, index))).map(|(t, i)| arrival(t, i)).collect()
+}
+
+fn regression(steps: u64) -> LearnerConfig {
+    let mut config = config(steps);
+    config.loss.objective = crate::objective::Objective::Oapl;
+    config.loss.loss_aggregation = Some(crate::objective::LossAggregation::SeqMeanTokenSum);
+    config
+}
+
+fn rollbacks(dir: &Path) -> Vec<journal::RolledBack> {
+    let mut all = Vec::new();
+    journal::read(&SystemDisk, &journal_dir(dir), Position::default(), &mut |_, record| {
+        if let Record::RolledBack(record) = record {
+            all.push(record);
+        }
+        Ok(())
+    })
+    .unwrap();
+    all
+}
+
+#[test]
+fn one_bad_update_is_skipped_and_its_batch_is_kept() {
+    // Groups 6 and 7 make the batch that would be the fourth update.
+    let (config, dir) = (regression(5), tempfile::tempdir().unwrap());
+    let outcome = drive(&config, dir.path(), whole(), &poisoned(12, 6..8)).unwrap();
+    assert_eq!((outcome.ledger.trained, outcome.ledger.dropped.total()), (30, 6));
+    let kept: Vec<_> = std::fs::read_dir(dir.path().join("bad-steps")).unwrap().collect();
+    assert_eq!(kept.len(), 1);
+    let lines = std::fs::read_to_string(kept[0].as_ref().unwrap().path()).unwrap();
+    assert_eq!(lines.lines().count(), 6, "a line for each rollout of the batch");
+    assert!(rollbacks(dir.path()).is_empty());
+    // The updates around it are those of a run in which these groups could not be used.
+    let gone = |arrival: Arrival| match arrival.rollout() {
+        rollout if (6..8).contains(&rollout.task().0) => Arrival::Bad(rollout),
+        _ => arrival,
+    };
+    let without: Vec<Arrival> = poisoned(12, 0..0).into_iter().map(gone).collect();
+    let expected = drive(&config, tempfile::tempdir().unwrap().path(), whole(), &without).unwrap();
+    assert_eq!(outcome.masters, expected.masters);
+}
+
+#[test]
+fn the_third_bad_update_in_a_row_goes_back_once_and_the_run_goes_on() {
+    // Updates 1 to 3 are good, three batches are not, then good ones again. Checkpoints at 2, 4, …
+    let (config, script) = (regression(8), poisoned(24, 6..12));
+    let dir = tempfile::tempdir().unwrap();
+    let expected = drive(&config, dir.path(), whole(), &script).unwrap();
+    let found = rollbacks(dir.path());
+    assert_eq!(found.len(), 1);
+    assert_eq!((found[0].from_step, found[0].to_step), (3, 2));
+    assert_eq!(expected.ledger.trained, 7 * 6, "the return is a step of its own and trains nothing");
+    // Whatever is cut when, the same weights in the end; but where the cut took the checkpoint there is nothing to go back to.
+    let mut stopped = 0;
+    let disk = Arc::new(FaultyDisk::new(None));
+    drive(&config, tempfile::tempdir().unwrap().path(), disk.clone(), &script).unwrap();
+    for at in (0..disk.operations()).step_by(3) {
+        let dir = tempfile::tempdir().unwrap();
+        drive(&config, dir.path(), Arc::new(FaultyDisk::new(Some((at, Fault::Crash)))), &script).unwrap_err();
+        match drive(&config, dir.path(), whole(), &script) {
+            Ok(resumed) => assert_eq!(resumed, expected, "after a cut at operation {at}"),
+            Err(LearnerError::Diverged { .. }) => stopped += 1,
+            Err(error) => panic!("after a cut at operation {at}: {error}"),
+        }
+    }
+    assert!(stopped * 6 < disk.operations() / 3, "{stopped} of {} stopped", disk.operations() / 3);
+    // The journal repeats it from the first weights on, long after that checkpoint would have been removed.
+    let replayed = Learner::repeat_run(parts(&config, dir.path(), whole()), None).unwrap();
+    assert_eq!(replayed.weights, expected.weights);
+    let kept = checkpoint_dir(dir.path()).join("step-2-e1");
+    assert!(kept.is_dir(), "the journal refers to it");
+}
+
+#[test]
+fn going_back_twice_is_refused() {
+    let (config, script) = (regression(20), poisoned(40, 6..30));
+    let dir = tempfile::tempdir().unwrap();
+    let error = drive(&config, dir.path(), whole(), &script).unwrap_err();
+    assert!(matches!(error, LearnerError::Diverged { count: 3, .. }), "{error}");
+    assert_eq!(rollbacks(dir.path()).len(), 1);
+    // It stays refused: a restart does not train on.
+    let again = drive(&config, dir.path(), whole(), &script).unwrap_err();
+    assert!(matches!(again, LearnerError::Diverged { .. }), "{again}");
+}
+
+#[test]
+fn with_no_checkpoint_to_go_back_to_the_run_ends() {
+    let (config, script) = (regression(20), poisoned(40, 0..12));
+    let dir = tempfile::tempdir().unwrap();
+    let error = drive(&config, dir.path(), whole(), &script).unwrap_err();
+    assert!(matches!(error, LearnerError::Diverged { step: 0, .. }), "{error}");
+}
+
+#[test]
 fn a_run_taken_up_with_another_model_is_refused() {
     let (config, script) = (config(3), script(22));
     let dir = tempfile::tempdir().unwrap();

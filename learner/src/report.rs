@@ -127,10 +127,15 @@ pub fn line(
 fn write_update(line: &mut Map<String, Value>, updated: &Updated, loss: &Loss, learning_rate: f64) {
     let d = &updated.diagnostics;
     line.insert("train/loss".into(), number(updated.loss));
+    if let Some(value_loss) = updated.value_loss {
+        line.insert("train/value_loss".into(), number(value_loss));
+    }
     line.insert("train/grad_norm".into(), number(updated.grad_norm));
     line.insert("train/lr".into(), json!(learning_rate));
     line.insert("train/applied".into(), json!(updated.applied));
     line.insert("train/clip_fraction".into(), number(d.clip_fraction()));
+    line.insert("train/clip_low".into(), number(d.clip_low_fraction()));
+    line.insert("train/rejected".into(), number(d.rejected_fraction()));
     line.insert("train/ess".into(), number(d.ess()));
     line.insert("train/ratio_mean".into(), number(d.ratio_mean()));
     if let Some(entropy) = d.entropy() {
@@ -142,6 +147,7 @@ fn write_update(line: &mut Map<String, Value>, updated: &Updated, loss: &Loss, l
         line.insert("train/kl_ref".into(), number(kl));
     }
     line.insert("mismatch/kl".into(), number(d.mismatch_kl()));
+    line.insert("mismatch/fraction".into(), number(d.mismatch_fraction()));
     line.insert("mismatch/logprob_abs_max".into(), number(d.logprob_abs_max));
     line.insert(
         "mismatch/same_version_abs_max".into(),

@@ -16,6 +16,7 @@ use crate::assembly::Arrival;
 use crate::checkpoint::ModelWriter;
 use crate::config::LearnerConfig;
 use crate::core::LearnerParts;
+use crate::critic::Critic;
 use crate::disk::Disk;
 use crate::metrics::NoMetrics;
 use crate::policy::Policy;
@@ -92,11 +93,14 @@ impl PolicyTrainer for Bigram {
         grads: &mut [f32],
     ) {
         let gradients = loss(&self.log_probs(batch));
-        for (target, d) in batch.targets.iter().zip(&gradients.d_logprobs) {
-            let token = batch.tokens[target.row];
-            for (v, log_p) in self.row(token).iter().enumerate() {
+        for (t, (target, d)) in batch.targets.iter().zip(&gradients.d_logprobs).enumerate() {
+            let (token, row) = (batch.tokens[target.row], self.row(batch.tokens[target.row]));
+            let d_entropy = gradients.d_entropies.as_ref().map_or(0.0, |d| f64::from(d[t]));
+            let entropy = -row.iter().map(|l| l.exp() * l).sum::<f64>();
+            for (v, log_p) in row.iter().enumerate() {
                 let one = f64::from(u8::from(v == target.token as usize));
-                grads[token as usize * VOCAB + v] += (f64::from(*d) * (one - log_p.exp())) as f32;
+                let slope = f64::from(*d) * (one - log_p.exp()) - d_entropy * log_p.exp() * (log_p + entropy);
+                grads[token as usize * VOCAB + v] += slope as f32;
             }
         }
     }
@@ -135,10 +139,19 @@ pub fn config(steps: u64) -> LearnerConfig {
 pub fn parts(config: &LearnerConfig, run_dir: &Path, disk: Arc<dyn Disk>) -> LearnerParts {
     let params = params(WeightsDtype::Bf16);
     let trainer = Box::new(Bigram::new(&params));
+    let reference =
+        (config.loss.kl_coef > 0.0).then(|| Box::new(Bigram::new(&params)) as Box<dyn PolicyTrainer>);
+    // Any model that answers with a number a target will do for a critic.
+    let critic = config.loss.needs_critic().then(|| {
+        let trainer = Box::new(Bigram::new(&params));
+        let model = Policy::new(trainer, params.clone(), config.optimizer(), Threads::single());
+        Critic { model, clip: Some(0.2) }
+    });
     LearnerParts {
         policy: Policy::new(trainer, params, config.optimizer(), Threads::single()),
         config: config.clone(),
-        reference: None,
+        reference,
+        critic,
         group_size: 3,
         max_new_tokens: 8,
         tokenizer: Digest::of(b"tokenizer"),

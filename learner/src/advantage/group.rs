@@ -26,6 +26,19 @@ pub(super) fn evaluate(config: &AdvantageConfig, groups: &[Vec<Scored>]) -> Vec<
             whitened_by_token(each(&|group| group.iter().map(|s| s.reward).collect()), groups)
         }
         Advantage::ReinforcePpBaseline => whitened_by_token(each(&centred), groups),
+        Advantage::Magistral => {
+            let centred = each(&centred);
+            let all: Vec<Scored> =
+                centred.iter().flatten().map(|&reward| Scored { reward, tokens: 1.0 }).collect();
+            let (centre, scale) = (if all.is_empty() { 0.0 } else { mean(&all) }, deviation(&all) + eps);
+            centred.into_iter().map(|group| group.iter().map(|x| (x - centre) / scale).collect()).collect()
+        }
+        Advantage::Ema => {
+            let all: Vec<Scored> = groups.iter().flatten().copied().collect();
+            let baseline = config.reward_ema.unwrap_or_else(|| if all.is_empty() { 0.0 } else { mean(&all) });
+            each(&|group| minus(group, baseline))
+        }
+        Advantage::Gdpo | Advantage::Gae => panic!("{:?} is credited token by token", config.kind),
         Advantage::SoftValue => each(&|group| {
             let rewards: Vec<f64> = group.iter().map(|s| s.reward).collect();
             soft_value(&rewards, config.beta).map_or_else(Vec::new, |value| minus(group, value))

@@ -1,8 +1,10 @@
 //! Advantages: from the rewards of whole prompt groups to the credit of every sample.
 //!
 //! Unscored samples are left out of every mean, deviation and batch, and get no advantage; they are never zero. Whole batches
-//! go in because some baselines (`batch_std`, `reinforce_pp`) span groups. Sources are named at each kind.
+//! go in because some baselines (`batch_std`, `reinforce_pp`) span groups. Sources are named at each kind. What is credited token
+//! by token (returns with a divergence in the reward, GAE) is in [`credit`].
 
+mod credit;
 mod group;
 mod returns;
 mod shaping;
@@ -10,6 +12,7 @@ mod shaping;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use credit::{CreditRules, CreditSample, TokenCredit, credit};
 pub use returns::{Gae, GaeOutput, discounted_returns, gae, whiten};
 pub use shaping::{combine_normalised, overlong_penalty, soft_value};
 
@@ -36,6 +39,14 @@ pub enum Advantage {
     ReinforcePp,
     /// R − mean of the group, then whitened over all tokens of the batch (REINFORCE++ with baseline).
     ReinforcePpBaseline,
+    /// (R − mean of the group), normalised to mean 0 and deviation 1 over the batch (Magistral, 2506.10910).
+    Magistral,
+    /// Each reward component normalised in its group, summed, normalised over the batch (GDPO, TRL's `normalize_then_sum`).
+    Gdpo,
+    /// R − a running mean of the rewards of earlier batches (`reward_ema_decay`); for groups without a contrast of their own.
+    Ema,
+    /// Generalised advantage estimation with a critic that is trained beside the policy (1506.02438), token by token.
+    Gae,
     /// R − β·log mean exp(R/β) over the group: what `oapl` regresses on.
     SoftValue,
 }
@@ -51,11 +62,20 @@ pub struct AdvantageConfig {
     pub shift: f64,
     /// Temperature of the soft value.
     pub beta: f64,
+    /// Running mean of the rewards before this batch; `None` before the first.
+    pub reward_ema: Option<f64>,
+}
+
+impl Advantage {
+    /// Whether a group whose rewards are all equal has nothing to teach, because only differences within it count.
+    pub fn needs_contrast(self) -> bool {
+        !matches!(self, Self::ReinforcePp | Self::Gdpo | Self::Ema | Self::Gae)
+    }
 }
 
 impl Default for AdvantageConfig {
     fn default() -> Self {
-        Self { kind: Advantage::default(), std_eps: 1e-6, shift: 0.0, beta: 1.0 }
+        Self { kind: Advantage::default(), std_eps: 1e-6, shift: 0.0, beta: 1.0, reward_ema: None }
     }
 }
 
@@ -69,6 +89,9 @@ pub struct Sample {
 }
 
 /// Advantage of every sample of every group of a batch; `None` where the sample is unscored.
+///
+/// # Panics
+/// For `gdpo` and `gae`, which need more than a reward: see [`credit`].
 pub fn advantages(config: &AdvantageConfig, groups: &[Vec<Sample>]) -> Vec<Vec<Option<f64>>> {
     let scored: Vec<Vec<Scored>> = groups.iter().map(|group| scored(group)).collect();
     let values = group::evaluate(config, &scored);

@@ -7,7 +7,8 @@
 //!
 //! A reader trusts a folder only if every file has the digest that `digests.json` states; otherwise it takes the one before.
 //! Files: `config.json`, `model.safetensors` (or shards), tokenizer files (Hugging Face layout), `trainer.safetensors` (masters
-//! and moments), `state.json`, `curriculum.json`. `EPOCH-<m>` files are the authority on who the learner is: claimed with
+//! and moments), `critic.safetensors` (those of a critic), `reference.bin` (weights of a reference that moves), `state.json`,
+//! `curriculum.json`. `EPOCH-<m>` files are the authority on who the learner is: claimed with
 //! `O_EXCL`, looked at again before every rename.
 
 mod arenas;
@@ -25,6 +26,7 @@ use self::arenas::ReadError;
 use crate::LearnerError;
 use crate::assembly::Ledger;
 use crate::batching::Overtaking;
+use crate::companions::CompanionState;
 use crate::consumed::IdSet;
 use crate::disk::Disk;
 use crate::journal::Position;
@@ -33,7 +35,11 @@ use crate::report::StepReport;
 
 const STATE: &str = "state.json";
 const TRAINER: &str = "trainer.safetensors";
+const CRITIC: &str = "critic.safetensors";
+const REFERENCE: &str = "reference.bin";
 const CURRICULUM: &str = "curriculum.json";
+/// Marks a checkpoint that is not removed with the old ones.
+const KEEP: &str = "KEEP";
 const DIGESTS: &str = "digests.json";
 /// Layout of `state.json`; another number is refused.
 const FORMAT: u32 = 1;
@@ -77,6 +83,12 @@ pub struct TrainerState {
     pub report: Option<StepReport>,
     /// Updates in a row that were not applied.
     pub refused_in_a_row: u32,
+    /// Step of the checkpoint that the learner went back to, if it did.
+    #[serde(default)]
+    pub rolled_back_to: Option<u64>,
+    /// What the loss keeps beside the policy.
+    #[serde(default)]
+    pub companions: CompanionState,
     /// Digest of the working weights, hex.
     pub weights: String,
     /// Digest of the tokenizer, hex.
@@ -102,6 +114,10 @@ pub struct Commit<'a> {
     pub weights: &'a Params,
     /// Masters and moments.
     pub optimizer: &'a AdamW,
+    /// Those of the critic, if there is one.
+    pub critic: Option<&'a AdamW>,
+    /// Weights of the reference, if it moves.
+    pub reference: Option<&'a Params>,
     /// The curriculum's state.
     pub curriculum: Option<&'a [u8]>,
 }
@@ -191,7 +207,7 @@ impl Checkpoints {
     /// If the disk refuses or the epoch is over. The checkpoints before are untouched then.
     pub fn commit(&self, commit: &Commit<'_>, model: &dyn ModelWriter) -> Result<PathBuf, LearnerError> {
         let (step, epoch) = (commit.state.step, commit.state.epoch);
-        let path = self.folder.join(format!("step-{step}-e{epoch}"));
+        let path = self.path(step, epoch);
         let tmp = self.folder.join(format!("step-{step}-e{epoch}.tmp"));
         let written = self.write(commit, model, &tmp).and_then(|()| self.check_epoch(epoch));
         if let Err(error) = written {
@@ -212,10 +228,15 @@ impl Checkpoints {
         }
         self.disk.create_dir(tmp).map_err(LearnerError::disk(tmp, "write the checkpoint"))?;
         model.write(tmp, commit.weights)?;
-        let trainer = tmp.join(TRAINER);
-        self.disk
-            .write(&trainer, &mut |out| arenas::write(commit.optimizer, out))
-            .map_err(LearnerError::disk(&trainer, "write the checkpoint"))?;
+        let optimizers = [(TRAINER, Some(commit.optimizer)), (CRITIC, commit.critic)];
+        for (file, optimizer) in optimizers.into_iter().filter_map(|(file, o)| Some((tmp.join(file), o?))) {
+            self.disk
+                .write(&file, &mut |out| arenas::write(optimizer, out))
+                .map_err(LearnerError::disk(&file, "write the checkpoint"))?;
+        }
+        if let Some(reference) = commit.reference {
+            self.write_bytes(&tmp.join(REFERENCE), reference.as_bytes())?;
+        }
         let state = serde_json::to_vec_pretty(commit.state).expect("plain data always serialises");
         self.write_bytes(&tmp.join(STATE), &state)?;
         if let Some(curriculum) = commit.curriculum {
@@ -320,6 +341,24 @@ impl Checkpoints {
         Ok(found)
     }
 
+    /// Where the checkpoint of `step` by the learner of `epoch` is.
+    pub fn path(&self, step: u64, epoch: u64) -> PathBuf {
+        self.folder.join(format!("step-{step}-e{epoch}"))
+    }
+
+    /// Keeps the checkpoint in `path` for good: the journal refers to it.
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    pub fn keep(&self, path: &Path) -> Result<(), LearnerError> {
+        let mark = path.join(KEEP);
+        match self.disk.create_new(&mark) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            made => made.map_err(LearnerError::disk(&mark, "mark the checkpoint"))?,
+        }
+        self.disk.sync_dir(path).map_err(LearnerError::disk(path, "sync"))
+    }
+
     fn set_latest(&self, path: &Path) -> Result<(), LearnerError> {
         let (tmp, latest) = (self.folder.join("LATEST.tmp"), self.folder.join("LATEST"));
         self.write_bytes(&tmp, format!("{}\n", name(path)).as_bytes())?;
@@ -331,6 +370,10 @@ impl Checkpoints {
     fn remove_old(&self) -> Result<(), LearnerError> {
         let found = self.committed()?;
         for (_, _, path) in &found[..found.len().saturating_sub(self.keep_last)] {
+            let files = self.disk.list(path).map_err(LearnerError::disk(path, "list"))?;
+            if files.iter().any(|file| name(file) == KEEP) {
+                continue;
+            }
             self.disk.remove_dir(path).map_err(LearnerError::disk(path, "remove"))?;
         }
         Ok(())
@@ -365,13 +408,34 @@ impl Loaded {
     /// # Errors
     /// If a tensor is missing, of another size or another type. The optimiser is then half restored: drop it.
     pub fn restore(&self, optimizer: &mut AdamW) -> Result<(), LearnerError> {
-        let path = self.path.join(TRAINER);
+        self.restore_from(TRAINER, optimizer, self.state.optimizer_steps)
+    }
+
+    /// The same for the critic's, after `steps` updates.
+    ///
+    /// # Errors
+    /// As [`restore`](Self::restore).
+    pub fn restore_critic(&self, optimizer: &mut AdamW, steps: u64) -> Result<(), LearnerError> {
+        self.restore_from(CRITIC, optimizer, steps)
+    }
+
+    /// Weights of the reference, as bytes.
+    ///
+    /// # Errors
+    /// If the disk refuses, or there are none.
+    pub fn reference(&self) -> Result<Vec<u8>, LearnerError> {
+        let path = self.path.join(REFERENCE);
+        self.disk.read(&path).map_err(LearnerError::disk(&path, "read"))
+    }
+
+    fn restore_from(&self, file: &str, optimizer: &mut AdamW, steps: u64) -> Result<(), LearnerError> {
+        let path = self.path.join(file);
         let mut file = self.disk.open(&path).map_err(LearnerError::disk(&path, "read"))?;
         arenas::read(optimizer, &mut file).map_err(|error| match error {
             ReadError::Io(error) => LearnerError::disk(&path, "read")(error),
             ReadError::Unsound(what) => LearnerError::Checkpoint { path: path.clone(), what },
         })?;
-        optimizer.set_steps(self.state.optimizer_steps);
+        optimizer.set_steps(steps);
         Ok(())
     }
 }

@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex};
 
 use freewheel_types::TaskId;
 
-use super::{Learner, LearnerParts, checkpoint_dir, journal_dir};
+use super::{Learner, LearnerParts, checkpoint_dir, group_rules, journal_dir};
 use crate::LearnerError;
-use crate::assembly::{Arrival, Assembly, GroupRules, Ledger};
+use crate::assembly::{Arrival, Assembly, Ledger};
 use crate::checkpoint::{Checkpoints, Loaded};
 use crate::journal::{self, Journal, Opened, Position, Record, StepFormed};
 
@@ -81,7 +81,8 @@ impl Learner {
                 "its masters do not round to its weights; is model.dtype another one?".into(),
             ));
         }
-        let rules = GroupRules { min_valid: self.parts.config.min_valid, group_size: self.parts.group_size };
+        self.companions.restore(loaded)?;
+        let rules = group_rules(&self.parts);
         // What was held then is inserted again by the replay, which counts it again.
         let ledger = Ledger { received: state.ledger.received - state.ledger.held(), ..state.ledger };
         self.assembly = Assembly::restore(rules, state.consumed.clone(), state.settled.clone(), ledger);
@@ -89,6 +90,7 @@ impl Learner {
         self.refused_in_a_row = state.refused_in_a_row;
         self.made_again.extend(state.report.clone());
         self.last_report = state.report.clone();
+        self.rolled_back_to = state.rolled_back_to;
         self.recent_outcomes = state.outcomes.iter().cloned().collect();
         self.new_outcomes = state.outcomes.clone();
         self.committed_step = Some(state.step);
@@ -121,7 +123,11 @@ impl Learner {
                     self.repeat(&folder, at, &formed)?;
                     steps += 1;
                 }
-                Record::Opened(_) | Record::StepFormed(_) => {}
+                Record::RolledBack(record) if at >= news && record.from_step < until => {
+                    self.repeat_rollback(&record)?;
+                    steps += 1;
+                }
+                Record::Opened(_) | Record::StepFormed(_) | Record::RolledBack(_) => {}
             }
             Ok(())
         })?;

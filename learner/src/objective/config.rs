@@ -6,10 +6,11 @@ use serde::{Deserialize, Serialize};
 use super::aggregate::LossAggregation;
 use super::correction::{Correction, SequenceRejection};
 use super::covariance::CovarianceControl;
+use super::entropy::AdaptiveEntropy;
 use super::kl::KlEstimator;
 use super::proximal::Proximal;
 use super::recipes::{Objective, Recipe};
-use crate::advantage::{Advantage, AdvantageConfig};
+use crate::advantage::{Advantage, AdvantageConfig, CreditRules, Gae};
 
 /// What the policy's ratio is taken against.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -40,10 +41,11 @@ pub struct ObjectiveConfig {
     /// `dr_grpo`, `dapo`, `two_sided`, `gspo`, `luspo`, `gmpo`, `sapo`, `cispo`, `rloo`, `decoupled_ppo`, `topr`, `vespo`, `dppo`,
     /// `dppo_symmetric`, `m2po`, `oapl` or `mirror_descent`. Each with its formula: docs/objectives.md.
     pub objective: Objective,
-    /// The advantage: `grpo`, `dr_grpo`, `rloo`, `batch_std`, `opo`, `maxrl`, `pass_k`, `reinforce_pp`, `reinforce_pp_baseline` or
-    /// `soft_value`. Default: the objective's own (`dr_grpo` for `aipo`, `grpo` for `grpo`, …).
+    /// The advantage: `grpo`, `dr_grpo`, `rloo`, `batch_std`, `opo`, `maxrl`, `pass_k`, `reinforce_pp`, `reinforce_pp_baseline`,
+    /// `magistral`, `gdpo`, `ema`, `gae` (with a critic) or `soft_value`. Default: the objective's own (`dr_grpo` for `aipo`, `grpo`
+    /// for `grpo`, `gae` for `ppo`, …).
     pub advantage: Option<Advantage>,
-    /// Added to the standard deviation that `grpo`, `batch_std` and `pass_k` divide by. Above 0. Default 1e-6.
+    /// Added to the standard deviation that `grpo`, `batch_std`, `pass_k`, `magistral` and `gdpo` divide by. Above 0. Default 1e-6.
     pub advantage_std_eps: Option<f64>,
     /// Subtracted from every advantage: a baseline below the mean (negative value) trusts off-policy successes more than
     /// failures (asymmetric REINFORCE, arXiv 2506.20520). Reward units. Default 0; −0.1 for `asymmetric_reinforce`.
@@ -51,6 +53,20 @@ pub struct ObjectiveConfig {
     /// How token terms become the loss: `token_mean`, `seq_mean_token_mean`, `seq_mean_token_sum`, `fixed_length` or `prompt_mean`.
     /// Default: the objective's own (`token_mean` for `aipo` and `dapo`, `seq_mean_token_mean` for `grpo`, …).
     pub loss_aggregation: Option<LossAggregation>,
+    /// Discount γ of later rewards, for `gae`, `reinforce_pp` and its variant. In (0, 1]. Default 1.
+    pub gamma: Option<f64>,
+    /// λ of `gae`: 1 credits what followed, lower values lean on the critic. In [0, 1]. Default 0.95.
+    pub gae_lambda: Option<f64>,
+    /// Whether the advantages of `gae` are shifted and scaled to mean 0 and deviation 1 over the batch. Default true.
+    pub gae_whiten: Option<bool>,
+    /// The critic's values move at most this far in one batch. Above 0. Default 0.2.
+    pub value_clip: Option<f64>,
+    /// Peak learning rate of the critic; its course is the policy's. 0 or more. Default: that of the policy.
+    pub critic_learning_rate: Option<f64>,
+    /// What the running mean of the rewards keeps from batch to batch, for `ema`. In [0, 1). Default 0.9.
+    pub reward_ema_decay: Option<f64>,
+    /// Weights of the reward components for `gdpo`, in config order; those beyond the list weigh 1. Default [].
+    pub component_weights: Vec<f64>,
     /// What ratios are taken against: `behaviour` (the sampler) or `proximal` (the learner before the batch's first update).
     /// Default: `behaviour`; `proximal` for `decoupled_ppo` and whenever `correction` is set.
     pub ratio: Option<RatioAnchor>,
@@ -101,6 +117,8 @@ pub struct ObjectiveConfig {
     /// Weight of the divergence from the reference. 0 or more; above 0 the reference is kept in memory and run on every
     /// batch. Default 0.
     pub kl_coef: f64,
+    /// The reference takes over the policy's weights every this many updates. 1 or more. Default: it stays at the first ones.
+    pub reference_every: Option<u64>,
     /// Where that divergence goes: into the `loss` (default) or into the `reward`.
     pub kl_placement: KlPlacement,
     /// Estimator of that divergence: `k1`, `k2`, `k3` (default) or `k3_plus` (value of k3, gradient of k2).
@@ -109,6 +127,11 @@ pub struct ObjectiveConfig {
     pub kl_importance_weighted: Option<bool>,
     /// Weight of the entropy bonus: this much times the mean token entropy is subtracted from the loss. Default 0.
     pub entropy_coef: f64,
+    /// Mean token entropy to hold: after each batch below it the weight of the bonus grows by `entropy_step`, after each above it
+    /// shrinks, and it is applied only below (Skywork-OR1); `entropy_coef` is where it starts. Nats, above 0. Default: off.
+    pub entropy_target: Option<f64>,
+    /// What the weight of the entropy bonus moves by. Above 0. Default 5e-3.
+    pub entropy_step: Option<f64>,
     /// Weight of (log π/μ)² in the loss, which holds the policy near the sampler. 0 or more; 1e-3 is usual. Default 0.
     pub anchor_coef: f64,
     /// What is done about the tokens that lower the entropy most: `none` (default), `clip` (Clip-Cov) or `kl` (KL-Cov).
@@ -141,7 +164,35 @@ impl ObjectiveConfig {
             std_eps: self.advantage_std_eps.unwrap_or(1e-6),
             shift: self.advantage_shift.unwrap_or(self.recipe().shift),
             beta: self.regression_beta.unwrap_or(1.0),
+            reward_ema: None,
         }
+    }
+
+    /// How rewards become the credit of tokens, defaults filled in.
+    pub fn credit_rules(&self) -> CreditRules {
+        CreditRules {
+            advantage: self.advantage_config(),
+            gae: Gae { gamma: self.gamma.unwrap_or(1.0), lambda: self.gae_lambda.unwrap_or(0.95) },
+            whiten: self.gae_whiten.unwrap_or(true),
+            component_weights: self.component_weights.clone(),
+        }
+    }
+
+    /// Whether a critic is trained beside the policy.
+    pub fn needs_critic(&self) -> bool {
+        self.advantage_config().kind == Advantage::Gae
+    }
+
+    /// The estimator and weight of a divergence in the reward, if it goes there.
+    pub fn reward_divergence(&self) -> Option<(KlEstimator, f64)> {
+        let there = self.kl_placement == KlPlacement::Reward && self.kl_coef > 0.0;
+        there.then_some((self.kl_estimator, self.kl_coef))
+    }
+
+    /// How the weight of the entropy bonus adapts, if it does.
+    pub fn adaptive_entropy(&self) -> Option<AdaptiveEntropy> {
+        let step = self.entropy_step.unwrap_or(5e-3);
+        self.entropy_target.map(|target| AdaptiveEntropy { target, step })
     }
 
     /// The aggregation, default filled in.
@@ -200,6 +251,19 @@ impl ObjectiveConfig {
                 "learner.covariance_low is {low}, must be below learner.covariance_high ({high})"
             ));
         }
+        if self.reference_every == Some(0) {
+            problems.push("learner.reference_every is 0, outside values of 1 or more".to_owned());
+        }
+        if self.component_weights.iter().any(|weight| !weight.is_finite()) {
+            problems.push("learner.component_weights holds a value that is not finite".to_owned());
+        }
+        if self.reward_divergence().is_some() && self.advantage_config().kind == Advantage::Gdpo {
+            problems.push(
+                "learner.kl_placement = \"reward\" has no place in learner.advantage = \"gdpo\", which normalises each component: \
+                 put the divergence into the loss"
+                    .to_owned(),
+            );
+        }
         if self.correction_normalise && self.correction_kind() == Correction::None {
             problems.push(
                 "learner.correction_normalise divides weights by their mean, but there are none: set learner.correction".to_owned(),
@@ -212,7 +276,7 @@ impl ObjectiveConfig {
     }
 
     #[expect(clippy::type_complexity, reason = "a table, read top to bottom")]
-    fn ranges(&self) -> [(&'static str, Option<f64>, &'static str, fn(f64) -> bool); 21] {
+    fn ranges(&self) -> [(&'static str, Option<f64>, &'static str, fn(f64) -> bool); 28] {
         [
             ("advantage_std_eps", self.advantage_std_eps, "values above 0", |x| x <= 0.0),
             ("advantage_shift", self.advantage_shift, "finite values", |_| false),
@@ -230,6 +294,13 @@ impl ObjectiveConfig {
             ("top_entropy", self.top_entropy, "values above 0 and below 1", |x| x <= 0.0 || x >= 1.0),
             ("kl_coef", Some(self.kl_coef), "values of 0 or more", |x| x < 0.0),
             ("entropy_coef", Some(self.entropy_coef), "finite values", |_| false),
+            ("gamma", self.gamma, "values above 0, at most 1", |x| x <= 0.0 || x > 1.0),
+            ("gae_lambda", self.gae_lambda, "0 to 1", |x| !(0.0..=1.0).contains(&x)),
+            ("value_clip", self.value_clip, "values above 0", |x| x <= 0.0),
+            ("critic_learning_rate", self.critic_learning_rate, "values of 0 or more", |x| x < 0.0),
+            ("reward_ema_decay", self.reward_ema_decay, "0 to below 1", |x| !(0.0..1.0).contains(&x)),
+            ("entropy_target", self.entropy_target, "values above 0", |x| x <= 0.0),
+            ("entropy_step", self.entropy_step, "values above 0", |x| x <= 0.0),
             ("anchor_coef", Some(self.anchor_coef), "values of 0 or more", |x| x < 0.0),
             ("covariance_fraction", self.covariance_fraction, "values above 0 and below 1", |x| {
                 x <= 0.0 || x >= 1.0

@@ -16,6 +16,8 @@ pub struct Diagnostics {
     pub clipped_high: u64,
     /// Tokens that a correction dropped.
     pub rejected: u64,
+    /// Tokens with |log ρ| above 1e-6.
+    pub mismatched: u64,
     /// Sum of ratios policy / anchor.
     pub ratio_sum: f64,
     /// Largest ratio.
@@ -55,6 +57,7 @@ impl Diagnostics {
             sums.ratio_max = sums.ratio_max.max(token.ratio);
             let log_rho = token.log_rho();
             sums.mismatch_kl_sum += log_rho.exp_m1() - log_rho;
+            sums.mismatched += u64::from((token.proximal - token.behaviour).abs() > 1e-6);
             sums.logprob_abs_max = sums.logprob_abs_max.max((token.proximal - token.behaviour).abs());
             if let Some(reference) = token.reference {
                 let d = clamp_log(reference - token.policy);
@@ -80,6 +83,7 @@ impl Diagnostics {
         self.clipped_low += other.clipped_low;
         self.clipped_high += other.clipped_high;
         self.rejected += other.rejected;
+        self.mismatched += other.mismatched;
         self.ratio_sum += other.ratio_sum;
         self.ratio_max = self.ratio_max.max(other.ratio_max);
         self.mismatch_kl_sum += other.mismatch_kl_sum;
@@ -97,7 +101,17 @@ impl Diagnostics {
         share(self.clipped_low as f64 + self.clipped_high as f64, self.tokens).unwrap_or(0.0)
     }
 
-    /// Tokens that a correction dropped, over all.
+    /// `train/clip_low`: tokens clipped from below, where failures become too unlikely, over all.
+    pub fn clip_low_fraction(&self) -> f64 {
+        share(self.clipped_low as f64, self.tokens).unwrap_or(0.0)
+    }
+
+    /// `mismatch/fraction`: tokens on which sampler and learner differ by more than 1e-6, over all.
+    pub fn mismatch_fraction(&self) -> f64 {
+        share(self.mismatched as f64, self.tokens).unwrap_or(0.0)
+    }
+
+    /// `train/rejected`: tokens that a correction dropped, over all.
     pub fn rejected_fraction(&self) -> f64 {
         share(self.rejected as f64, self.tokens).unwrap_or(0.0)
     }

@@ -16,6 +16,7 @@ mod config;
 mod correction;
 mod covariance;
 mod diagnostics;
+mod entropy;
 mod kl;
 mod losses;
 mod proximal;
@@ -23,6 +24,7 @@ mod recipes;
 mod regularise;
 mod sequence;
 mod stats;
+mod value;
 
 #[cfg(test)]
 mod checks;
@@ -32,11 +34,13 @@ pub use config::{KlPlacement, ObjectiveConfig, RatioAnchor};
 pub use correction::{Correction, SequenceRejection};
 pub use covariance::{CovarianceControl, TokenId};
 pub use diagnostics::Diagnostics;
+pub use entropy::{AdaptiveEntropy, EntropyWeight};
 pub use kl::{KlEstimator, reward_penalty};
 pub use proximal::{Proximal, log_linear};
 pub use recipes::{Objective, RECIPES, Recipe};
 pub use sequence::{LOG_RATIO_LIMIT, Sequence, SequenceInput, Token, clamp_log, live_tokens, widen};
 pub use stats::BatchStats;
+pub use value::value_loss;
 
 use correction::Corrections;
 use covariance::Covariance;
@@ -120,7 +124,9 @@ impl Loss {
             regularisers: Regularisers::new(config),
             reference: config.kl_coef > 0.0,
             entropy_coef: config.entropy_coef,
-            entropies: config.entropy_coef != 0.0 || config.top_entropy.is_some(),
+            entropies: config.entropy_coef != 0.0
+                || config.top_entropy.is_some()
+                || config.entropy_target.is_some(),
             wanted: Wanted::new(config),
         })
     }

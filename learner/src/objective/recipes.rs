@@ -28,7 +28,7 @@ pub enum Objective {
     ReinforceUnbiased,
     /// Policy gradient with a baseline below the mean reward, for off-policy data.
     AsymmetricReinforce,
-    /// Clipped surrogate, token mean, whitened advantage.
+    /// Clipped surrogate, token mean, a critic's advantage (GAE).
     Ppo,
     /// Clipped surrogate, sequence means, group-normalised advantage.
     Grpo,
@@ -121,9 +121,7 @@ pub const RECIPES: &[Recipe] = &[
             Box::new(Reinforce)
         })
     },
-    row(Objective::Ppo, "ppo", Advantage::ReinforcePp, A::TokenMean, |c| {
-        clip(c, 0.2, 0.2, RatioLevel::Token)
-    }),
+    row(Objective::Ppo, "ppo", Advantage::Gae, A::TokenMean, |c| clip(c, 0.2, 0.2, RatioLevel::Token)),
     row(Objective::Grpo, "grpo", Advantage::Grpo, A::SeqMeanTokenMean, |c| {
         clip(c, 0.2, 0.2, RatioLevel::Token)
     }),

@@ -24,6 +24,13 @@ pub struct BatchStats {
     pub entropy_coef: Option<f64>,
 }
 
+impl BatchStats {
+    /// The same with the weight of an entropy bonus that adapts.
+    pub fn with_entropy_coef(self, entropy_coef: Option<f64>) -> Self {
+        Self { entropy_coef, ..self }
+    }
+}
+
 /// Which of them a run's loss asks for.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Wanted {

@@ -10,6 +10,7 @@ use crate::LearnerError;
 use crate::checkpoint::ModelWriter;
 use crate::config::LearnerConfig;
 use crate::core::{Learner, LearnerParts, Replayed};
+use crate::critic::{Critic, TransformerCritic};
 use crate::disk::{Disk, SystemDisk};
 use crate::metrics::NoMetrics;
 use crate::policy::Policy;
@@ -19,6 +20,14 @@ use crate::transformer::TransformerTrainer;
 
 fn frozen(model: &LoadedModel, threads: Threads) -> Box<dyn PolicyTrainer> {
     Box::new(TransformerTrainer::new(&model.model, &model.params, threads))
+}
+
+fn critic(config: &LearnerConfig, model: &LoadedModel, threads: Threads) -> Critic {
+    let (trainer, params) = TransformerCritic::new(model, threads.clone());
+    Critic {
+        model: Policy::new(Box::new(trainer), params, config.optimizer(), threads),
+        clip: Some(config.loss.value_clip.unwrap_or(0.2)),
+    }
 }
 
 /// Writes checkpoints that every tool of the field can load.
@@ -48,6 +57,7 @@ pub(super) fn parts(
 ) -> LearnerParts {
     let threads = threads(config.threads);
     let reference = (config.loss.kl_coef > 0.0).then(|| frozen(&model, threads.clone()));
+    let critic = config.loss.needs_critic().then(|| critic(&config, &model, threads.clone()));
     let trainer = TransformerTrainer::new(&model.model, &model.params, threads.clone())
         .freeze_vision(config.freeze_vision);
     let options = SaveOptions { shard_bytes: config.checkpoint_shard_mib << 20 };
@@ -55,6 +65,7 @@ pub(super) fn parts(
         policy: Policy::new(Box::new(trainer), model.params.clone(), config.optimizer(), threads),
         config,
         reference,
+        critic,
         group_size: 1,
         max_new_tokens: model.model.spec().max_positions as u64,
         tokenizer: model.tokenizer.digest(),

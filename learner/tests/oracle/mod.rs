@@ -12,11 +12,16 @@ pub struct Oracle {
     pub cases: Value,
 }
 
+/// `NAME/` in `FREEWHEEL_ORACLES`, or the copy in the repository.
+pub fn folder(name: &str) -> PathBuf {
+    let fixtures = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
+    std::env::var_os("FREEWHEEL_ORACLES").map_or_else(fixtures, PathBuf::from).join(name)
+}
+
 impl Oracle {
-    /// `NAME/` in `FREEWHEEL_ORACLES`, or the copy in the repository.
+    /// The cases and tensors in [`folder`] `name`.
     pub fn open(name: &str) -> Self {
-        let fixtures = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
-        let folder = std::env::var_os("FREEWHEEL_ORACLES").map_or_else(fixtures, PathBuf::from).join(name);
+        let folder = folder(name);
         let read = |file: &str| {
             std::fs::read(folder.join(file))
                 .unwrap_or_else(|error| panic!("{}/{file}: {error}", folder.display()))
