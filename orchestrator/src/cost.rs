@@ -87,7 +87,7 @@ pub struct Plan {
     pub parameters: u64,
     /// All actors: packed weights in use and being filled, their plain copy; keys and values; logits.
     pub actor: u64,
-    /// Weights plain, packed both ways and as published; masters, moments, gradient; the reference.
+    /// Weights plain, packed both ways and as published; masters, moments, gradient; the reference; the critic.
     pub learner: u64,
     /// Activations of one micro-batch.
     pub activations: u64,
@@ -117,7 +117,14 @@ impl Plan {
         let tokens = (learner.micro_batch_tokens as u64).min(batch.saturating_mul(context)).max(context);
         // Logits and their gradient, in chunks of 256 rows.
         let activations = tokens * cost.activation_bytes + 2 * 256 * cost.logits_bytes;
-        let reference = if learner.loss.kl_coef > 0.0 { 2 * weights } else { 0 };
+        // Packed, and plain too where it moves.
+        let reference = match (learner.loss.kl_coef > 0.0, learner.loss.reference_every) {
+            (false, _) => 0,
+            (true, None) => 2 * weights,
+            (true, Some(_)) => 3 * weights,
+        };
+        // Plain, packed both ways; masters, moments, gradient.
+        let critic = if learner.loss.needs_critic() { 3 * weights + 16 * cost.parameters } else { 0 };
         let outstanding = batch.saturating_mul(learner.max_staleness + 1);
         // Encoded in the queue, decoded at the learner.
         let rollouts = outstanding.saturating_mul(2 * context * cost.rollout_bytes);
@@ -125,7 +132,7 @@ impl Plan {
         let mut plan = Self {
             parameters: cost.parameters,
             actor: engine * actor.processes as u64,
-            learner: 5 * weights + 16 * cost.parameters + reference,
+            learner: 5 * weights + 16 * cost.parameters + reference + critic,
             activations,
             evaluation: engine,
             queue: rollouts.min(2 * config.queue.max_bytes) + published,
@@ -159,5 +166,10 @@ mod tests {
         let half = plan(&["learner.micro_batch_tokens=8192"]);
         assert!(half.activations < whole.activations * 11 / 20, "{half:?}");
         assert_eq!(plan(&["actor.processes=2"]).actor, 2 * whole.actor);
+        let critic = plan(&["learner.objective=\"ppo\""]);
+        assert!(
+            critic.learner > whole.learner + 20 * whole.parameters,
+            "a second model under training: {critic:?}"
+        );
     }
 }

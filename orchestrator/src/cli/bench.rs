@@ -1,4 +1,4 @@
-//! `freewheel bench decode | prefill | train`: how fast, and how near to what this machine can do, measured in the same run.
+//! `freewheel bench decode | prefill | train | objectives`: how fast, and how near to what this machine can do, measured in the same run.
 
 mod prefill;
 
@@ -39,6 +39,7 @@ enum What {
     /// Tokens a second of a forward and backward pass, by sequences in the batch.
     #[command(after_help = "Example:\n  freewheel bench train --model assets/sprout --batch 8 --length 128")]
     Train(BenchArgs),
+    Objectives(super::ablation::AblationArgs),
 }
 
 #[derive(Debug, Args)]
@@ -74,6 +75,7 @@ impl BenchCommand {
             What::Decode(args) => args.run("decode", decode),
             What::Prefill(args) => args.run(),
             What::Train(args) => args.run("train", train),
+            What::Objectives(args) => args.run(),
         }
     }
 }

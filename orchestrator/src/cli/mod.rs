@@ -1,5 +1,6 @@
 //! The command line: one file a command, each with an example in its `--help`.
 
+mod ablation;
 mod bench;
 mod config;
 mod doctor;
