@@ -5,13 +5,16 @@
 use std::sync::Arc;
 
 use freewheel_actor::{
-    Backend, BackendInfo, Draw, Drawn, Request, StepBatch, StepOutput, StopSpec, TextDecoder,
+    Backend, BackendInfo, Draw, Drawn, LocalLayers, Request, StepBatch, StepOutput, StopSpec, TextDecoder,
 };
+use freewheel_kernels::attention::AttentionMask;
 use freewheel_types::{CounterRng, FinishReason, PolicyVersion, RolloutId, SamplingParams, TaskId};
 
 pub const VOCAB: usize = 19;
 pub const PAGE: usize = 4;
 pub const CONTEXT: usize = 64;
+/// What a row of its local layer sees; no multiple of a page.
+pub const MASK: AttentionMask = AttentionMask::Sliding(6);
 pub const LAYERS: usize = 2;
 pub const TOP_K: usize = 2;
 /// Id whose text is empty; ends a sample where a test says so.
@@ -25,6 +28,8 @@ pub struct FakeWeights(pub PolicyVersion);
 pub struct FakeBackend {
     weights: Arc<FakeWeights>,
     keys: Vec<Option<u64>>,
+    /// The same in a layer that sees a window; lost where the engine says that nobody sees it any more.
+    local_keys: Vec<Option<u64>>,
 }
 
 pub fn weights(step: u64) -> Arc<FakeWeights> {
@@ -64,7 +69,7 @@ fn draw(logits: &[f32], sampling: &SamplingParams, uniform: f64) -> Drawn {
 
 impl FakeBackend {
     pub fn new(step: u64) -> Self {
-        Self { weights: weights(step), keys: Vec::new() }
+        Self { weights: weights(step), keys: Vec::new(), local_keys: Vec::new() }
     }
 }
 
@@ -79,13 +84,15 @@ impl Backend for FakeBackend {
             top_k: TOP_K,
             page_tokens: PAGE,
             page_bytes: 100,
-            local: None,
+            // Its memory is not counted here: pages are what a test asks for.
+            local: Some(LocalLayers { mask: MASK, page_bytes: 0 }),
             images: false,
         }
     }
 
     fn allocate(&mut self, pages: usize, _local: usize) {
         self.keys = vec![None; pages * PAGE];
+        self.local_keys = self.keys.clone();
     }
 
     fn version(&self) -> PolicyVersion {
@@ -106,6 +113,7 @@ impl Backend for FakeBackend {
             for position in seq.position..seq.position + seq.rows {
                 let at = slot(seq.pages, position);
                 self.keys[at] = Some(key(version, batch.tokens[row], position));
+                self.local_keys[at] = self.keys[at];
                 assert_eq!(writer[at].replace(index), None, "two rows of a step write one key");
                 row += 1;
             }
@@ -123,6 +131,13 @@ impl Backend for FakeBackend {
                     self.keys[at].expect("a key is read before it is written")
                 };
                 hidden.push((0..=position).fold(0, |h, p| mix(h, read(p))));
+                for p in MASK.first_visible(position)..=position {
+                    let at = slot(seq.pages, p);
+                    assert_eq!(
+                        self.local_keys[at], self.keys[at],
+                        "a page that a row still sees was forgotten"
+                    );
+                }
             }
         }
         StepOutput {
@@ -134,6 +149,13 @@ impl Backend for FakeBackend {
     fn copy_page(&mut self, from: u32, to: u32) {
         let (from, to) = (from as usize * PAGE, to as usize * PAGE);
         self.keys.copy_within(from..from + PAGE, to);
+        self.local_keys.copy_within(from..from + PAGE, to);
+    }
+
+    fn forget(&mut self, pages: &[u32]) {
+        for &page in pages {
+            self.local_keys[page as usize * PAGE..][..PAGE].fill(None);
+        }
     }
 
     fn sample(&mut self, logits: &[f32], draws: &[Draw]) -> Vec<Drawn> {

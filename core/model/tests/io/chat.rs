@@ -205,6 +205,18 @@ fn templates_without_mercy() {
         make("{{ strftime_now('%d %b %Y') }} {{ true }} {{ none }} {{ messages[0] }}").expect("compiles");
     let text = dated.render(&messages, &RenderOptions::default()).expect("renders");
     assert_eq!(text, "26 Jul 2024 True None {'role': 'user', 'content': 'hi'}");
+    let given = make(
+        "{% for d in documents %}{{ d.title }}: {{ d.text | trim }}; {% endfor %}{{ tools | tojson }}\
+         {% if not x is defined %}{{ x }}-{% endif %}",
+    )
+    .expect("compiles");
+    let options = RenderOptions {
+        documents: Some(vec![json!({"title": "Trees", "text": " An oak. "})]),
+        tools: Some(vec![json!({"name": "f", "strict": true})]),
+        ..RenderOptions::default()
+    };
+    let text = given.render(&messages, &options).expect("renders");
+    assert_eq!(text, "Trees: An oak.; [{\"name\": \"f\", \"strict\": true}]-");
     let nested = make("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}").expect("compiles");
     assert!(nested.render(&messages, &RenderOptions::default()).is_err(), "endless recursion ends");
     let none = Tokenizer::from_files(
