@@ -16,14 +16,19 @@ fn docs() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../docs/architectures.md")
 }
 
-/// The models of the index, and the one that is among the fixtures alone.
+/// Models that are among the fixtures alone.
+const OWN: [(&str, &str); 2] =
+    [("mistral", "MistralForCausalLM"), ("bert_classifier", "BertForSequenceClassification")];
+
+/// The models of the index, and those that are among the fixtures alone.
 fn all() -> Vec<Oracle> {
-    let name = "bert_classifier";
-    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/models").join(name);
-    let entry = json!({"name": name, "architecture": "BertForSequenceClassification", "dtype": "float32"});
     let mut all = oracles();
-    if all.iter().all(|oracle| oracle.name() != name) {
-        all.push(Oracle::read(dir, entry));
+    for (name, architecture) in OWN {
+        if all.iter().all(|oracle| oracle.name() != name) {
+            let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures/models").join(name);
+            let entry = json!({"name": name, "architecture": architecture, "dtype": "float32"});
+            all.push(Oracle::read(dir, entry));
+        }
     }
     all
 }
