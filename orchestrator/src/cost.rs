@@ -74,8 +74,9 @@ impl Cost {
     }
 
     /// Bytes read for one decode step of `batch` sequences of `context` tokens, `coverage` of the experts touched.
-    pub fn decode_bytes(&self, element: usize, batch: usize, context: f64, coverage: f64) -> f64 {
-        (self.dense as f64 + self.experts as f64 * coverage) * element as f64
+    /// `weight` is the size of a weight in bytes.
+    pub fn decode_bytes(&self, weight: f64, batch: usize, context: f64, coverage: f64) -> f64 {
+        (self.dense as f64 + self.experts as f64 * coverage) * weight
             + batch as f64 * context * self.kv_bytes as f64
     }
 }

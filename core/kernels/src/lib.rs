@@ -39,5 +39,5 @@ pub mod softmax;
 mod testing;
 pub mod threads;
 
-pub use gemm::{PackedMatrix, Precision};
+pub use gemm::{CodeBits, PackedMatrix, Precision, Quantisation};
 pub use threads::Threads;

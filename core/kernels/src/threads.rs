@@ -110,6 +110,14 @@ unsafe impl<T: Send> Sync for SharedMut<T> {}
 // SAFETY: as above; a pointer to `Send` values may move between threads.
 unsafe impl<T: Send> Send for SharedMut<T> {}
 
+impl<T> Clone for SharedMut<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for SharedMut<T> {}
+
 impl<T> SharedMut<T> {
     /// Borrows `slice` for the time the result is used.
     pub(crate) fn new(slice: &mut [T]) -> Self {

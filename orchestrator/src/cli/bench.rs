@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
-use freewheel_actor::{EngineConfig, Finished, InFlight, Request, SampleSpec, StopSpec};
+use freewheel_actor::{EngineConfig, Finished, Request, SampleSpec, StopSpec};
 use freewheel_kernels::{Precision, Threads, measure};
 use freewheel_model::{LoadedModel, PolicyWeights, Purpose, Target, TrainBatch, TrainSeq};
 use freewheel_types::{CounterRng, PolicyVersion, SamplingParams, TaskId, WeightsDtype};
@@ -195,8 +195,15 @@ fn decode(
     machine: &Machine,
     batch: usize,
 ) -> anyhow::Result<Value> {
-    let config =
-        EngineConfig { max_live: batch, kv_bytes: 8 << 30, prefill_tokens: 4096, in_flight: InFlight::Keep };
+    // One row a token: what is measured is a step, not how often one is saved.
+    let config = EngineConfig {
+        max_live: batch,
+        kv_bytes: 8 << 30,
+        prefill_tokens: 4096,
+        prefix_cache: false,
+        draft_tokens: 0,
+        ..EngineConfig::default()
+    };
     let mut engine = crate::policy::engine(loaded, threads, config)?;
     let (mut seconds, mut tokens, mut steps) = (0.0, 0u64, 0u64);
     let mut finished = Vec::new();
@@ -233,8 +240,8 @@ fn decode(
     let cost = Cost::of(&loaded.model);
     let coverage = coverage(loaded, &finished);
     let context = PROMPT as f64 + args.length as f64 / 2.0;
-    let bytes = cost.decode_bytes(loaded.params.dtype().size(), batch, context, coverage.unwrap_or(1.0))
-        * steps as f64;
+    let weight = loaded.model.weight_bytes(loaded.params.dtype());
+    let bytes = cost.decode_bytes(weight, batch, context, coverage.unwrap_or(1.0)) * steps as f64;
     let flops = cost.forward_flops() * tokens as f64;
     Ok(json!({
         "what": "decode", "batch": batch,

@@ -8,6 +8,7 @@ use freewheel_model::LoadedModel;
 use freewheel_types::{SamplingParams, WeightsDtype};
 
 use super::fail::Explain as _;
+use crate::config::{ModelSection, Quantise};
 
 /// Which model, how it computes.
 #[derive(Debug, Args)]
@@ -18,6 +19,9 @@ pub struct ModelArgs {
     /// Element type to compute with.
     #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
     pub dtype: DtypeArg,
+    /// Numbers to store the projections in: `model.quantise`, in groups of 32.
+    #[arg(long, value_enum, default_value_t = Quantise::None)]
+    pub quantise: Quantise,
     /// Compute threads; 0 takes all cores.
     #[arg(long, default_value_t = 0)]
     pub threads: usize,
@@ -48,7 +52,8 @@ impl DtypeArg {
 impl ModelArgs {
     /// Opens the model.
     pub fn open(&self) -> anyhow::Result<LoadedModel> {
-        crate::policy::open(&self.model, self.dtype.requested())
+        let section = ModelSection { quantise: self.quantise, ..ModelSection::default() };
+        Ok(section.quantised(crate::policy::open(&self.model, self.dtype.requested())?))
     }
 
     /// The threads to compute on.

@@ -115,6 +115,7 @@ fn checks(job: &SftJob, document: &Node, _path: &std::path::Path) -> Vec<Problem
     let mut checks = Checks::new(document);
     let given = !job.model.path.is_empty();
     checks.require(given || job.init.is_some(), "model.path", "is not set and there is no [init]", None);
+    crate::config::check_model(&job.model, &mut checks);
     checks.require(!(given && job.init.is_some()), "init", "and model.path exclude each other", None);
     checks.require(
         !job.output.dir.is_empty(),
@@ -185,7 +186,7 @@ fn model(loaded: &Loaded<SftJob>) -> anyhow::Result<LoadedModel> {
     let job = &loaded.config;
     let Some(init) = &job.init else {
         let path = crate::config::resolve(&job.model.path, &loaded.path);
-        return crate::policy::open(&path, job.model.dtype.requested());
+        return Ok(job.model.quantised(crate::policy::open(&path, job.model.dtype.requested())?));
     };
     let request = InitRequest {
         arch: init.arch.clone(),

@@ -9,7 +9,7 @@ use super::document::Node;
 use super::problem::{Origin, Problem};
 use crate::prompts::PoolParams;
 
-use super::{EvalSection, PromptsSection, RunConfig};
+use super::{EvalSection, ModelSection, PromptsSection, RunConfig};
 
 /// Collects problems with the place of the key they are about.
 pub struct Checks<'d> {
@@ -80,11 +80,23 @@ pub fn run_config(config: &RunConfig, document: &Node, path: &Path) -> Vec<Probl
         "is not set",
         Some("model.path = \"assets/sprout\" (a folder in Hugging Face layout) or a .gguf file"),
     );
+    model(&config.model, &mut checks);
     prompts(&config.prompts, &mut checks);
     eval(&config.eval, &config.prompts, &mut checks);
     queue(config, &mut checks);
     sections(config, &mut checks);
     checks.finish()
+}
+
+/// What hangs together in `[model]`, whatever it is for.
+pub fn model(model: &ModelSection, checks: &mut Checks<'_>) {
+    let group = model.quantise_group;
+    checks.require(
+        group.is_multiple_of(32),
+        "model.quantise_group",
+        format!("is {group}, must be a multiple of 32"),
+        None,
+    );
 }
 
 /// What the crates say about their own sections, and what hangs together across them.

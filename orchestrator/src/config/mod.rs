@@ -27,10 +27,12 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
-pub use checks::{Checks, pool_params};
+pub use checks::{Checks, model as check_model, pool_params};
 pub use document::{Node, Value};
 pub use problem::{ConfigError, Origin, Problem};
-pub use sections::{Dtype, EvalSection, GeneratorKind, LogSection, ModelSection, PromptsSection, RunSection};
+pub use sections::{
+    Dtype, EvalSection, GeneratorKind, LogSection, ModelSection, PromptsSection, Quantise, RunSection,
+};
 
 /// Everything a run reads.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]

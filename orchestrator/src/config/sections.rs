@@ -1,5 +1,8 @@
 //! The sections that belong to no other crate: `[run] [model] [prompts] [eval] [log]`.
 
+use clap::ValueEnum;
+use freewheel_kernels::CodeBits;
+use freewheel_model::LoadedModel;
 use freewheel_types::WeightsDtype;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -39,11 +42,54 @@ pub struct ModelSection {
     /// Element type of the weights that are sampled, trained and published: "auto" (as stored), "bf16" or "f32".
     /// Default "auto".
     pub dtype: Dtype,
+    /// Numbers the projections are sampled and trained with: "none" (as stored), "int8" or "int4". Rollouts then read a half
+    /// or a quarter of the bytes of bf16, and the learner computes with the same rounded values, so its log-probs are
+    /// the sampler's to the bit; the gradient goes straight through to the weights, which are kept and published in
+    /// full. The output head takes 8 bits in either case; embedding, norms and routers are not rounded. Default "none".
+    pub quantise: Quantise,
+    /// Weights that share a scale when quantised: fewer are more exact, more take less memory. A multiple of 32, 32 to
+    /// 1024. Default 32.
+    #[schemars(range(min = 32, max = 1024))]
+    pub quantise_group: usize,
 }
 
 impl Default for ModelSection {
     fn default() -> Self {
-        Self { path: String::new(), dtype: Dtype::Auto }
+        Self { path: String::new(), dtype: Dtype::Auto, quantise: Quantise::None, quantise_group: 32 }
+    }
+}
+
+impl ModelSection {
+    /// `model`, with its projections quantised if the config says so.
+    pub fn quantised(&self, mut model: LoadedModel) -> LoadedModel {
+        if let Some(bits) = self.quantise.bits() {
+            model.model = model.model.quantised(bits, self.quantise_group);
+        }
+        model
+    }
+}
+
+/// Numbers of a model's projections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantise {
+    /// As stored.
+    #[default]
+    None,
+    /// 8 bits.
+    Int8,
+    /// 4 bits.
+    Int4,
+}
+
+impl Quantise {
+    /// Bits of a code; `None` without codes.
+    pub fn bits(self) -> Option<CodeBits> {
+        match self {
+            Self::None => None,
+            Self::Int8 => Some(CodeBits::Eight),
+            Self::Int4 => Some(CodeBits::Four),
+        }
     }
 }
 

@@ -60,7 +60,8 @@ fn read(path: &Path) -> anyhow::Result<Vec<Prompt>> {
 /// Whatever is wrong with its files.
 pub fn model(loaded: &Loaded) -> anyhow::Result<LoadedModel> {
     let section = &loaded.config.model;
-    crate::policy::open(&loaded.resolve(&section.path), section.dtype.requested())
+    let model = crate::policy::open(&loaded.resolve(&section.path), section.dtype.requested())?;
+    Ok(section.quantised(model))
 }
 
 /// Holds prompts and completions against the model's context.

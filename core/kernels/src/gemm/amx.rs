@@ -11,6 +11,7 @@
 
 use super::PackedMatrix;
 use super::pack::{Element, Line, Precision, flush_bf16, transpose_lines};
+use super::quant;
 use super::tile::{Output, Store};
 use crate::Threads;
 use crate::convert::bf16_bits;
@@ -149,6 +150,12 @@ impl Task<'_> {
         if self.k_tiles == 0 {
             return self.no_inner(rows, panels);
         }
+        quant::in_full(self.w, panels, &mut |w, panels, first| {
+            Task { w, out: &self.out.from_panel(first), ..*self }.run_in_full(rows.clone(), panels);
+        });
+    }
+
+    fn run_in_full(&self, rows: Range<usize>, panels: Range<usize>) {
         // SAFETY: `product` is reached only where `isa` found AMX and was granted its state.
         unsafe { configure() };
         let block = (A_BLOCK_BYTES / (self.k_tiles * size_of::<Line>() * TILE_LINES)).max(2) & !1;
@@ -225,7 +232,7 @@ impl Task<'_> {
         let b = self.w.panel(panel).as_ptr();
         assert!((panel + PANELS) * LANES <= self.w.rows().next_multiple_of(LANES));
         let n = self.out.n;
-        let whole = (row + ROWS) * TILE <= self.m && (panel + PANELS) * LANES <= n;
+        let whole = (row + ROWS) * TILE <= self.m && self.out.column(panel + PANELS) <= n;
         if whole && self.out.store == Store::Set {
             let mut c = [std::ptr::null_mut(); 4];
             for (i, c) in c.iter_mut().enumerate().take(ROWS * PANELS) {

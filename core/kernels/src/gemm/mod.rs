@@ -14,6 +14,8 @@
 //!   a zero of its sign. That is what the AMX instruction TDPBF16PS does (Intel SDM, volume 2); machines without AMX
 //!   follow the same order.
 //!
+//! A quantised W (`quant`) takes the order of its precision over the weights that its codes stand for.
+//!
 //! Batch-invariant: a row of `out` depends on its row of `x` and on W alone.
 
 #[cfg(target_arch = "x86_64")]
@@ -21,16 +23,17 @@ mod amx;
 mod bf16;
 mod f32;
 mod pack;
+mod quant;
 #[cfg(test)]
 mod tests;
 mod tile;
 
 pub use pack::{PackedMatrix, Precision};
+pub use quant::{CodeBits, Quantisation, Weight};
 
 use crate::Threads;
 use crate::isa;
 use crate::simd::LANES;
-use crate::threads::SharedMut;
 use std::cell::RefCell;
 use std::ops::Range;
 use tile::{Output, Store};
@@ -78,7 +81,7 @@ pub fn weight_grad(
     match (precision, isa::current()) {
         #[cfg(target_arch = "x86_64")]
         (Precision::Bf16, isa::Isa::Amx) => {
-            let out = Output { base: SharedMut::new(dw), n: k, store: Store::Add };
+            let out = Output::new(dw, k, Store::Add);
             amx::product_transposed(threads, dy, n, packed, &out);
         }
         _ => {
@@ -111,15 +114,23 @@ fn product(threads: &Threads, x: &[f32], m: usize, w: &PackedMatrix, out: &mut [
     if m == 0 || n == 0 {
         return;
     }
-    let out = Output { base: SharedMut::new(out), n, store };
+    let out = Output::new(out, n, store);
     match (w.precision(), isa::current()) {
         (Precision::F32, _) => {
-            split(threads, m, n, k, &|rows, panels| f32::block(x, rows, w, panels, &out));
+            split(threads, m, n, k, &|rows, panels| {
+                quant::in_full(w, panels, &mut |w, panels, first| {
+                    f32::block(x, rows.clone(), w, panels, &out.from_panel(first));
+                });
+            });
         }
         #[cfg(target_arch = "x86_64")]
         (Precision::Bf16, isa::Isa::Amx) => amx::product(threads, x, m, w, &out),
         (Precision::Bf16, _) => bf16::with_rounded(threads, x, m, k, |x| {
-            split(threads, m, n, k, &|rows, panels| bf16::block(x, rows, w, panels, &out));
+            split(threads, m, n, k, &|rows, panels| {
+                quant::in_full(w, panels, &mut |w, panels, first| {
+                    bf16::block(x, rows.clone(), w, panels, &out.from_panel(first));
+                });
+            });
         }),
     }
 }

@@ -5,6 +5,8 @@ use crate::convert::bf16_bits;
 use crate::simd::{LANES, Lanes, simd};
 use half::bf16;
 
+use super::quant::{Quantisation, Weight};
+
 /// In which numbers a product is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Precision {
@@ -15,7 +17,7 @@ pub enum Precision {
 }
 
 /// One cache line: a step of k for sixteen columns. f32: one value of k a column; bf16: two (low half first).
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C, align(64))]
 pub(super) struct Line(pub(super) [u32; LANES]);
 
@@ -28,18 +30,20 @@ compile_error!("bf16 pairs are packed for little-endian machines");
 ///
 /// Column panels of sixteen output features, each a run of lines over k: `[n/16][k]` lines of f32, or `[n/16][k/2]`
 /// lines of bf16 pairs, k padded with zeros to a multiple of 32 (so sixteen lines are one AMX tile). n is padded with
-/// zeros to a multiple of 16.
+/// zeros to a multiple of 16. A quantised matrix holds scales and codes instead (`quant`).
 #[derive(Clone)]
 pub struct PackedMatrix {
     precision: Precision,
-    n: usize,
-    k: usize,
-    lines: Vec<Line>,
+    pub(super) quantisation: Option<Quantisation>,
+    pub(super) n: usize,
+    pub(super) k: usize,
+    pub(super) lines: Vec<Line>,
 }
 
 impl std::fmt::Debug for PackedMatrix {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "PackedMatrix({:?} [{}, {}])", self.precision, self.n, self.k)
+        let quantisation = self.quantisation.map_or(String::new(), |q| format!(" {q:?}"));
+        write!(f, "PackedMatrix({:?}{quantisation} [{}, {}])", self.precision, self.n, self.k)
     }
 }
 
@@ -80,7 +84,7 @@ impl PackedMatrix {
     }
 
     pub(super) fn empty(precision: Precision) -> Self {
-        PackedMatrix { precision, n: 0, k: 0, lines: Vec::new() }
+        PackedMatrix { precision, quantisation: None, n: 0, k: 0, lines: Vec::new() }
     }
 
     /// Changes the shape, keeping the allocation where it is large enough; every value must then be filled in.
@@ -143,9 +147,10 @@ impl PackedMatrix {
 
     /// Lines of one panel of sixteen columns.
     pub(super) fn lines_per_panel(&self) -> usize {
-        match self.precision {
-            Precision::F32 => self.k,
-            Precision::Bf16 => self.k.next_multiple_of(32) / 2,
+        match (self.quantisation, self.precision) {
+            (Some(quantisation), _) => quantisation.lines_per_panel(self.k),
+            (None, Precision::F32) => self.k,
+            (None, Precision::Bf16) => self.k.next_multiple_of(32) / 2,
         }
     }
 
@@ -156,6 +161,9 @@ impl PackedMatrix {
     }
 
     fn fill<E: Element>(&mut self, threads: &Threads, w: &[E]) {
+        if let Some(quantisation) = self.quantisation {
+            return self.fill_codes(threads, quantisation, w, false);
+        }
         let (n, k, precision, lines) = (self.n, self.k, self.precision, self.lines_per_panel());
         assert_eq!(w.len(), n * k, "packing: w is [n,k] = [{n},{k}]");
         threads.for_each_row_chunk(&mut self.lines, lines.max(1), min_panels(lines), |first, block| {
@@ -168,6 +176,9 @@ impl PackedMatrix {
     }
 
     pub(super) fn fill_transposed<E: Element>(&mut self, threads: &Threads, w_kn: &[E]) {
+        if let Some(quantisation) = self.quantisation {
+            return self.fill_codes(threads, quantisation, w_kn, true);
+        }
         let (n, k, precision, lines) = (self.n, self.k, self.precision, self.lines_per_panel());
         assert_eq!(w_kn.len(), n * k, "packing: the transpose of w is [k,n] = [{k},{n}]");
         let per_line = if precision == Precision::Bf16 { 2 } else { 1 };
@@ -193,7 +204,7 @@ fn min_panels(lines: usize) -> usize {
 }
 
 /// A number that weights may be stored in.
-pub(super) trait Element: Copy + Sync {
+pub(super) trait Element: Weight {
     /// Packs up to sixteen rows of W (`rows.len() / k` of them) into the lines of a panel.
     fn pack_panel(precision: Precision, rows: &[Self], k: usize, panel: &mut [Line]);
     /// Packs sixteen columns of the transpose `[k,n]`, from `column` on, into the lines of a panel.

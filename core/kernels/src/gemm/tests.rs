@@ -292,3 +292,119 @@ fn products_are_right_in_f64_too() {
         }
     }
 }
+
+const QUANTISATIONS: [(CodeBits, usize); 4] =
+    [(CodeBits::Eight, 32), (CodeBits::Four, 32), (CodeBits::Eight, 128), (CodeBits::Four, 128)];
+
+/// The definition of quantising: `quant`, one weight at a time.
+fn quantise_scalar(bits: CodeBits, group: usize, w: &[f32], k: usize) -> Vec<f32> {
+    let (limit, significant) = if bits == CodeBits::Eight { (127.0f32, 1) } else { (7.0, 5) };
+    let one = |values: &[f32]| -> Vec<f32> {
+        if values.iter().any(|value| !value.is_finite()) {
+            return vec![f32::NAN; values.len()];
+        }
+        let size = values.iter().fold(0.0f32, |a, b| a.max(b.abs()));
+        if size < 2f32.powi(-100) {
+            return vec![0.0; values.len()];
+        }
+        // Up to the next number of `significant` bits, by counting units of the last of them.
+        let least = size / limit;
+        let unit = 2f32.powi(least.log2().floor() as i32 - (significant - 1));
+        let scale = (least / unit).ceil() * unit;
+        let code = |value: f32| (value / scale).round_ties_even().clamp(-limit, limit);
+        values.iter().map(|&value| code(value) * scale + 0.0).collect()
+    };
+    w.chunks(k.max(1)).flat_map(|row| row.chunks(group).flat_map(one)).collect()
+}
+
+#[test]
+fn quantised_products_are_those_of_the_rounded_weights() {
+    let mut random = Random(9);
+    for (bits, group) in QUANTISATIONS {
+        let quantisation = Quantisation::new(bits, group);
+        for (m, n, k) in SHAPES.into_iter().chain([(3, 50, 300), (40, 130, 257)]) {
+            let (x, mut w) = (random.vec(m * k), random.vec(n * k));
+            if let Some(last) = w.last_mut() {
+                *last = 100.0;
+            }
+            let want_w = quantise_scalar(bits, group, &w, k);
+            let w_kn: Vec<f32> = (0..n * k).map(|i| w[i % n * k + i / n]).collect();
+            for precision in [Precision::F32, Precision::Bf16] {
+                let want = scalar(precision, &x, &want_w, m, n, k);
+                for (isa, got) in under_each(|| {
+                    let mut rounded = [Vec::new(), Vec::new()];
+                    quantisation.round(&Threads::new(2), &w, (n, k), false, &mut rounded[0]);
+                    quantisation.round(&Threads::single(), &w_kn, (n, k), true, &mut rounded[1]);
+                    let mut products = [vec![f32::NAN; m * n], vec![f32::NAN; m * n]];
+                    let mut packed = PackedMatrix::quantised(quantisation, precision, n, k);
+                    packed.repack_from_f32(&Threads::single(), &w);
+                    matmul(&Threads::new(2), &x, m, &packed, &mut products[0]);
+                    packed.repack_from_f32_transposed(&Threads::single(), &w_kn);
+                    matmul(&Threads::single(), &x, m, &packed, &mut products[1]);
+                    (rounded, products)
+                }) {
+                    let what = format!("{bits:?}/{group} {precision:?} {m}x{n}x{k} {}", isa.name());
+                    let ([rounded, rounded_kn], [product, product_kn]) = got;
+                    let back: Vec<f32> =
+                        (0..n * k).map(|i| rounded_kn[i % k.max(1) * n + i / k.max(1)]).collect();
+                    assert_same_bits(&rounded, &want_w, &what);
+                    assert_same_bits(&back, &want_w, &what);
+                    assert_same_bits(&product, &want, &what);
+                    assert_same_bits(&product_kn, &want, &what);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn quantising_awkward_weights_follows_the_definition() {
+    let mut random = Random(10);
+    let (n, k) = (33, 160);
+    for (low, high) in [(0, 3), (20, 40), (60, 70), (120, 130), (240, 250)] {
+        let mut w = random.wide_vec(n * k, low, high);
+        w[5 * k..5 * k + 40].fill(0.0);
+        (w[7 * k + 3], w[9 * k + 4], w[9 * k + 50]) = (f32::NAN, f32::INFINITY, f32::NEG_INFINITY);
+        for (bits, group) in QUANTISATIONS {
+            let want = quantise_scalar(bits, group, &w, k);
+            for (isa, got) in under_each(|| {
+                let mut rounded = Vec::new();
+                let quantisation = Quantisation::new(bits, group);
+                quantisation.round(&Threads::single(), &w, (n, k), false, &mut rounded);
+                rounded
+            }) {
+                assert_same_bits(&got, &want, &format!("{bits:?}/{group} {low}..{high} {}", isa.name()));
+            }
+            // Every weight is a bf16, and quantising again changes nothing.
+            assert!(want.iter().all(|value| value.to_bits() & 0xffff == 0));
+            let bf16: Vec<bf16> = want.iter().map(|&value| bf16::from_f32(value)).collect();
+            let mut again = Vec::new();
+            Quantisation::new(bits, group).round(&Threads::single(), &bf16, (n, k), false, &mut again);
+            assert_same_bits(&again, &want, "again");
+        }
+    }
+}
+
+#[test]
+fn quantised_weights_take_a_half_and_a_quarter_of_the_bytes() {
+    let full = PackedMatrix::zeros(Precision::Bf16, 64, 1024).bytes();
+    let bytes = |(bits, group)| {
+        PackedMatrix::quantised(Quantisation::new(bits, group), Precision::Bf16, 64, 1024).bytes()
+    };
+    let shares = QUANTISATIONS.map(|quantisation| bytes(quantisation) as f64 / full as f64);
+    assert_eq!(shares, [0.53125, 0.28125, 0.5078125, 0.2578125]);
+}
+
+#[test]
+fn quantisation_errs_by_half_a_step() {
+    let mut random = Random(11);
+    let w = random.vec(64 * 256);
+    for ((bits, group), limit) in
+        QUANTISATIONS.into_iter().zip([1.0 / 127.0, 0.52 / 7.0, 1.0 / 127.0, 0.54 / 7.0])
+    {
+        let mut rounded = Vec::new();
+        Quantisation::new(bits, group).round(&Threads::single(), &w, (64, 256), false, &mut rounded);
+        let worst = w.iter().zip(&rounded).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(worst <= limit, "{bits:?}/{group} errs by {worst}");
+    }
+}

@@ -13,13 +13,32 @@ pub(super) enum Store {
 }
 
 /// The output matrix `[m,n]`, of which each thread writes parts of its own.
+#[derive(Clone, Copy)]
 pub(super) struct Output {
     pub(super) base: SharedMut<f32>,
     pub(super) n: usize,
     pub(super) store: Store,
+    /// Panel of the matrix that a kernel's panel 0 is.
+    pub(super) first_panel: usize,
 }
 
 impl Output {
+    /// The whole of `out`, rows of `n`.
+    pub(super) fn new(out: &mut [f32], n: usize, store: Store) -> Self {
+        Self { base: SharedMut::new(out), n, store, first_panel: 0 }
+    }
+
+    /// The same matrix for a kernel whose panel 0 is `first_panel`.
+    pub(super) fn from_panel(self, first_panel: usize) -> Self {
+        Self { first_panel, ..self }
+    }
+
+    /// Columns before panel `panel` of the kernel.
+    #[inline(always)]
+    pub(super) fn column(&self, panel: usize) -> usize {
+        (self.first_panel + panel) * LANES
+    }
+
     /// The part of row `row` that belongs to panel `panel`: sixteen values, fewer in the last panel.
     ///
     /// # Safety
@@ -27,7 +46,7 @@ impl Output {
     #[inline(always)]
     #[expect(clippy::mut_from_ref, reason = "each part belongs to one thread, as the caller promises")]
     pub(super) unsafe fn part(&self, row: usize, panel: usize) -> &mut [f32] {
-        let column = panel * LANES;
+        let column = self.column(panel);
         // SAFETY: the caller's promise.
         unsafe { self.base.slice(row * self.n + column, LANES.min(self.n - column)) }
     }

@@ -30,12 +30,15 @@ mod weights;
 use std::sync::Arc;
 
 use freewheel_kernels::rope::RopeTable;
+use freewheel_kernels::{CodeBits, Quantisation};
 
 pub use cache::KvCache;
 pub use inference::{BatchSeq, ForwardBatch, ForwardOutput};
 pub use tape::{LogProbs, Tape, Target, TrainBatch, TrainSeq};
 pub use vision::TileRows;
 pub use weights::{PolicyWeights, Purpose};
+
+use freewheel_types::WeightsDtype;
 
 use crate::params::ParamLayout;
 use crate::spec::{AttentionSpec, ModelSpec, RopeSpec};
@@ -50,16 +53,49 @@ pub struct Transformer {
     ropes: Vec<Option<Arc<RopeTable>>>,
     /// Rotations of an image encoder's patches.
     vision_rope: Option<RopeTable>,
+    quantisation: Option<Quantised>,
+}
+
+/// In what numbers the projections of a quantised model are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Quantised {
+    /// Projections of the layers.
+    layers: Quantisation,
+    /// The output head, which takes rounding less well.
+    head: Quantisation,
 }
 
 impl Transformer {
     /// The transformer of a checked spec.
     pub fn new(spec: ModelSpec) -> Arc<Self> {
+        Arc::new(Self::assemble(spec))
+    }
+
+    fn assemble(spec: ModelSpec) -> Self {
         let layout = Arc::new(ParamLayout::new(&spec));
         let bindings = bindings::ModelBinding::new(&spec, &layout);
         let ropes = rope_tables(&spec);
         let vision_rope = spec.vision.as_ref().map(vision::rope_table);
-        Arc::new(Self { spec, layout, bindings, ropes, vision_rope })
+        Self { spec, layout, bindings, ropes, vision_rope, quantisation: None }
+    }
+
+    /// The same transformer with the projections of its layers quantised to `bits` in groups of `group`, and the head to 8
+    /// bits. What is sampled with reads codes; what is trained with has the same values in full, and its gradient goes
+    /// straight through the rounding to the parameters (Bengio et al. 2013, arXiv:1308.3432). So log-probs agree to the
+    /// bit. Embedding, norms, biases, routers and image encoders stay as they are.
+    ///
+    /// # Panics
+    /// If `group` is no positive multiple of 32.
+    pub fn quantised(&self, bits: CodeBits, group: usize) -> Arc<Self> {
+        let mut model = Self::assemble(self.spec.clone());
+        let (layers, head) = (Quantisation::new(bits, group), Quantisation::new(CodeBits::Eight, group));
+        model.quantisation = Some(Quantised { layers, head });
+        Arc::new(model)
+    }
+
+    /// Bytes that a product reads for a weight of a layer, where parameters are `dtype`.
+    pub fn weight_bytes(&self, dtype: WeightsDtype) -> f64 {
+        self.quantisation.map_or(dtype.size() as f64, |quantised| quantised.layers.weight_bytes())
     }
 
     /// What the model is.

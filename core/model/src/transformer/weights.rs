@@ -3,14 +3,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use freewheel_kernels::{PackedMatrix, Precision, Threads};
+use freewheel_kernels::{PackedMatrix, Precision, Quantisation, Threads};
 use freewheel_types::PolicyVersion;
 use half::bf16;
 
-use super::Transformer;
 use super::bindings::{FfnBinding, Linear, MlpBinding, UnpackBinding};
 use super::buffers::BufferPool;
 use super::vision::VisionWeights;
+use super::{Quantised, Transformer};
 use crate::params::{ParamData, Params};
 
 /// What packed weights are for.
@@ -25,7 +25,8 @@ pub enum Purpose {
 /// One policy version, packed.
 ///
 /// Precision follows the parameters: bf16 parameters run on bf16 kernels (f32 accumulation), f32 on f32. Router
-/// matrices always run in f32, so that routing does not hang on the rounding of activations.
+/// matrices always run in f32, so that routing does not hang on the rounding of activations. The projections of a
+/// [quantised](Transformer::quantised) model have the values of their codes.
 #[derive(Debug)]
 pub struct PolicyWeights {
     pub(super) model: Arc<Transformer>,
@@ -53,6 +54,9 @@ pub(super) enum Table {
 pub(super) struct PackedLinear {
     pub forward: PackedMatrix,
     pub backward: Option<PackedMatrix>,
+    /// Its values are rounded so. Codes are stored for sampling only: a backward pass reads the transpose too, whose
+    /// groups lie the other way.
+    quantisation: Option<Quantisation>,
 }
 
 #[derive(Debug)]
@@ -127,11 +131,8 @@ impl PolicyWeights {
         purpose: Purpose,
         threads: &Threads,
     ) -> Self {
-        let precision = match params.data {
-            ParamData::F32(_) => Precision::F32,
-            ParamData::Bf16(_) => Precision::Bf16,
-        };
-        let packer = Packer { params, precision, purpose, norm_offset: model.spec.norm_offset, threads };
+        let packer = Packer::new(model, params, purpose, threads);
+        let precision = packer.precision;
         let bindings = &model.bindings;
         let mut weights = Self {
             precision,
@@ -141,7 +142,7 @@ impl PolicyWeights {
             },
             layers: (0..bindings.layers.len()).map(|layer| packer.layer(model, layer)).collect(),
             final_norm: Vec::new(),
-            head: packer.empty(&bindings.head),
+            head: packer.empty_in(precision, packer.quantised.map(|q| q.head), &bindings.head),
             vision_frozen: false,
             vision: bindings.vision.as_ref().map(|at| VisionWeights::empty(at, &packer)),
             pool: BufferPool::default(),
@@ -159,9 +160,9 @@ impl PolicyWeights {
     /// If `params` have another layout or element type.
     pub fn repack(&mut self, params: &Params, version: PolicyVersion, threads: &Threads) {
         assert_eq!(params.layout.total, self.model.layout.total, "parameters of another model");
-        let (precision, purpose, norm_offset) = (self.precision, self.purpose, self.model.spec.norm_offset);
-        let packer = Packer { params, precision, purpose, norm_offset, threads };
-        let bindings = &self.model.bindings;
+        let model = self.model.clone();
+        let packer = Packer::new(&model, params, self.purpose, threads);
+        let bindings = &model.bindings;
         match (&mut self.embedding, &params.data) {
             (Table::F32(table), ParamData::F32(values)) => {
                 replace(table, &values[bindings.embedding.clone()])
@@ -234,35 +235,63 @@ pub(super) struct Packer<'a> {
     precision: Precision,
     purpose: Purpose,
     norm_offset: f32,
+    quantised: Option<Quantised>,
     threads: &'a Threads,
 }
 
-impl Packer<'_> {
-    pub fn empty(&self, at: &Linear) -> PackedLinear {
-        self.empty_in(self.precision, at)
+impl<'a> Packer<'a> {
+    fn new(model: &Transformer, params: &'a Params, purpose: Purpose, threads: &'a Threads) -> Self {
+        let precision = match params.data {
+            ParamData::F32(_) => Precision::F32,
+            ParamData::Bf16(_) => Precision::Bf16,
+        };
+        let (norm_offset, quantised) = (model.spec.norm_offset, model.quantisation);
+        Self { params, precision, purpose, norm_offset, quantised, threads }
     }
 
-    fn empty_in(&self, precision: Precision, at: &Linear) -> PackedLinear {
+    /// Room for a projection that is never quantised.
+    pub fn empty(&self, at: &Linear) -> PackedLinear {
+        self.empty_in(self.precision, None, at)
+    }
+
+    /// Room for a projection of a layer.
+    fn empty_projection(&self, at: &Linear) -> PackedLinear {
+        self.empty_in(self.precision, self.quantised.map(|quantised| quantised.layers), at)
+    }
+
+    fn empty_in(
+        &self,
+        precision: Precision,
+        quantisation: Option<Quantisation>,
+        at: &Linear,
+    ) -> PackedLinear {
+        let training = self.purpose == Purpose::Training;
         PackedLinear {
-            forward: PackedMatrix::zeros(precision, at.n, at.k),
-            backward: (self.purpose == Purpose::Training).then(|| PackedMatrix::zeros(precision, at.k, at.n)),
+            forward: match quantisation {
+                Some(quantisation) if !training => {
+                    PackedMatrix::quantised(quantisation, precision, at.n, at.k)
+                }
+                _ => PackedMatrix::zeros(precision, at.n, at.k),
+            },
+            backward: training.then(|| PackedMatrix::zeros(precision, at.k, at.n)),
+            quantisation,
         }
     }
 
     fn empty_mlp(&self, at: &MlpBinding) -> MlpWeights {
-        let (gate_up, down) = (self.empty(&at.gate_up), self.empty(&at.down));
+        let (gate_up, down) = (self.empty_projection(&at.gate_up), self.empty_projection(&at.down));
         MlpWeights { gate_up, gate_up_bias: None, down, down_bias: None }
     }
 
     fn empty_unpack(&self, at: &UnpackBinding) -> UnpackWeights {
-        UnpackWeights { norm: Vec::new(), up: self.empty(&at.up) }
+        UnpackWeights { norm: Vec::new(), up: self.empty_projection(&at.up) }
     }
 
     fn layer(&self, model: &Transformer, layer: usize) -> LayerWeights {
         let binding = &model.bindings.layers[layer];
         LayerWeights {
             input_norm: Vec::new(),
-            qkv: self.empty(&binding.qkv),
+            qkv: self.empty_projection(&binding.qkv),
             qkv_bias: None,
             latent: binding.latent.as_ref().map(|latent| LatentWeights {
                 q: latent.q.as_ref().map(|at| self.empty_unpack(at)),
@@ -270,7 +299,7 @@ impl Packer<'_> {
             }),
             q_norm: None,
             k_norm: None,
-            out: self.empty(&binding.out),
+            out: self.empty_projection(&binding.out),
             out_bias: None,
             sinks: None,
             attention_out_norm: None,
@@ -279,7 +308,7 @@ impl Packer<'_> {
             ffn: match &binding.ffn {
                 FfnBinding::Dense(mlp) => FfnWeights::Dense(self.empty_mlp(mlp)),
                 FfnBinding::Moe(moe) => FfnWeights::Moe(MoeWeights {
-                    router: self.empty_in(Precision::F32, &moe.router),
+                    router: self.empty_in(Precision::F32, None, &moe.router),
                     router_bias: None,
                     correction: None,
                     experts: moe.experts.iter().map(|mlp| self.empty_mlp(mlp)).collect(),
@@ -343,22 +372,53 @@ impl Packer<'_> {
     }
 
     pub fn fill(&self, packed: &mut PackedLinear, at: &Linear) {
-        self.fill_one(&mut packed.forward, at, at.transposed);
-        if let Some(backward) = &mut packed.backward {
-            self.fill_one(backward, at, !at.transposed);
+        match (packed.quantisation, self.purpose) {
+            (Some(quantisation), Purpose::Training) => self.fill_rounded(packed, quantisation, at),
+            _ => self.fill_as_stored(packed, at),
         }
     }
 
-    fn fill_one(&self, packed: &mut PackedMatrix, at: &Linear, transposed: bool) {
-        match (&self.params.data, transposed) {
-            (ParamData::F32(values), false) => packed.repack_from_f32(self.threads, &values[at.range()]),
-            (ParamData::F32(values), true) => {
-                packed.repack_from_f32_transposed(self.threads, &values[at.range()])
+    fn fill_as_stored(&self, packed: &mut PackedLinear, at: &Linear) {
+        match &self.params.data {
+            ParamData::F32(values) => {
+                let values = &values[at.range()];
+                in_both(packed, at.transposed, |packed, transposed| match transposed {
+                    false => packed.repack_from_f32(self.threads, values),
+                    true => packed.repack_from_f32_transposed(self.threads, values),
+                });
             }
-            (ParamData::Bf16(values), false) => packed.repack_from_bf16(self.threads, &values[at.range()]),
-            (ParamData::Bf16(values), true) => {
-                packed.repack_from_bf16_transposed(self.threads, &values[at.range()])
+            ParamData::Bf16(values) => {
+                let values = &values[at.range()];
+                in_both(packed, at.transposed, |packed, transposed| match transposed {
+                    false => packed.repack_from_bf16(self.threads, values),
+                    true => packed.repack_from_bf16_transposed(self.threads, values),
+                });
             }
         }
+    }
+
+    /// Fills in the values that the codes of the same parameters stand for.
+    fn fill_rounded(&self, packed: &mut PackedLinear, quantisation: Quantisation, at: &Linear) {
+        let (shape, mut rounded) = ((at.n, at.k), Vec::new());
+        match &self.params.data {
+            ParamData::F32(values) => {
+                quantisation.round(self.threads, &values[at.range()], shape, at.transposed, &mut rounded);
+            }
+            ParamData::Bf16(values) => {
+                quantisation.round(self.threads, &values[at.range()], shape, at.transposed, &mut rounded);
+            }
+        }
+        in_both(packed, at.transposed, |packed, transposed| match transposed {
+            false => packed.repack_from_f32(self.threads, &rounded),
+            true => packed.repack_from_f32_transposed(self.threads, &rounded),
+        });
+    }
+}
+
+/// Calls `fill` for a matrix and its transpose, with whether the stored values are the other way round for it.
+fn in_both(packed: &mut PackedLinear, transposed: bool, fill: impl Fn(&mut PackedMatrix, bool)) {
+    fill(&mut packed.forward, transposed);
+    if let Some(backward) = &mut packed.backward {
+        fill(backward, !transposed);
     }
 }
