@@ -37,6 +37,13 @@ pub struct ActorConfig {
     /// Most prompt tokens computed in one step beside the running samples; smaller keeps them smoother, larger starts
     /// prompts sooner. Tokens, at least 1, default 512.
     pub prefill_tokens: usize,
+    /// Keep the keys and values of finished sequences while there is room, for prompts that begin alike: a system prompt,
+    /// earlier turns. New weights empty it. No drawn token changes. Default true.
+    pub prefix_cache: bool,
+    /// Most tokens guessed for a sample in one step, from what it or its prompt said before (speculative decoding by
+    /// prompt lookup). Guesses are made only while few samples run and only where they prove right; no drawn token
+    /// changes. 0 to 15, 0 turns it off. Default 4.
+    pub draft_tokens: usize,
     /// Longest completion. Tokens, at least 1, default 256; prompt and completion together never exceed the context of
     /// the model.
     pub max_new_tokens: usize,
@@ -68,6 +75,8 @@ impl Default for ActorConfig {
             max_live: 32,
             kv_bytes: 512 << 20,
             prefill_tokens: 512,
+            prefix_cache: true,
+            draft_tokens: 4,
             max_new_tokens: 256,
             temperature: 1.0,
             top_k: 0,
@@ -99,6 +108,8 @@ impl ActorConfig {
             kv_bytes: self.kv_bytes,
             prefill_tokens: self.prefill_tokens,
             in_flight: self.in_flight,
+            prefix_cache: self.prefix_cache,
+            draft_tokens: self.draft_tokens,
         }
     }
 
@@ -125,6 +136,7 @@ impl ActorConfig {
         for (key, value) in counts {
             check((1..=1 << 20).contains(&value), key, value.to_string(), "1 to 1048576 are allowed");
         }
+        check(self.draft_tokens <= 15, "draft_tokens", self.draft_tokens.to_string(), "0 to 15 are allowed");
         check(self.kv_bytes > 0, "kv_bytes", self.kv_bytes.to_string(), "it must hold at least two pages");
         let t = self.temperature;
         check((0.0..=100.0).contains(&t), "temperature", t.to_string(), "0 (greedy) to 100 are allowed");

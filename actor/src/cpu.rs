@@ -47,6 +47,8 @@ impl Backend for CpuBackend {
             page_bytes: KvCache::page_bytes(&self.model),
             local: KvCache::local_mask(&self.model)
                 .map(|mask| LocalLayers { mask, page_bytes: KvCache::slot_bytes(&self.model) }),
+            // A matrix tile has sixteen rows.
+            cheap_rows: 16,
             images: spec.vision.is_some(),
         }
     }

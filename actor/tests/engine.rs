@@ -17,7 +17,13 @@ const V0: PolicyVersion = PolicyVersion { epoch: 1, step: 0 };
 const V1: PolicyVersion = PolicyVersion { epoch: 1, step: 1 };
 
 fn config(max_live: usize, pages: usize, prefill_tokens: usize, in_flight: InFlight) -> EngineConfig {
-    EngineConfig { max_live, kv_bytes: pages as u64 * 100, prefill_tokens, in_flight }
+    let kv_bytes = pages as u64 * 100;
+    EngineConfig { max_live, kv_bytes, prefill_tokens, in_flight, prefix_cache: false, draft_tokens: 0 }
+}
+
+/// With everything that saves work: pages kept for later, guesses.
+fn saving(config: EngineConfig) -> EngineConfig {
+    EngineConfig { prefix_cache: true, draft_tokens: 5, ..config }
 }
 
 fn engine(config: EngineConfig) -> Engine<FakeBackend> {
@@ -241,12 +247,131 @@ fn a_prompt_nobody_drew_from_is_computed_by_the_new_weights() {
     }
 }
 
+#[test]
+fn a_prompt_that_begins_like_an_earlier_one_is_computed_from_where_they_part() {
+    let mut engine = engine(EngineConfig { prefix_cache: true, ..config(4, 400, 64, InFlight::Keep) });
+    let first = endless(1, 11, 2, 6);
+    let done = engine.run_to_end(vec![first.clone()]).unwrap();
+    let rows = engine.stats().rows;
+    // The next turn: the first prompt, its answer, something new. Four pages of four; the fifth is where they part.
+    let turn: Vec<u32> = [&first.prompt_ids[..], &done[0].output_ids, &[3, 4, 5]].concat();
+    let second = Request { prompt_ids: turn.clone(), ..endless(2, 1, 3, 5) };
+    for sample in engine.run_to_end(vec![second.clone()]).unwrap() {
+        assert_is(&sample, &reference(&second, sample.rollout, V0), V0);
+    }
+    let stats = engine.stats();
+    assert_eq!(stats.prefix_tokens, 16, "11 + 5 computed positions are four pages");
+    assert_eq!(stats.rows - rows, turn.len() as u64 - 16 + 3 * 4);
+    assert_eq!(stats.pages_used, 0);
+    assert!(stats.pages_cached > 4);
+    // The same prompt again: all but its last page, for its last token is drawn from.
+    engine.run_to_end(vec![Request { id: 3, prompt_ids: turn[..16].to_vec(), ..second.clone() }]).unwrap();
+    assert_eq!(engine.stats().prefix_tokens, 16 + 12);
+    // New weights know none of it.
+    engine.swap(weights(1));
+    assert_eq!(engine.stats().pages_cached, 0);
+    let again = Request { id: 4, ..second };
+    for sample in engine.run_to_end(vec![again.clone()]).unwrap() {
+        assert_is(&sample, &reference(&again, sample.rollout, V1), V1);
+    }
+    assert_eq!(engine.stats().prefix_tokens, 16 + 12);
+}
+
+#[test]
+fn pages_kept_for_later_give_way_to_whoever_needs_them_now() {
+    let mut engine = engine(saving(config(3, 20, 16, InFlight::Keep)));
+    for id in 0..30 {
+        let request = endless(id, 9, 3, 12);
+        for sample in engine.run_to_end(vec![request.clone()]).unwrap() {
+            assert_is(&sample, &reference(&request, sample.rollout, V0), V0);
+        }
+    }
+    let stats = engine.stats();
+    assert_eq!((stats.pages_used, stats.preemptions), (0, 0), "nobody gives way to what is merely kept");
+    assert!(stats.pages_cached > 10, "what is free is put to use");
+}
+
+/// A policy that says the same few tokens over and over: the fake one, nearly greedy, on few distinct keys.
+#[test]
+fn guessing_draws_the_same_tokens_in_fewer_steps() {
+    let run = |draft_tokens, request: &Request| {
+        let mut engine = engine(EngineConfig { draft_tokens, ..config(8, 400, 64, InFlight::Keep) });
+        let done = engine.run_to_end(vec![request.clone()]).unwrap();
+        (done, engine.stats())
+    };
+    let (mut hits, mut misses) = (0, 0);
+    for seed in 0..200 {
+        // A long prompt over few tokens: what was drawn before often comes again by chance.
+        let prompt: Vec<u32> = (0..30).map(|i| 1 + (i * i + seed) % 3).collect();
+        let mut request = Request { prompt_ids: prompt, ..endless(u64::from(seed), 1, 2, 30) };
+        request.sampling.temperature = 0.2;
+        request.seed = u64::from(seed);
+        let ((plain, without), (guessed, with)) = (run(0, &request), run(6, &request));
+        for (a, b) in plain.iter().zip(&guessed) {
+            assert_is(b, &reference(&request, b.rollout, V0), V0);
+            assert_eq!((&a.output_ids, &a.experts), (&b.output_ids, &b.experts));
+        }
+        assert_eq!(with.tokens, without.tokens);
+        assert!(with.steps <= without.steps);
+        assert_eq!(without.drafted, 0);
+        hits += with.draft_hits;
+        misses += with.drafted - with.draft_hits;
+    }
+    assert!(hits > 20 && misses > 20, "the test must see right guesses and wrong ones: {hits}, {misses}");
+}
+
+#[test]
+fn nothing_is_guessed_while_many_run() {
+    let mut engine = engine(saving(config(40, 2000, 64, InFlight::Keep)));
+    let prompt: Vec<u32> = (0..30).map(|i| 1 + i % 2).collect();
+    engine.submit(Request { prompt_ids: prompt, ..endless(1, 1, 40, 20) }).unwrap();
+    while engine.stats().live < 40 {
+        engine.step();
+    }
+    assert_eq!(engine.stats().drafted, 0);
+    (0..5).for_each(|_| drop(engine.step()));
+    assert_eq!(
+        (engine.stats().live, engine.stats().drafted),
+        (40, 0),
+        "sixteen rows are cheap, forty are not"
+    );
+}
+
+#[test]
+fn two_thousand_live_samples_are_served_swapped_and_cancelled() {
+    let mut engine = engine(saving(config(2000, 40_000, 4096, InFlight::Keep)));
+    let requests: Vec<Request> = (0..500).map(|id| endless(id, 5 + id as usize % 30, 4, 25)).collect();
+    requests.iter().for_each(|request| engine.submit(request.clone()).unwrap());
+    while engine.stats().live < 2000 {
+        engine.step();
+    }
+    let before = engine.stats().pages_used;
+    assert_eq!(engine.cancel(7).len(), 4);
+    assert!(engine.stats().pages_used < before);
+    // The pause of a swap, the best of some on a busy machine: a pointer, and what was kept for later let go.
+    let mut shortest = f64::INFINITY;
+    for _ in 0..10 {
+        engine.swap(weights(0));
+        shortest = shortest.min(engine.stats().swap_pause_s);
+    }
+    assert!(shortest <= 1e-3, "a swap takes {shortest} s");
+    let done = engine.run_to_end(vec![]).unwrap();
+    assert_eq!(done.len(), 1996);
+    for sample in done.iter().step_by(17) {
+        assert_is(sample, &reference(&requests[sample.request as usize], sample.rollout, V0), V0);
+    }
+    assert_eq!(engine.stats().pages_used, 0);
+}
+
 /// Up to six requests with the step they arrive at.
 fn mixes() -> impl Strategy<Value = Vec<(usize, Request)>> {
     let one = (0..30usize, 1..14usize, 1..6u32, 1..16usize, any::<bool>(), 0.3f32..2.0);
     proptest::collection::vec(one, 1..6).prop_map(|all| {
         let build = |(id, (at, prompt_len, samples, tokens, stops, temperature))| {
-            let mut request = endless(id as u64, prompt_len, samples, tokens);
+            // Every other prompt begins alike, so that pages are found again.
+            let like = if id % 2 == 0 { 0 } else { id as u64 };
+            let prompt = endless(like, prompt_len, 1, 1).prompt_ids;
+            let mut request = Request { prompt_ids: prompt, ..endless(id as u64, 1, samples, tokens) };
             request.sampling.temperature = temperature;
             if stops {
                 request.stop.ids = [EOS, 3, 11].into();
@@ -296,8 +421,10 @@ proptest! {
     #[test]
     fn batch_mix_and_bounds_never_change_a_sample(
         mix in mixes(), max_live in 1..9usize, pages in 9..60usize, prefill in 1..20usize,
+        prefix_cache in any::<bool>(), draft_tokens in 0..8usize,
     ) {
-        let mut engine = engine(config(max_live, pages, prefill, InFlight::Keep));
+        let config = config(max_live, pages, prefill, InFlight::Keep);
+        let mut engine = engine(EngineConfig { prefix_cache, draft_tokens, ..config });
         for (rollout, sample) in run_mix(&mut engine, &mix, &[]) {
             assert_is(&sample, &reference(request_of(&mix, rollout.task()), rollout, V0), V0);
         }
@@ -310,9 +437,11 @@ proptest! {
         mix in mixes(), max_live in 1..7usize, pages in 9..40usize, prefill in 1..8usize,
         swap_at in proptest::collection::btree_set(0..60usize, 0..5),
         in_flight in prop_oneof![Just(InFlight::Keep), Just(InFlight::Recompute), Just(InFlight::Finish)],
+        prefix_cache in any::<bool>(), draft_tokens in 0..8usize,
     ) {
         let swap_at: Vec<usize> = swap_at.into_iter().collect();
-        let mut engine = engine(config(max_live, pages, prefill, in_flight));
+        let config = config(max_live, pages, prefill, in_flight);
+        let mut engine = engine(EngineConfig { prefix_cache, draft_tokens, ..config });
         for (rollout, sample) in run_mix(&mut engine, &mix, &swap_at) {
             let first = sample.versions[0].version;
             let pure: u32 = sample.versions.iter().take_while(|span| span.version == first).map(|span| span.tokens).sum();

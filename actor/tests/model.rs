@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use freewheel_actor::{
-    ActorError, CpuBackend, CpuLoader, Engine, EngineConfig, Finished, InFlight, PolicyLoader, Request,
+    ActorError, CpuBackend, CpuLoader, Engine, EngineConfig, Finished, PolicyLoader, Request,
     SampleSpec, StopSpec, TextDecoder,
 };
-use freewheel_kernels::Threads;
+use freewheel_kernels::{CodeBits, Threads};
 use freewheel_model::delta::{delta_frame, key_frame};
 use freewheel_model::{
-    Activation, AttentionSpec, FfnSpec, ModelSpec, MoeSpec, OutputHead, ParamData, Params, PolicyWeights,
+    Activation, AttentionSpec, FfnSpec, KvCache, ModelSpec, MoeSpec, OutputHead, ParamData, Params, PolicyWeights,
     Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target, TensorKind, TensorNames, TrainBatch, TrainSeq,
     Transformer,
 };
@@ -46,6 +46,11 @@ fn attention(rope: bool) -> AttentionSpec {
 
 /// Dense, then a mixture of experts that sees chunks of 24 positions, then a mixture without positions.
 fn model(max_positions: usize) -> Arc<Transformer> {
+    model_that_sees(Some(24), max_positions)
+}
+
+/// The same with other chunks in the middle, or none.
+fn model_that_sees(chunk: Option<usize>, max_positions: usize) -> Arc<Transformer> {
     let dense = FfnSpec::Dense { width: 40, activation: Activation::Silu };
     let moe = FfnSpec::Moe(MoeSpec {
         experts: 5,
@@ -62,7 +67,7 @@ fn model(max_positions: usize) -> Arc<Transformer> {
         hidden: 32,
         layers: vec![
             (attention(true), dense),
-            (AttentionSpec { chunk: Some(24), ..attention(true) }, moe.clone()),
+            (AttentionSpec { chunk, ..attention(true) }, moe.clone()),
             (attention(false), moe),
         ],
         norm_eps: 1e-5,
@@ -103,78 +108,207 @@ fn request(id: u64, prompt_len: u64, samples: u32, sampling: SamplingParams) -> 
 
 #[test]
 fn behaviour_logprobs_and_experts_are_those_of_training_to_the_bit() {
-    let model = model(96);
-    let transforms = [
-        SamplingParams::default(),
-        SamplingParams { temperature: 0.7, top_k: 9, top_p: 0.9, min_p: 0.02 },
-        SamplingParams::GREEDY,
-    ];
-    for dtype in [WeightsDtype::F32, WeightsDtype::Bf16] {
-        let params = params(&model, 1, dtype);
-        let threads = Threads::new(2);
-        let version = PolicyVersion::new(1, 4);
-        let pack = |purpose| PolicyWeights::pack(&model, &params, version, purpose, &threads);
-        let backend = CpuBackend::new(Arc::new(pack(Purpose::Sampling)), threads.clone());
-        // Eleven pages for seven samples of up to five pages each, and chunks that cut every prompt.
-        let page_bytes = freewheel_model::KvCache::page_bytes(&model) as u64;
-        let config = EngineConfig {
-            max_live: 5,
-            kv_bytes: 11 * page_bytes,
-            prefill_tokens: 7,
-            in_flight: InFlight::Keep,
-        };
-        let mut engine = Engine::new(backend, Arc::new(NoText), config).unwrap();
-        let requests = vec![
-            request(1, 37, 3, transforms[0]),
-            request(2, 5, 2, transforms[1]),
-            request(3, 16, 1, transforms[2]),
-            request(4, 1, 1, transforms[0]),
-        ];
-        let done = engine.run_to_end(requests.clone()).unwrap();
-        assert_eq!(done.len(), 7);
-        assert!(engine.stats().preemptions > 0, "the test must reach preemption");
-        let training = pack(Purpose::Training);
-        for sample in &done {
-            let sampling = requests[sample.request as usize - 1].sampling;
-            check_bits(&training, &threads, sample, &sampling);
-        }
+    assert!(sampled_is_trained(model(96)) > 0, "the test must reach preemption");
+}
+
+#[test]
+fn a_quantised_policy_is_trained_with_the_very_weights_it_samples_with() {
+    for (bits, group) in [(CodeBits::Eight, 32), (CodeBits::Four, 32), (CodeBits::Eight, 128)] {
+        sampled_is_trained(model(96).quantised(bits, group));
     }
 }
 
-/// Log-probs and experts of `sample` have the bits that training computes for its tokens.
-fn check_bits(training: &PolicyWeights, threads: &Threads, sample: &Finished, sampling: &SamplingParams) {
-    let ids = [&sample.prompt_ids[..], &sample.output_ids[..]].concat();
-    let batch = TrainBatch { tokens: &ids, seqs: &[TrainSeq::whole(ids.len())], replay: None, tiles: &[] };
-    let tape = training.forward_train(threads, &batch);
-    let first = sample.prompt_ids.len();
-    let targets: Vec<Target> = (first..ids.len()).map(|at| Target { row: at - 1, token: ids[at] }).collect();
-    let trained = tape.log_probs(threads, training, &targets, sampling);
-    let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-    assert_eq!(bits(&sample.behaviour_logprobs), bits(&trained.logprobs), "{}", sample.rollout);
-    let rows = (ids.len() - 1) * 2 * 2;
-    assert_eq!(sample.experts.ids, tape.experts()[..rows], "{}", sample.rollout);
-    assert!(sample.behaviour_logprobs.iter().all(|x| x.is_finite() && *x <= 0.0));
+const TRANSFORMS: [SamplingParams; 3] = [
+    SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 },
+    SamplingParams { temperature: 0.7, top_k: 9, top_p: 0.9, min_p: 0.02 },
+    SamplingParams::GREEDY,
+];
+
+/// Weights of one policy for both sides.
+struct Both {
+    sampling: Arc<PolicyWeights>,
+    training: PolicyWeights,
+}
+
+impl Both {
+    fn new(model: &Arc<Transformer>, dtype: WeightsDtype) -> Self {
+        let (params, version) = (params(model, 1, dtype), PolicyVersion::new(1, 4));
+        let pack = |purpose| PolicyWeights::pack(model, &params, version, purpose, &Threads::single());
+        Self { sampling: Arc::new(pack(Purpose::Sampling)), training: pack(Purpose::Training) }
+    }
+
+    fn engine(&self, threads: &Threads, config: EngineConfig) -> Engine<CpuBackend> {
+        let backend = CpuBackend::new(self.sampling.clone(), threads.clone());
+        Engine::new(backend, Arc::new(NoText), config).unwrap()
+    }
+
+    /// What the engine says of `sample` is what training computes for it.
+    fn check(&self, threads: &Threads, sample: &Finished, sampling: &SamplingParams, what: &str) {
+        let ids = [&sample.prompt_ids[..], &sample.output_ids[..]].concat();
+        let seqs = [TrainSeq::whole(ids.len())];
+        let batch = TrainBatch { tokens: &ids, seqs: &seqs, replay: None, tiles: &[] };
+        let tape = self.training.forward_train(threads, &batch);
+        let first = sample.prompt_ids.len();
+        let targets: Vec<Target> =
+            (first..ids.len()).map(|at| Target { row: at - 1, token: ids[at] }).collect();
+        let trained = tape.log_probs(threads, &self.training, &targets, sampling);
+        let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        let what = format!("{what}, sample {}", sample.rollout);
+        assert_eq!(bits(&sample.behaviour_logprobs), bits(&trained.logprobs), "{what}");
+        let rows = (ids.len() - 1) * 2 * 2;
+        assert_eq!(sample.experts.ids, tape.experts()[..rows], "{what}");
+        assert!(sample.behaviour_logprobs.iter().all(|x| x.is_finite() && *x <= 0.0), "{what}");
+    }
+}
+
+fn page_bytes(model: &Transformer) -> u64 {
+    KvCache::page_bytes(model) as u64
+}
+
+/// Returns how often a sample was preempted.
+fn sampled_is_trained(model: Arc<Transformer>) -> u64 {
+    let mut preemptions = 0;
+    for dtype in [WeightsDtype::F32, WeightsDtype::Bf16] {
+        let (both, threads) = (Both::new(&model, dtype), Threads::new(2));
+        // Eleven pages for seven samples of up to five pages each, and chunks that cut every prompt.
+        let bounds =
+            EngineConfig { max_live: 5, kv_bytes: 11 * page_bytes(&model), ..EngineConfig::default() };
+        let mut engine = both.engine(&threads, EngineConfig { prefill_tokens: 7, ..bounds });
+        let requests = vec![
+            request(1, 37, 3, TRANSFORMS[0]),
+            request(2, 5, 2, TRANSFORMS[1]),
+            request(3, 16, 1, TRANSFORMS[2]),
+            request(4, 1, 1, TRANSFORMS[0]),
+        ];
+        let done = engine.run_to_end(requests.clone()).unwrap();
+        assert_eq!(done.len(), 7);
+        preemptions += engine.stats().preemptions;
+        for sample in &done {
+            both.check(
+                &threads,
+                sample,
+                &requests[sample.request as usize - 1].sampling,
+                &format!("{dtype:?}"),
+            );
+        }
+    }
+    preemptions
+}
+
+/// Numbers of one mix, one after the other.
+struct Draws {
+    rng: CounterRng,
+    next: u64,
+}
+
+impl Draws {
+    fn below(&mut self, n: u64) -> usize {
+        self.next += 1;
+        self.rng.below(self.next, n) as usize
+    }
+}
+
+/// Requests with the step they arrive at; half of the prompts begin alike, and few tokens make guesses come right.
+fn random_requests(draws: &mut Draws) -> Vec<(usize, Request)> {
+    let one = |id: u64, draws: &mut Draws| {
+        let (like, alphabet) =
+            (if draws.below(2) == 0 { 0 } else { id }, [3, 12, VOCAB as u64][draws.below(3)]);
+        let rng = CounterRng::new(8, like);
+        let sampling = TRANSFORMS[draws.below(3)];
+        let samples = 1 + draws.below(4) as u32;
+        let prompt_ids = (0..1 + draws.below(45) as u64).map(|i| rng.below(i, alphabet) as u32).collect();
+        let max_new_tokens = 1 + draws.below(30);
+        (draws.below(25), Request { prompt_ids, max_new_tokens, ..request(id, 1, samples, sampling) })
+    };
+    (0..1 + draws.below(6) as u64).map(|id| one(id, draws)).collect()
+}
+
+/// Chunks of prompts, decoding, preemption, pages found again, guesses right and wrong, cancellation, any threads: what a
+/// row is computed beside and when never shows. `FREEWHEEL_MIXES=1000` tries more.
+#[test]
+fn random_mixes_are_what_training_computes() {
+    let mixes = std::env::var("FREEWHEEL_MIXES").map_or(60, |n| n.parse().expect("a number of mixes"));
+    let model = model_that_sees(None, 96);
+    let four = [
+        Both::new(&model_that_sees(Some(24), 96), WeightsDtype::Bf16),
+        Both::new(&model.quantised(CodeBits::Eight, 32), WeightsDtype::Bf16),
+        Both::new(&model.quantised(CodeBits::Four, 32), WeightsDtype::Bf16),
+        Both::new(&model, WeightsDtype::F32),
+    ];
+    let (mut preempted, mut found, mut right, mut wrong, mut checked) = (0, 0, 0, 0, 0);
+    for mix in 0..mixes {
+        let both = &four[mix as usize % four.len()];
+        let mut draws = Draws { rng: CounterRng::new(99, mix), next: 0 };
+        let threads = Threads::new(1 + draws.below(3));
+        let config = EngineConfig {
+            max_live: 1 + draws.below(7),
+            kv_bytes: (7 + draws.below(20)) as u64 * page_bytes(&model),
+            prefill_tokens: 1 + draws.below(40),
+            prefix_cache: draws.below(4) > 0,
+            draft_tokens: draws.below(8),
+            ..EngineConfig::default()
+        };
+        let mut engine = both.engine(&threads, config);
+        let requests = random_requests(&mut draws);
+        let (cancel_at, cancelled) = (draws.below(60), draws.below(8) as u64);
+        let mut done = Vec::new();
+        for step in 0.. {
+            for (_, request) in requests.iter().filter(|(at, _)| *at == step) {
+                engine.submit(request.clone()).unwrap();
+            }
+            if step == cancel_at {
+                done.extend(engine.cancel(cancelled));
+            }
+            done.extend(engine.step());
+            if step > 25 && engine.is_idle() {
+                break;
+            }
+            assert!(step < 10_000, "mix {mix} makes no progress");
+        }
+        let stats = engine.stats();
+        assert_eq!(stats.pages_used, 0, "mix {mix} leaks pages");
+        assert_eq!(done.len(), requests.iter().map(|(_, request)| request.samples.len()).sum::<usize>());
+        for sample in done.iter().filter(|sample| !sample.output_ids.is_empty()) {
+            both.check(
+                &threads,
+                sample,
+                &requests[sample.request as usize].1.sampling,
+                &format!("mix {mix}"),
+            );
+            checked += 1;
+        }
+        preempted += stats.preemptions;
+        found += stats.prefix_tokens;
+        right += stats.draft_hits;
+        wrong += stats.drafted - stats.draft_hits;
+    }
+    for (count, what) in [
+        (preempted, "preemptions"),
+        (found, "pages found"),
+        (right, "right guesses"),
+        (wrong, "wrong guesses"),
+    ] {
+        assert!(count > 0, "the mixes must reach {what}");
+    }
+    println!(
+        "{checked} samples of {mixes} mixes: {preempted} preemptions, {found} tokens found, {right} guesses right, {wrong} wrong"
+    );
 }
 
 #[test]
 fn what_chunked_layers_do_not_need_holds_longer_sequences() {
-    let model = model(4096);
-    let params = params(&model, 1, WeightsDtype::F32);
-    let threads = Threads::single();
-    let pack = |purpose| PolicyWeights::pack(&model, &params, PolicyVersion::new(1, 4), purpose, &threads);
-    let backend = CpuBackend::new(Arc::new(pack(Purpose::Sampling)), threads.clone());
-    let kv_bytes = 20 * freewheel_model::KvCache::page_bytes(&model) as u64;
-    let config = EngineConfig { max_live: 1, kv_bytes, prefill_tokens: 50, in_flight: InFlight::Keep };
-    let mut engine = Engine::new(backend, Arc::new(NoText), config).unwrap();
+    let (both, threads) = (Both::new(&model(4096), WeightsDtype::F32), Threads::single());
+    let kv_bytes = 20 * page_bytes(both.sampling.model());
+    let config = EngineConfig { max_live: 1, kv_bytes, prefill_tokens: 50, ..EngineConfig::default() };
+    let mut engine = both.engine(&threads, config);
     // One of three layers sees a chunk: room for 16 pages there leaves (20 - 16/3) * 3/2 = 22 in the others.
     assert_eq!(engine.stats().pages, 22);
     let requests = (0..2).map(|id| request(id, 304, 2, SamplingParams::default())).collect::<Vec<_>>();
     let done = engine.run_to_end(requests).unwrap();
     assert_eq!(done.len(), 4);
-    let training = pack(Purpose::Training);
     for sample in &done {
         assert!(sample.output_ids.len() == 30 || sample.output_ids.last() == Some(&0));
-        check_bits(&training, &threads, sample, &SamplingParams::default());
+        both.check(&threads, sample, &SamplingParams::default(), "chunks");
     }
 }
 
@@ -192,7 +326,7 @@ fn published_frames_become_the_weights_that_were_published() {
     let second = loader.pack(v1, None).unwrap();
     let run = |weights: Arc<PolicyWeights>| {
         let config =
-            EngineConfig { max_live: 4, kv_bytes: 1 << 20, prefill_tokens: 64, in_flight: InFlight::Keep };
+            EngineConfig { max_live: 4, kv_bytes: 1 << 20, prefill_tokens: 64, ..EngineConfig::default() };
         let backend = CpuBackend::new(weights, Threads::single());
         let mut engine = Engine::new(backend, Arc::new(NoText), config).unwrap();
         let done = engine.run_to_end(vec![request(1, 9, 3, SamplingParams::default())]).unwrap();

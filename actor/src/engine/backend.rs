@@ -26,6 +26,8 @@ pub struct BackendInfo {
     pub page_bytes: usize,
     /// Layers that see a part of the sequence only, where there are such.
     pub local: Option<LocalLayers>,
+    /// Rows that a step computes for about the price of one: guesses are made for no more.
+    pub cheap_rows: usize,
     /// Whether it reads images.
     pub images: bool,
 }

@@ -12,7 +12,9 @@ use std::time::Instant;
 use freewheel_types::{CounterRng, ExpertTrace, FinishReason, PolicyVersion, VersionSpan};
 
 use super::backend::{BackendInfo, Draw, Drawn, TextDecoder};
+use super::draft::Drafter;
 use super::pages::{PagePool, PageTable};
+use super::prefix::{Prefix, PrefixCache};
 use super::request::{Finished, Request, SampleSpec, StopSpec};
 use super::stop::StopMatcher;
 
@@ -62,9 +64,27 @@ pub(crate) struct Sample {
     versions: Vec<VersionSpan>,
     prompt_experts: Vec<u16>,
     experts: Vec<u16>,
+    /// Guessed tokens after the known ones, in the step under way.
+    pub(crate) draft: Vec<u32>,
+    drafter: Drafter,
     matcher: StopMatcher,
     started: Option<Instant>,
 }
+
+/// What a step found out about one sample.
+pub(crate) struct Progress<'a> {
+    /// Draws made, in order of their places.
+    pub(crate) drawn: &'a [Drawn],
+    /// Version that made their logits.
+    pub(crate) version: PolicyVersion,
+    /// Rows computed for it; the draws belong to the last ones.
+    pub(crate) rows: usize,
+    /// Expert ids of those rows.
+    pub(crate) experts: &'a [u16],
+}
+
+/// How a sample ended: why, and its text where a stop string cut it.
+pub(crate) type Ended = (FinishReason, Option<String>);
 
 impl Group {
     pub(crate) fn new(request: Request, page_tokens: usize) -> Self {
@@ -124,6 +144,47 @@ impl Group {
         self.samples.len() - self.waiting()
     }
 
+    /// Takes pages for the prompt, those of `prefix` as `version` computed them.
+    pub(crate) fn place(&mut self, prefix: Prefix, pool: &PagePool, version: PolicyVersion) {
+        let pages = self.target_pages();
+        self.computed = prefix.pages.len() * self.page_tokens;
+        self.first_version = (self.computed > 0).then_some(version);
+        (self.pages, self.experts) = (prefix.pages, prefix.experts);
+        self.pages.grow(pool, pages);
+    }
+
+    /// Prompt tokens that need not be computed if an earlier sequence left them: whole pages, and never the last token
+    /// of a prompt that somebody is to draw from.
+    pub(crate) fn reusable(&self) -> &[u32] {
+        let len = if self.any(State::Unstarted) { self.prompt.len() - 1 } else { self.shared() };
+        // What shows an image is not told apart by its tokens.
+        if self.request.tiles.is_empty() { &self.prompt[..len] } else { &[] }
+    }
+
+    /// Leaves the computed prompt to later requests.
+    pub(crate) fn leave_prompt(&self, cache: &mut PrefixCache, version: PolicyVersion) {
+        if self.request.tiles.is_empty() && self.first_version == Some(version) {
+            cache.insert(&self.prompt[..self.computed], self.page_tokens, &self.pages, &self.experts);
+        }
+    }
+
+    /// Leaves what was computed of sample `index` to later requests.
+    pub(crate) fn leave_sample(&self, index: usize, cache: &mut PrefixCache, version: PolicyVersion) {
+        let sample = &self.samples[index];
+        let current = sample.versions.iter().all(|span| span.version == version);
+        if self.request.tiles.is_empty() && current && sample.computed > self.prompt.len() {
+            let ids = [&self.prompt[..], &sample.output[..sample.computed - self.prompt.len()]].concat();
+            let experts = [&sample.prompt_experts[..], &sample.experts[..]].concat();
+            cache.insert(&ids, self.page_tokens, &sample.pages, &experts);
+        }
+    }
+
+    /// Whether a page that the prompt lies in is held by sequences of other groups.
+    pub(crate) fn is_entangled(&self) -> bool {
+        let own = 1 + self.running();
+        self.pages.pages().iter().any(|page| page.holders() > own)
+    }
+
     /// Forgets what was computed but keeps the pages.
     pub(crate) fn restart(&mut self) {
         self.computed = 0;
@@ -170,9 +231,19 @@ impl Group {
         self.pages.pass(info.first_local_page(next));
     }
 
-    /// The token of `sample` at `position`.
+    /// The token of `sample` at `position`, known or guessed.
     pub(crate) fn token(&self, sample: &Sample, position: usize) -> u32 {
-        position.checked_sub(self.prompt.len()).map_or_else(|| self.prompt[position], |t| sample.output[t])
+        match position.checked_sub(self.prompt.len()) {
+            None => self.prompt[position],
+            Some(t) => sample.output.get(t).copied().unwrap_or_else(|| sample.draft[t - sample.output.len()]),
+        }
+    }
+
+    /// Guesses at most `most` tokens of sample `index`, as many as may still be drawn before its last.
+    pub(crate) fn guess(&mut self, index: usize, most: usize) {
+        let sample = &mut self.samples[index];
+        let left = self.request.max_new_tokens - sample.output.len();
+        sample.draft = sample.drafter.guess(&self.prompt, &sample.output, most.min(left - 1));
     }
 
     /// Tokens of `sample` known so far.
@@ -180,10 +251,11 @@ impl Group {
         self.prompt.len() + sample.output.len()
     }
 
-    /// The draw of the next token of `sample` from row `row`.
-    pub(crate) fn draw(&self, sample: &Sample, row: usize) -> Draw {
+    /// The draw of the token of `sample` that comes `ahead` places after its next one, from row `row`.
+    pub(crate) fn draw(&self, sample: &Sample, ahead: usize, row: usize) -> Draw {
         let rng = CounterRng::new(self.request.seed, sample.spec.rollout.0);
-        Draw { row, sampling: self.request.sampling, uniform: rng.uniform(sample.output.len() as u64) }
+        let uniform = rng.uniform((sample.output.len() + ahead) as u64);
+        Draw { row, sampling: self.request.sampling, uniform }
     }
 
     /// Puts sample `index` into the batch: it shares the full pages, gets its own for the rest, and knows how far its
@@ -211,16 +283,36 @@ impl Group {
         (known > shared).then(|| (self.pages.indices()[full], sample.pages.indices()[full]))
     }
 
-    /// Adds a drawn token to sample `index`; the finished sample if that ended it.
-    pub(crate) fn push(
+    /// Adds what was drawn for sample `index`, as far as its guesses were right, and takes in the rows that led to it.
+    /// Returns how many tokens that are, and how the sample ended if it did.
+    pub(crate) fn take_in(
         &mut self,
         index: usize,
-        drawn: Drawn,
-        version: PolicyVersion,
+        progress: &Progress<'_>,
         decoder: &dyn TextDecoder,
-    ) -> Option<(FinishReason, Option<String>)> {
+    ) -> (usize, Option<Ended>) {
+        let prompt_len = self.prompt.len();
         let (stop, limit) = (&self.request.stop, self.request.max_new_tokens);
-        self.samples[index].push(drawn, version, stop, limit, decoder)
+        let sample = &mut self.samples[index];
+        let draft = std::mem::take(&mut sample.draft);
+        let (mut pushed, mut ended) = (0, None);
+        for (i, &drawn) in progress.drawn.iter().enumerate() {
+            ended = sample.push(drawn, progress.version, stop, limit, decoder);
+            pushed += 1;
+            if ended.is_some() || draft.get(i) != Some(&drawn.token) {
+                break;
+            }
+        }
+        let right = pushed.min(draft.iter().zip(progress.drawn).take_while(|(a, b)| **a == b.token).count());
+        sample.drafter.learn(draft.len(), right, pushed);
+        // Rows after the first wrong guess are rows of a text that does not exist.
+        let rows = progress.rows - progress.rows.min(progress.drawn.len() - pushed);
+        sample.advance(
+            rows,
+            prompt_len,
+            &progress.experts[..progress.experts.len() / progress.rows.max(1) * rows],
+        );
+        (pushed, ended)
     }
 
     /// Takes sample `index` out as finished.
@@ -263,6 +355,8 @@ impl Sample {
             versions: Vec::new(),
             prompt_experts: Vec::new(),
             experts: Vec::new(),
+            draft: Vec::new(),
+            drafter: Drafter::default(),
             matcher: StopMatcher::default(),
             started: None,
         }
@@ -273,6 +367,7 @@ impl Sample {
         assert!(self.state == State::Running, "only a running sample has pages to give");
         self.state = State::Preempted;
         self.pages.clear();
+        self.draft.clear();
         self.computed = 0;
     }
 
@@ -290,7 +385,7 @@ impl Sample {
     /// Takes in `rows` computed positions. A position computed again keeps the experts it had when its successor was
     /// drawn: those are what the drawn token's log-prob depends on.
     pub(crate) fn advance(&mut self, rows: usize, prompt_len: usize, experts: &[u16]) {
-        let per_row = experts.len() / rows;
+        let per_row = experts.len() / rows.max(1);
         if let Some(recorded) = self.experts.len().checked_div(per_row) {
             let skip = (prompt_len + recorded).saturating_sub(self.computed).min(rows);
             self.experts.extend_from_slice(&experts[skip * per_row..]);
@@ -305,7 +400,7 @@ impl Sample {
         stop: &StopSpec,
         limit: usize,
         decoder: &dyn TextDecoder,
-    ) -> Option<(FinishReason, Option<String>)> {
+    ) -> Option<Ended> {
         self.output.push(drawn.token);
         self.logprobs.push(drawn.logprob);
         match self.versions.last_mut() {
@@ -355,8 +450,9 @@ mod tests {
         assert!(!group.ready());
         group.advance(1, new, &[], Some(vec![0.0]));
         assert_eq!(group.start(0, &pool), Some((0, 1)), "the partial page is copied");
-        let over = group.push(0, Drawn { token: 7, logprob: -1.0 }, new, &Blank);
-        assert!(matches!(over, Some((FinishReason::Length, None))));
+        let drawn = [Drawn { token: 7, logprob: -1.0 }];
+        let progress = Progress { drawn: &drawn, version: new, rows: 0, experts: &[] };
+        assert_eq!(group.take_in(0, &progress, &Blank), (1, Some((FinishReason::Length, None))));
         let info = BackendInfo {
             vocab_size: 9,
             max_positions: 9,
@@ -365,6 +461,7 @@ mod tests {
             page_tokens: 4,
             page_bytes: 1,
             local: None,
+            cheap_rows: 1,
             images: false,
         };
         let done = group.finish(0, FinishReason::Length, None, &info, &Blank);

@@ -1,27 +1,31 @@
 //! Rollout engine: continuous batching over paged keys and values. Knows no queue, no reward, no learner.
 //!
 //! ```text
-//! submit ─► groups by age ─► admit: prefill the prompt once, start samples while slots and pages last
-//!                              │
-//!            step: swap? ─► admit ─► plan rows (one a running sample, then prompt chunks) ─► forward ─► draw
-//!                              ▲                                                                │
-//!                              └──────────── preempted: pages gone, tokens kept ◄── no pages ───┤
-//!                                                                      finished samples ◄───────┘
+//! submit ─► groups by age ─► admit: prefill what of the prompt no earlier sequence left (`prefix`), once;
+//!                              │      start samples while slots and pages last
+//!            step: swap? ─► admit ─► plan rows (one a running sample and its guesses, then prompt chunks) ─► forward ─► draw
+//!                              ▲                                                                               │
+//!                              └──────────── preempted: pages gone, tokens kept ◄── no pages ──────────────────┤
+//!                                                                      finished samples ◄──────────────────────┘
 //! ```
 //!
 //! What a sample draws depends on its prompt, its seed, its rollout id and the weights, and on nothing else: not on
-//! what else is in the batch, when it was admitted, how its prompt was cut into chunks, or whether it was preempted.
+//! what else is in the batch, when it was admitted, how its prompt was cut into chunks, what was there of it already, what
+//! was guessed, or whether it was preempted.
 //! The engine is single-threaded and synchronous; a backend may use many threads inside a step.
 
 mod backend;
+mod draft;
 mod group;
 mod pages;
+mod prefix;
 mod request;
 mod schedule;
 mod stats;
 mod stop;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -37,8 +41,9 @@ pub use stats::EngineStats;
 
 use crate::ActorError;
 use crate::config::InFlight;
-use group::{Group, State};
+use group::{Group, Progress, State};
 use pages::PagePool;
+use prefix::PrefixCache;
 use schedule::{Planned, Unit};
 
 /// Bounds of an engine.
@@ -52,6 +57,16 @@ pub struct EngineConfig {
     pub prefill_tokens: usize,
     /// What running samples do when new weights arrive.
     pub in_flight: InFlight,
+    /// Whether computed pages are kept for later prompts that begin alike, as long as there is room.
+    pub prefix_cache: bool,
+    /// Most tokens guessed for a sample in one step; 0 for none.
+    pub draft_tokens: usize,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        crate::ActorConfig::default().engine()
+    }
 }
 
 /// KV pages that `kv_bytes` holds, and those of them that local layers have room for: what all sequences at work can
@@ -87,6 +102,7 @@ pub struct Engine<B: Backend> {
     config: EngineConfig,
     decoder: Arc<dyn TextDecoder>,
     pool: PagePool,
+    cache: PrefixCache,
     /// Keyed by age: the order of `submit`.
     groups: BTreeMap<u64, Group>,
     next_age: u64,
@@ -104,9 +120,11 @@ impl<B: Backend> Engine<B> {
     pub fn new(
         mut backend: B,
         decoder: Arc<dyn TextDecoder>,
-        config: EngineConfig,
+        mut config: EngineConfig,
     ) -> Result<Self, ActorError> {
         let info = backend.info();
+        // Local layers let go of what a sequence's next row does not see: nothing whole is left to others.
+        config.prefix_cache &= info.local.is_none();
         let refuse =
             |key, value: u64, limit: String| Err(ActorError::Config { key, value: value.to_string(), limit });
         if config.max_live == 0 || config.prefill_tokens == 0 {
@@ -130,6 +148,7 @@ impl<B: Backend> Engine<B> {
             config,
             decoder,
             pool: PagePool::new(pages),
+            cache: PrefixCache::default(),
             groups: BTreeMap::new(),
             next_age: 0,
             pending: None,
@@ -215,7 +234,7 @@ impl<B: Backend> Engine<B> {
         std::mem::take(&mut self.retired)
     }
 
-    /// One step: at most one token for every running sample. Returns the samples that ended in it.
+    /// One step: one token for every running sample, more where guesses were right. Returns the samples that ended in it.
     pub fn step(&mut self) -> Vec<Finished> {
         let start = Instant::now();
         self.flip();
@@ -263,10 +282,12 @@ impl<B: Backend> Engine<B> {
     /// Counters since the engine was made, and what it holds now.
     pub fn stats(&self) -> EngineStats {
         let waiting = self.groups.values().map(Group::waiting).sum();
+        let pages_cached = self.cache.idle();
         EngineStats {
             live: self.live(),
             waiting,
-            pages_used: self.pool.total() - self.pool.free(),
+            pages_used: self.pool.total() - self.pool.free() - pages_cached,
+            pages_cached,
             ..self.stats
         }
     }
@@ -285,16 +306,27 @@ impl<B: Backend> Engine<B> {
         let start = Instant::now();
         let info = &self.info;
         self.retired.push(self.backend.swap(weights));
+        self.cache.clear();
         for group in self.groups.values_mut() {
-            if !group.begun {
-                // Nothing drawn: the new weights may as well compute the prompt.
-                group.restart();
-            } else if self.config.in_flight == InFlight::Recompute {
-                group.restart();
-                let shared = group.shared();
-                let running = group.samples.iter_mut().filter(|sample| sample.state == State::Running);
-                running.for_each(|sample| sample.restart(shared, info));
+            let recompute = group.begun && self.config.in_flight == InFlight::Recompute;
+            if group.begun && !recompute {
+                continue;
             }
+            // Pages that others hold too must stay as they are: theirs may be read with the old keys yet.
+            if group.is_entangled() {
+                let running = group.samples.iter_mut().filter(|sample| sample.state == State::Running);
+                running.for_each(|sample| {
+                    sample.preempt();
+                    self.stats.preemptions += 1;
+                });
+                group.release();
+                continue;
+            }
+            // Nothing drawn: the new weights may as well compute the prompt.
+            group.restart();
+            let shared = group.shared();
+            let running = group.samples.iter_mut().filter(|sample| sample.state == State::Running);
+            running.for_each(|sample| sample.restart(shared, info));
         }
         self.stats.record_swap(start.elapsed().as_secs_f64());
     }
@@ -325,9 +357,7 @@ impl<B: Backend> Engine<B> {
                     &sample.pages
                 }
             };
-            if planned.wants_logits {
-                logit_rows.push(tokens.len() - 1);
-            }
+            logit_rows.extend(tokens.len() - planned.logits..tokens.len());
             seqs.push(SeqRows { rows: planned.rows, position: planned.position, pages: pages.indices() });
         }
         self.backend.forget(&self.pool.take_passed());
@@ -349,51 +379,63 @@ impl<B: Backend> Engine<B> {
         let (mut row, mut logit_row) = (0, 0);
         let (mut draws, mut drawers) = (Vec::new(), Vec::new());
         for planned in plan {
-            let experts = &output.experts[row * experts_row..(row + planned.rows) * experts_row];
+            let experts = row * experts_row..(row + planned.rows) * experts_row;
             let group =
                 self.groups.get_mut(&planned.unit.age()).expect("planned groups live until their draws");
             match planned.unit {
                 Unit::Prompt { .. } => {
                     let vocab = self.info.vocab_size;
                     let logits =
-                        planned.wants_logits.then(|| output.logits[logit_row * vocab..][..vocab].to_vec());
-                    self.stats.prompts += u64::from(planned.wants_logits);
-                    group.advance(planned.rows, version, experts, logits);
+                        (planned.logits > 0).then(|| output.logits[logit_row * vocab..][..vocab].to_vec());
+                    self.stats.prompts += u64::from(planned.logits > 0);
+                    group.advance(planned.rows, version, &output.experts[experts], logits);
+                    if group.ready() && self.config.prefix_cache {
+                        group.leave_prompt(&mut self.cache, version);
+                    }
                     group.pass(&self.info);
                 }
                 Unit::Sample { age, index } => {
-                    let prompt_len = group.prompt.len();
-                    group.samples[index].advance(planned.rows, prompt_len, experts);
-                    group.samples[index].pass(&self.info);
-                    if planned.wants_logits {
-                        draws.push(group.draw(&group.samples[index], logit_row));
-                        drawers.push((age, index));
-                    }
+                    let sample = &group.samples[index];
+                    draws.extend((0..planned.logits).map(|i| group.draw(sample, i, logit_row + i)));
+                    drawers.push(Drawer { age, index, draws: planned.logits, rows: planned.rows, experts });
                 }
             }
             row += planned.rows;
-            logit_row += usize::from(planned.wants_logits);
+            logit_row += planned.logits;
         }
         let drawn = self.backend.sample(&output.logits, &draws);
-        self.push_drawn(&drawers, &drawn, version);
+        self.push_drawn(&drawers, &drawn, &output.experts, version);
     }
 
     /// Adds drawn tokens to their samples (in plan order: by age, then by index) and takes out those that ended.
-    fn push_drawn(&mut self, drawers: &[(u64, usize)], drawn: &[Drawn], version: PolicyVersion) {
-        assert_eq!(drawers.len(), drawn.len(), "one token for every draw");
-        self.stats.tokens += drawn.len() as u64;
+    fn push_drawn(&mut self, drawers: &[Drawer], drawn: &[Drawn], experts: &[u16], version: PolicyVersion) {
         let mut over = Vec::new();
-        for (&(age, index), &token) in drawers.iter().zip(drawn) {
-            let group = self.groups.get_mut(&age).expect("a drawing group is there");
-            if let Some((reason, text)) = group.push(index, token, version, &*self.decoder) {
-                over.push((age, index, reason, text));
+        let mut left = drawn;
+        for drawer in drawers {
+            let (drawn, rest) = left.split_at(drawer.draws);
+            left = rest;
+            let group = self.groups.get_mut(&drawer.age).expect("a drawing group is there");
+            let experts = &experts[drawer.experts.clone()];
+            let guessed = group.samples[drawer.index].draft.len();
+            let progress = Progress { drawn, version, rows: drawer.rows, experts };
+            let (tokens, ended) = group.take_in(drawer.index, &progress, &*self.decoder);
+            group.samples[drawer.index].pass(&self.info);
+            self.stats.tokens += tokens as u64;
+            self.stats.drafted += guessed as u64;
+            self.stats.draft_hits += tokens.saturating_sub(1) as u64;
+            if let Some((reason, text)) = ended {
+                over.push((drawer.age, drawer.index, reason, text));
             }
         }
+        assert!(left.is_empty(), "one token for every draw");
         // Highest index first, so that indices still to come stay right.
         over.sort_by_key(|&(age, index, ..)| std::cmp::Reverse((age, index)));
         let from = self.finished.len();
         for (age, index, reason, text) in over {
             let group = self.groups.get_mut(&age).expect("a finishing group is there");
+            if self.config.prefix_cache {
+                group.leave_sample(index, &mut self.cache, version);
+            }
             self.finished.push(group.finish(index, reason, text, &self.info, &*self.decoder));
             if group.samples.is_empty() {
                 self.groups.remove(&age);
@@ -401,4 +443,14 @@ impl<B: Backend> Engine<B> {
         }
         self.finished[from..].reverse();
     }
+}
+
+/// A sample of a step: its draws, and the rows they came of.
+struct Drawer {
+    age: u64,
+    index: usize,
+    draws: usize,
+    rows: usize,
+    /// Where the rows' expert ids are.
+    experts: Range<usize>,
 }

@@ -94,6 +94,13 @@ impl Page {
     }
 }
 
+impl Page {
+    /// How many hold it.
+    pub(crate) fn holders(&self) -> usize {
+        Arc::strong_count(&self.0)
+    }
+}
+
 impl Drop for Held {
     fn drop(&mut self) {
         lock(&self.lists).free.push(self.index);
@@ -134,6 +141,10 @@ impl PageTable {
 
     pub(crate) fn len(&self) -> usize {
         self.pages.len()
+    }
+
+    pub(crate) fn pages(&self) -> &[Page] {
+        &self.pages
     }
 
     /// The first `pages` pages, shared.

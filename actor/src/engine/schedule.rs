@@ -3,9 +3,10 @@
 //! Age decides everything. Groups are admitted in the order of `submit`; when pages run out the youngest gives its own
 //! away and is computed again later, so that the oldest always goes on and every request ends.
 
-use super::Engine;
 use super::backend::Backend;
 use super::group::{Group, State};
+use super::prefix::Prefix;
+use super::{Drawer, Engine};
 
 /// A sequence with pages: the prompt of a group, or one of its samples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,8 +24,8 @@ pub(super) struct Planned {
     /// Position of the first row.
     pub(super) position: usize,
     pub(super) rows: usize,
-    /// Whether the last row's logits are wanted.
-    pub(super) wants_logits: bool,
+    /// How many of its last rows' logits are wanted.
+    pub(super) logits: usize,
 }
 
 impl Unit {
@@ -66,14 +67,23 @@ impl<B: Backend> Engine<B> {
         }
     }
 
-    /// Gives the prompt of group `age` its pages, if there are enough.
+    /// Gives the prompt of group `age` its pages, if there are enough: those that an earlier sequence left, and more.
     fn place_prompt(&mut self, age: u64) -> bool {
-        let pages = self.groups[&age].target_pages();
-        if !self.reserve(pages, age) {
+        let group = &self.groups[&age];
+        let prefix = match self.config.prefix_cache {
+            true => self.cache.find(group.reusable(), self.info.page_tokens),
+            false => Prefix::default(),
+        };
+        let (pages, found) = (group.target_pages(), prefix.pages.len());
+        if !self.reserve(pages - found, age) {
             return false;
         }
-        let group = self.groups.get_mut(&age).expect("a group being admitted is there");
-        group.pages.grow(&self.pool, pages);
+        self.stats.prefix_tokens += (found * self.info.page_tokens) as u64;
+        let version = self.backend.version();
+        self.groups
+            .get_mut(&age)
+            .expect("a group being admitted is there")
+            .place(prefix, &self.pool, version);
         true
     }
 
@@ -94,8 +104,8 @@ impl<B: Backend> Engine<B> {
             }
             let group = self.groups.get_mut(&age).expect("a group being started is there");
             if group.samples[index].state == State::Unstarted {
-                draws.push(group.draw(&group.samples[index], 0));
-                drawers.push((age, index));
+                draws.push(group.draw(&group.samples[index], 0, 0));
+                drawers.push(Drawer { age, index, draws: 1, rows: 0, experts: 0..0 });
             }
             if let Some((from, to)) = group.start(index, &self.pool) {
                 self.backend.copy_page(from, to);
@@ -108,7 +118,7 @@ impl<B: Backend> Engine<B> {
                 group.logits.as_ref().expect("a ready prompt keeps its logits for unstarted samples");
             let (drawn, version) = (self.backend.sample(row, &draws), *version);
             group.trim();
-            self.push_drawn(&drawers, &drawn, version);
+            self.push_drawn(&drawers, &drawn, &[], version);
         }
         slots
     }
@@ -117,7 +127,7 @@ impl<B: Backend> Engine<B> {
     /// else is under way, whoever is next gets what it needs from those that only wait.
     fn reserve(&mut self, pages: usize, age: u64) -> bool {
         let live = self.live();
-        if self.pool.free() >= pages + live {
+        if self.has_room(pages + live) {
             return true;
         }
         if live > 0 || self.groups.values().any(Group::prefilling) {
@@ -125,25 +135,35 @@ impl<B: Backend> Engine<B> {
         }
         let others: Vec<u64> = self.groups.keys().rev().copied().filter(|&other| other != age).collect();
         for other in others {
-            if self.pool.free() >= pages {
+            if self.has_room(pages) {
                 break;
             }
             self.groups.get_mut(&other).expect("listed above").release();
         }
-        assert!(self.pool.free() >= pages, "submit refuses what all pages together cannot hold");
+        assert!(self.has_room(pages), "submit refuses what all pages together cannot hold");
         true
     }
 
-    /// The rows of the coming step: one for every running sample that has all but its last token computed, then
-    /// chunks of prompts and of what must be computed again.
+    /// Whether `pages` are free, or can be without taking any from a sequence.
+    fn has_room(&mut self, pages: usize) -> bool {
+        self.pool.free() >= pages || self.cache.make_room(&self.pool, pages)
+    }
+
+    /// The rows of the coming step: one for every running sample that has all but its last token computed, and guesses
+    /// after it where rows cost little; then chunks of prompts and of what must be computed again.
     pub(super) fn plan(&mut self) -> Vec<Planned> {
         let mut plan = Vec::new();
         let ages: Vec<u64> = self.groups.keys().copied().collect();
+        let mut decoding = Vec::new();
         for &age in &ages {
-            for index in 0..self.groups[&age].samples.len() {
-                if self.uncomputed(age, index) == 1 {
-                    self.plan_sample(&mut plan, age, index, 1);
-                }
+            let ready = (0..self.groups[&age].samples.len()).filter(|&i| self.uncomputed(age, i) == 1);
+            decoding.extend(ready.map(|index| (age, index)));
+        }
+        let mut spare = self.info.cheap_rows.saturating_sub(decoding.len());
+        for (age, index) in decoding {
+            // Whoever is older may have taken this one's pages.
+            if self.uncomputed(age, index) == 1 && self.plan_sample(&mut plan, age, index, 1) {
+                spare -= self.plan_guesses(&mut plan, age, index, spare);
             }
         }
         let mut budget = self.config.prefill_tokens;
@@ -184,7 +204,8 @@ impl<B: Backend> Engine<B> {
             return 0;
         }
         let wants_logits = group.computed + rows == group.prompt.len() && group.any(State::Unstarted);
-        plan.push(Planned { unit: Unit::Prompt { age }, position: group.computed, rows, wants_logits });
+        let logits = usize::from(wants_logits);
+        plan.push(Planned { unit: Unit::Prompt { age }, position: group.computed, rows, logits });
         rows
     }
 
@@ -200,14 +221,38 @@ impl<B: Backend> Engine<B> {
         }
         let sample = &mut self.groups.get_mut(&age).expect("a planned group is there").samples[index];
         sample.pages.grow(&self.pool, pages);
-        let wants_logits = position + rows == known;
-        plan.push(Planned { unit: Unit::Sample { age, index }, position, rows, wants_logits });
+        let logits = usize::from(position + rows == known);
+        plan.push(Planned { unit: Unit::Sample { age, index }, position, rows, logits });
         true
+    }
+
+    /// Adds at most `most` guesses to the row just planned for a sample, as far as there are pages that nobody waits for.
+    /// Returns how many.
+    fn plan_guesses(&mut self, plan: &mut [Planned], age: u64, index: usize, most: usize) -> usize {
+        let most = most.min(self.config.draft_tokens);
+        if most == 0 {
+            return 0;
+        }
+        let group = self.groups.get_mut(&age).expect("a planned group is there");
+        group.guess(index, most);
+        let sample = &group.samples[index];
+        let guesses = sample.draft.len();
+        let pages = (group.known(sample) + guesses).div_ceil(self.info.page_tokens);
+        let more = pages.saturating_sub(sample.pages.len());
+        if more > 0 && !self.has_room(more + self.live()) {
+            self.groups.get_mut(&age).expect("as above").samples[index].draft.clear();
+            return 0;
+        }
+        self.groups.get_mut(&age).expect("as above").samples[index].pages.grow(&self.pool, pages);
+        let planned = plan.last_mut().expect("its row was just planned");
+        planned.rows += guesses;
+        planned.logits += guesses;
+        guesses
     }
 
     /// Frees pages for sample `(age, index)` by taking those of everyone younger, youngest first.
     fn make_room(&mut self, pages: usize, age: u64, index: usize) -> bool {
-        while self.pool.free() < pages {
+        while !self.has_room(pages) {
             let youngest = self.groups.range(age..).rev().find_map(|(&victim_age, group)| {
                 let younger =
                     |&i: &usize| group.samples[i].state == State::Running && (victim_age, i) > (age, index);

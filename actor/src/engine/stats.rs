@@ -11,6 +11,12 @@ pub struct EngineStats {
     pub rows: u64,
     /// Prompts prefilled to their end.
     pub prompts: u64,
+    /// Prompt tokens whose keys and values an earlier sequence had left.
+    pub prefix_tokens: u64,
+    /// Tokens guessed.
+    pub drafted: u64,
+    /// Guessed tokens that were drawn.
+    pub draft_hits: u64,
     /// Samples that gave their pages away and were computed again later.
     pub preemptions: u64,
     /// Weight swaps.
@@ -29,8 +35,10 @@ pub struct EngineStats {
     pub waiting: usize,
     /// Slots: the most samples the batch can hold.
     pub slots: usize,
-    /// KV pages in use.
+    /// KV pages that sequences use.
     pub pages_used: usize,
+    /// KV pages kept for sequences to come.
+    pub pages_cached: usize,
     /// KV pages in all.
     pub pages: usize,
 }

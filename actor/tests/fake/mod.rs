@@ -86,6 +86,7 @@ impl Backend for FakeBackend {
             page_bytes: 100,
             // Its memory is not counted here: pages are what a test asks for.
             local: Some(LocalLayers { mask: MASK, page_bytes: 0 }),
+            cheap_rows: 16,
             images: false,
         }
     }

@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use freewheel_actor::{EngineConfig, Finished, InFlight, Request, SampleSpec, StopSpec};
+use freewheel_actor::{EngineConfig, Finished, Request, SampleSpec, StopSpec};
 use freewheel_model::vision::EncodedPrompt;
 use freewheel_model::{LoadedModel, RenderOptions};
 use freewheel_types::{MAX_GROUP_SIZE, PromptBody, TaskId};
@@ -112,8 +112,7 @@ impl GenerateArgs {
         let config = EngineConfig {
             max_live: self.batch as usize,
             kv_bytes: self.kv_mib << 20,
-            prefill_tokens: 512,
-            in_flight: InFlight::Keep,
+            ..EngineConfig::default()
         };
         let mut engine = crate::policy::engine(&loaded, &self.model.threads(), config)?;
         let eos = if self.ignore_eos { Vec::new() } else { loaded.generation.eos_ids.clone() };
