@@ -151,7 +151,7 @@ impl Task<'_> {
             return self.no_inner(rows, panels);
         }
         quant::in_full(self.w, panels, &mut |w, panels, first| {
-            Task { w, out: &self.out.from_panel(first), ..*self }.run_in_full(rows.clone(), panels);
+            Task { w, out: &self.out.starting_at(first), ..*self }.run_in_full(rows.clone(), panels);
         });
     }
 

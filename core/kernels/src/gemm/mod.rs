@@ -119,7 +119,7 @@ fn product(threads: &Threads, x: &[f32], m: usize, w: &PackedMatrix, out: &mut [
         (Precision::F32, _) => {
             split(threads, m, n, k, &|rows, panels| {
                 quant::in_full(w, panels, &mut |w, panels, first| {
-                    f32::block(x, rows.clone(), w, panels, &out.from_panel(first));
+                    f32::block(x, rows.clone(), w, panels, &out.starting_at(first));
                 });
             });
         }
@@ -128,7 +128,7 @@ fn product(threads: &Threads, x: &[f32], m: usize, w: &PackedMatrix, out: &mut [
         (Precision::Bf16, _) => bf16::with_rounded(threads, x, m, k, |x| {
             split(threads, m, n, k, &|rows, panels| {
                 quant::in_full(w, panels, &mut |w, panels, first| {
-                    bf16::block(x, rows.clone(), w, panels, &out.from_panel(first));
+                    bf16::block(x, rows.clone(), w, panels, &out.starting_at(first));
                 });
             });
         }),

@@ -38,7 +38,7 @@ pub enum CodeBits {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Quantisation {
     bits: CodeBits,
-    group: usize,
+    group: u16,
 }
 
 /// Values of k that share a line of codes, whatever the group: the codes of one tile.
@@ -56,10 +56,10 @@ impl Quantisation {
     /// Codes of `bits` bits, a scale for every `group` neighbours along k.
     ///
     /// # Panics
-    /// If `group` is no positive multiple of 32.
+    /// If `group` is no positive multiple of 32, or above 32,768.
     pub fn new(bits: CodeBits, group: usize) -> Self {
         assert!(group > 0 && group.is_multiple_of(TILE_K), "groups are multiples of {TILE_K}, not {group}");
-        Self { bits, group }
+        Self { bits, group: u16::try_from(group).expect("a group has at most 32768 weights") }
     }
 
     /// Bits of a code.
@@ -69,7 +69,7 @@ impl Quantisation {
 
     /// Weights that share a scale.
     pub fn group(self) -> usize {
-        self.group
+        usize::from(self.group)
     }
 
     /// Bytes of a weight with its share of a scale.
@@ -78,7 +78,7 @@ impl Quantisation {
             CodeBits::Eight => 1.0,
             CodeBits::Four => 0.5,
         };
-        code + 2.0 / self.group as f64
+        code + 2.0 / f64::from(self.group)
     }
 
     /// Largest code.
@@ -107,7 +107,7 @@ impl Quantisation {
 
     /// Lines of scales of a panel over k.
     fn scale_lines(self, k: usize) -> usize {
-        (k.div_ceil(self.group) * LANES).div_ceil(SCALES_PER_LINE)
+        (k.div_ceil(self.group()) * LANES).div_ceil(SCALES_PER_LINE)
     }
 
     /// Lines of a panel over k: its scales, then its codes tile by tile.
@@ -132,10 +132,10 @@ impl Quantisation {
         let source = Source { w, n, k, transposed };
         let base = SharedMut::new(out);
         threads.for_each_chunk(n.div_ceil(LANES), (1 << 16) / (LANES * k.max(1)) + 1, &|panels| {
-            let mut values = vec![[0.0; LANES]; self.group];
+            let mut values = vec![[0.0; LANES]; self.group()];
             for panel in panels {
-                for start in (0..k).step_by(self.group) {
-                    let values = &mut values[..self.group.min(k - start)];
+                for start in (0..k).step_by(self.group()) {
+                    let values = &mut values[..self.group().min(k - start)];
                     source.gather(panel, start, values);
                     let scale = self.encode(values);
                     values.iter_mut().for_each(|column| multiply(column, &scale));
@@ -278,13 +278,13 @@ impl PackedMatrix {
         assert_eq!(w.len(), n * k, "packing: w is [n,k] = [{n},{k}]");
         let source = Source { w, n, k, transposed };
         threads.for_each_row_chunk(&mut self.lines, lines.max(1), 4096 / lines.max(1) + 1, |first, block| {
-            let mut values = vec![[0.0; LANES]; quantisation.group];
+            let mut values = vec![[0.0; LANES]; quantisation.group()];
             for (i, panel) in block.chunks_exact_mut(lines).enumerate() {
                 let (scales, codes) = panel.split_at_mut(quantisation.scale_lines(k));
                 let scales: &mut [[u16; LANES]] = bytemuck::cast_slice_mut(scales);
                 let mut tiles = codes.chunks_exact_mut(quantisation.code_lines());
-                for (group, start) in (0..k).step_by(quantisation.group).enumerate() {
-                    let len = quantisation.group.min(k - start);
+                for (group, start) in (0..k).step_by(quantisation.group()).enumerate() {
+                    let len = quantisation.group().min(k - start);
                     source.gather(first + i, start, &mut values[..len]);
                     let scale = quantisation.encode(&mut values[..len]);
                     scales[group] = scale.map(|scale| (scale.to_bits() >> 16) as u16);
@@ -312,7 +312,7 @@ impl PackedMatrix {
         for (panel, out) in panels.zip(self.lines.chunks_exact_mut(lines.max(1))) {
             let (scales, codes) = of.panel(panel).split_at(quantisation.scale_lines(of.k));
             let scales: &[[u16; LANES]] = bytemuck::cast_slice(scales);
-            let tiles_per_group = quantisation.group / TILE_K;
+            let tiles_per_group = quantisation.group() / TILE_K;
             match (quantisation.bits, of.precision()) {
                 (CodeBits::Eight, Precision::Bf16) => unfold_8_bf16(scales, codes, tiles_per_group, out),
                 (CodeBits::Four, Precision::Bf16) => unfold_4_bf16(scales, codes, tiles_per_group, out),

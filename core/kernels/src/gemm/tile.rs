@@ -29,7 +29,7 @@ impl Output {
     }
 
     /// The same matrix for a kernel whose panel 0 is `first_panel`.
-    pub(super) fn from_panel(self, first_panel: usize) -> Self {
+    pub(super) fn starting_at(self, first_panel: usize) -> Self {
         Self { first_panel, ..self }
     }
 
