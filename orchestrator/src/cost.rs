@@ -53,13 +53,18 @@ impl Cost {
             FfnSpec::Moe(moe) => Some(moe.top_k as f64 / moe.experts as f64),
             FfnSpec::Dense { .. } => None,
         });
+        let most_experts = spec.layers.iter().map(|(_, ffn)| match ffn {
+            FfnSpec::Moe(moe) => moe.experts,
+            FfnSpec::Dense { .. } => 0,
+        });
+        let expert_id = if most_experts.max().unwrap_or(0) <= 256 { 1 } else { 2 };
         let saved = spec.layers.iter().map(|(attention, ffn)| saved_values(attention, ffn, spec.hidden));
         // While a layer is computed, forward or backward, its inputs and gradients are about as large as what it keeps.
         let values = saved.clone().sum::<usize>() + 2 * saved.max().unwrap_or(0) + 2 * spec.hidden;
         Self {
             activation_bytes: 4 * values as u64,
             logits_bytes: 4 * spec.vocab_size as u64,
-            rollout_bytes: 8 + 2 * (spec.moe_layers() * spec.top_k()) as u64,
+            rollout_bytes: 8 + expert_id * (spec.moe_layers() * spec.top_k()) as u64,
             parameters: layout.total as u64,
             dense: layout.total as u64 - experts - looked_up,
             experts,

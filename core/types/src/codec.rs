@@ -5,6 +5,9 @@
 //! │magic FWRL\r\n│ schema │ kind │ prompt len│ output len  │ expert ids│ meta len  │ body … │ crc32c
 //! ```
 //!
+//! Expert ids, which are most of a rollout of a mixture of experts, take a byte each where all are below 256 (the top bit
+//! of the kind says so), else two.
+//!
 //! The length of the whole is implied by the header and must equal the bytes received;
 //! no length inside is trusted beyond that. Little-endian throughout.
 
@@ -21,6 +24,8 @@ pub const MAX_ENVELOPE_BYTES: usize = 16 << 20;
 pub const SCHEMA_VERSION: u16 = 1;
 
 const MAGIC: [u8; 8] = *b"FWRL\r\n\x1a\n";
+/// In the kind's place: expert ids take one byte each.
+const NARROW_EXPERTS: u16 = 1 << 15;
 const HEADER: usize = 28;
 const TRAILER: usize = 4;
 
@@ -161,7 +166,10 @@ fn seal(
     experts: &[u16],
     meta: &[u8],
 ) -> Result<Vec<u8>, TypesError> {
-    let len = envelope_len(prompt_ids.len(), output_ids.len(), experts.len(), meta.len());
+    let narrow = !experts.is_empty() && experts.iter().all(|&id| id < 256);
+    let width = if narrow { 1 } else { 2 };
+    let len =
+        envelope_len(prompt_ids.len(), output_ids.len(), experts.len().saturating_mul(width), meta.len());
     if len > MAX_ENVELOPE_BYTES {
         return Err(TypesError::OutOfRange {
             field: "envelope bytes",
@@ -173,13 +181,16 @@ fn seal(
     let mut bytes = Vec::with_capacity(len);
     bytes.extend(MAGIC);
     bytes.extend(SCHEMA_VERSION.to_le_bytes());
-    bytes.extend((kind as u16).to_le_bytes());
+    bytes.extend((kind as u16 | if narrow { NARROW_EXPERTS } else { 0 }).to_le_bytes());
     for n in [prompt_ids.len(), output_ids.len(), experts.len(), meta.len()] {
         bytes.extend((n as u32).to_le_bytes());
     }
     prompt_ids.iter().chain(output_ids).for_each(|id| bytes.extend(id.to_le_bytes()));
     logprobs.iter().for_each(|x| bytes.extend(x.to_le_bytes()));
-    experts.iter().for_each(|id| bytes.extend(id.to_le_bytes()));
+    match narrow {
+        true => bytes.extend(experts.iter().map(|&id| id as u8)),
+        false => experts.iter().for_each(|id| bytes.extend(id.to_le_bytes())),
+    }
     bytes.extend(meta);
     bytes.extend(crc32c::crc32c(&bytes).to_le_bytes());
     Ok(bytes)
@@ -206,11 +217,13 @@ fn open(kind: Kind, bytes: &[u8]) -> Result<Parts<'_>, TypesError> {
     if u16_at(8) != SCHEMA_VERSION {
         return bad(format!("schema version {}, this build speaks {SCHEMA_VERSION}", u16_at(8)));
     }
-    if u16_at(10) != kind as u16 {
-        return bad(format!("kind {}, expected {kind:?}", u16_at(10)));
+    let (received, narrow) = (u16_at(10) & !NARROW_EXPERTS, u16_at(10) & NARROW_EXPERTS != 0);
+    if received != kind as u16 {
+        return bad(format!("kind {received}, expected {kind:?}"));
     }
     let (prompt, output, experts, meta) = (u32_at(12), u32_at(16), u32_at(20), u32_at(24));
-    let len = envelope_len(prompt, output, experts, meta);
+    let expert_bytes = experts.saturating_mul(if narrow { 1 } else { 2 });
+    let len = envelope_len(prompt, output, expert_bytes, meta);
     if len != bytes.len() {
         return bad(format!("header describes {len} bytes, {} received", bytes.len()));
     }
@@ -220,14 +233,17 @@ fn open(kind: Kind, bytes: &[u8]) -> Result<Parts<'_>, TypesError> {
     }
     let (ids, rest) = body[HEADER..].split_at((prompt + output) * 4);
     let (logprobs, rest) = rest.split_at(output * 4);
-    let (expert_bytes, meta) = rest.split_at(experts * 2);
+    let (experts, meta) = rest.split_at(expert_bytes);
     let mut ids: Vec<u32> = words(ids).map(u32::from_le_bytes).collect();
     let output_ids = ids.split_off(prompt);
     Ok(Parts {
         prompt_ids: ids,
         output_ids,
         logprobs: words(logprobs).map(f32::from_le_bytes).collect(),
-        experts: expert_bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect(),
+        experts: match narrow {
+            true => experts.iter().map(|&id| u16::from(id)).collect(),
+            false => experts.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect(),
+        },
         meta,
     })
 }
@@ -237,11 +253,11 @@ fn words(bytes: &[u8]) -> impl Iterator<Item = [u8; 4]> + '_ {
 }
 
 /// Saturating, so that no header can make it wrap.
-fn envelope_len(prompt: usize, output: usize, experts: usize, meta: usize) -> usize {
+fn envelope_len(prompt: usize, output: usize, expert_bytes: usize, meta: usize) -> usize {
     (HEADER + TRAILER)
         .saturating_add(prompt.saturating_mul(4))
         .saturating_add(output.saturating_mul(8))
-        .saturating_add(experts.saturating_mul(2))
+        .saturating_add(expert_bytes)
         .saturating_add(meta)
 }
 
@@ -298,7 +314,10 @@ mod tests {
         fn what_is_encoded_comes_back(
             prompt_ids in prop::collection::vec(any::<u32>(), 0..40),
             output in prop::collection::vec((any::<u32>(), -50f32..0.0), 0..40),
-            experts in prop::collection::vec(any::<u16>(), 0..40),
+            experts in prop_oneof![
+                prop::collection::vec(any::<u16>(), 0..40),
+                prop::collection::vec(0..256u16, 0..40),
+            ],
             text in ".{0,40}",
         ) {
             let scored = sample(prompt_ids, output, experts, text);
@@ -319,6 +338,16 @@ mod tests {
             prop_assert!(decode_scored(&bytes).is_err());
             prop_assert!(decode_task(&bytes).is_err());
         }
+    }
+
+    #[test]
+    fn expert_ids_take_a_byte_where_they_fit_one() {
+        let len = |experts: Vec<u16>| {
+            encode_scored(&sample(vec![1], vec![(2, -1.0)], experts, "x".into())).unwrap().len()
+        };
+        let none = len(vec![]);
+        assert_eq!(len(vec![0, 255, 7]), none + 3);
+        assert_eq!(len(vec![0, 256, 7]), none + 6);
     }
 
     #[test]

@@ -20,7 +20,7 @@
 use super::PackedMatrix;
 use super::pack::{Element, Line, Precision};
 use crate::Threads;
-use crate::simd::{LANES, simd};
+use crate::simd::{LANES, Lanes, simd};
 use crate::threads::SharedMut;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -138,16 +138,8 @@ impl Quantisation {
                     let values = &mut values[..self.group().min(k - start)];
                     source.gather(panel, start, values);
                     let scale = self.encode(values);
-                    values.iter_mut().for_each(|column| multiply(column, &scale));
-                    for (i, column) in values.iter().enumerate() {
-                        for (c, &value) in column.iter().enumerate().take(n - panel * LANES) {
-                            let (row, at) = (panel * LANES + c, start + i);
-                            let index = if transposed { at * n + row } else { row * k + at };
-                            // SAFETY: each panel's rows belong to one thread; the vector outlives the call.
-                            let place = unsafe { base.slice(index, 1) };
-                            place[0] = value;
-                        }
-                    }
+                    decode_group(values, &scale);
+                    source.scatter(panel, start, values, &base);
                 }
             }
         });
@@ -209,46 +201,62 @@ impl<E: Weight> Source<'_, E> {
             }
         }
     }
+
+    /// The way back: writes `values` where [`gather`](Self::gather) reads them, in a matrix of the same order.
+    fn scatter(&self, panel: usize, start: usize, values: &[Column], out: &SharedMut<f32>) {
+        let (n, k, first) = (self.n, self.k, panel * LANES);
+        let width = LANES.min(n - first);
+        if self.transposed {
+            for (i, column) in values.iter().enumerate() {
+                // SAFETY: the rows of a panel belong to one thread; the matrix outlives the call.
+                let row = unsafe { out.slice((start + i) * n + first, width) };
+                row.copy_from_slice(&column[..width]);
+            }
+        } else {
+            for c in 0..width {
+                // SAFETY: as above.
+                let row = unsafe { out.slice((first + c) * k + start, values.len()) };
+                row.iter_mut().zip(values).for_each(|(out, column)| *out = column[c]);
+            }
+        }
+    }
 }
 
 simd! {
     /// Replaces `values`, a group of sixteen rows, by their codes and gives their scales.
     fn encode_group<S>(values: &mut [Column], limit: f32, mask: u32, scale: &mut Column) {
-        let mut size = [0.0f32; LANES];
-        let mut odd = [0.0f32; LANES];
+        let zero = S::splat(0.0);
+        let (mut size, mut odd) = (zero, zero);
         for column in values.iter() {
-            for c in 0..LANES {
-                let value = column[c].abs();
-                size[c] = if value > size[c] { value } else { size[c] };
-                // Zero while everything is finite, else NaN.
-                odd[c] += column[c] * 0.0;
-            }
+            let value = S::load(column);
+            size = value.max(zero.sub(value)).max(size);
+            // Zero while everything is finite, else NaN.
+            odd = value.fma(zero, odd);
         }
+        let (size, odd) = (size.to_array(), odd.to_array());
         for c in 0..LANES {
             let up = f32::from_bits(((size[c] / limit).to_bits() + mask) & !mask);
             let up = if size[c] < LEAST { 0.0 } else { up };
             scale[c] = if odd[c] == 0.0 { up } else { f32::NAN };
         }
         // Adding and taking away 1.5·2^23 rounds what is below 2^22 to the nearest even whole number.
-        const WHOLE: f32 = 12_582_912.0;
+        let whole = S::splat(12_582_912.0);
+        let (least, most, scale) = (S::splat(-limit), S::splat(limit), S::load(scale));
         for column in values.iter_mut() {
-            for c in 0..LANES {
-                let code = column[c] / scale[c];
-                let code = if code < limit { code } else { limit };
-                let code = if code > -limit { code } else { -limit };
-                let code = (code + WHOLE) - WHOLE;
-                column[c] = if scale[c] > 0.0 { code } else { 0.0 };
-            }
+            let code = S::load(column).div(scale).min(most).max(least).add(whole).sub(whole);
+            zero.select_lt(scale, code, zero).store(column);
         }
     }
 }
 
-/// `column · scale`, lane by lane: exact.
-#[inline(always)]
-fn multiply(column: &mut Column, scale: &Column) {
-    for (value, scale) in column.iter_mut().zip(scale) {
-        // Whole numbers first, as unfolding has them: a code of −0 is 0.
-        *value = (*value as i32) as f32 * scale;
+simd! {
+    /// Replaces the codes of sixteen rows by the weights they stand for; exact.
+    fn decode_group<S>(values: &mut [Column], scale: &Column) {
+        let scale = S::load(scale);
+        for column in values {
+            // A code of −0 is 0, as it is once stored.
+            S::load(column).add(S::splat(0.0)).mul(scale).store(column);
+        }
     }
 }
 
@@ -371,27 +379,21 @@ fn write_codes(bits: CodeBits, columns: &[Column; TILE_K], lines: &mut [Line]) {
     }
 }
 
-/// Defines a function that writes a panel in full precision; `$codes` bytes a pair of k, `$pair` makes its two codes of
-/// column c, `$line` puts the two products where they belong.
+/// Defines a function that writes a panel in full precision: `$codes` bytes hold a pair of k, of which `$pair` makes the
+/// even and odd lanes; `$put` writes their products to the pair's `$lines` lines.
 macro_rules! unfold {
-    ($name:ident, $codes:expr, $pair:expr, $lines:expr, $put:expr) => {
+    ($name:ident, $codes:expr, $pair:ident, $lines:expr, $put:ident) => {
         simd! {
             fn $name<S>(scales: &[[u16; LANES]], tiles: &[Line], tiles_per_group: usize, out: &mut [Line]) {
                 let code_lines = TILE_LINES * $codes / size_of::<Line>();
                 let groups = tiles.chunks(code_lines * tiles_per_group);
                 let outs = out.chunks_mut($lines * TILE_LINES * tiles_per_group);
                 for ((scale, codes), out) in scales.iter().zip(groups).zip(outs) {
-                    let scale = scale.map(|bits| f32::from_bits(u32::from(bits) << 16));
+                    let scale = S::from_bf16(scale);
                     let codes = bytemuck::cast_slice::<Line, [u8; $codes]>(codes);
                     for (codes, out) in codes.iter().zip(out.chunks_mut($lines)) {
-                        let mut even = [0.0f32; LANES];
-                        let mut odd = [0.0f32; LANES];
-                        for c in 0..LANES {
-                            let (low, high): (i32, i32) = $pair(codes, c);
-                            even[c] = low as f32 * scale[c];
-                            odd[c] = high as f32 * scale[c];
-                        }
-                        $put(&even, &odd, out);
+                        let (even, odd) = $pair::<S>(codes);
+                        $put(even.mul(scale), odd.mul(scale), out);
                     }
                 }
             }
@@ -400,28 +402,26 @@ macro_rules! unfold {
 }
 
 #[inline(always)]
-fn codes_8(codes: &[u8; 2 * LANES], c: usize) -> (i32, i32) {
-    (i32::from(codes[c] as i8), i32::from(codes[LANES + c] as i8))
+fn codes_8<S: Lanes>(codes: &[u8; 2 * LANES]) -> (S, S) {
+    let [even, odd] = bytemuck::cast_ref::<_, [[u8; LANES]; 2]>(codes);
+    (S::from_i8(even), S::from_i8(odd))
 }
 
 #[inline(always)]
-fn codes_4(codes: &[u8; LANES], c: usize) -> (i32, i32) {
-    let code = i32::from(codes[c] as i8);
-    (code << 28 >> 28, code >> 4)
+fn codes_4<S: Lanes>(codes: &[u8; LANES]) -> (S, S) {
+    S::from_i4(codes)
 }
 
-/// The products are bf16 exactly: their low halves are zero, whatever is not NaN.
+/// The products are bf16 exactly: nothing but zeros is cut off.
 #[inline(always)]
-fn put_bf16(even: &Column, odd: &Column, out: &mut [Line]) {
-    for c in 0..LANES {
-        out[0].0[c] = even[c].to_bits() >> 16 | (odd[c].to_bits() & 0xffff_0000);
-    }
+fn put_bf16<S: Lanes>(even: S, odd: S, out: &mut [Line]) {
+    S::store_bf16_pairs(even, odd, &mut out[0].0);
 }
 
 #[inline(always)]
-fn put_f32(even: &Column, odd: &Column, out: &mut [Line]) {
-    for (line, column) in out.iter_mut().zip([even, odd]) {
-        line.0 = column.map(f32::to_bits);
+fn put_f32<S: Lanes>(even: S, odd: S, out: &mut [Line]) {
+    for (line, product) in out.iter_mut().zip([even, odd]) {
+        product.store(bytemuck::cast_mut(&mut line.0));
     }
 }
 

@@ -46,6 +46,19 @@ unsafe fn flush(x: __m256) -> __m256 {
     }
 }
 
+/// Sixteen signed bytes as 32-bit numbers.
+///
+/// # Safety
+/// The processor must have AVX2.
+#[inline(always)]
+unsafe fn widen_i8(codes: &[u8; LANES]) -> (__m256i, __m256i) {
+    // SAFETY: the caller promises AVX2; sixteen bytes are there to be read.
+    unsafe {
+        let bytes = _mm_loadu_si128(codes.as_ptr().cast());
+        (_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes)))
+    }
+}
+
 /// The last three steps of the tree of [`Lanes::sum`].
 ///
 /// # Safety
@@ -178,6 +191,51 @@ impl Lanes for Avx2 {
                 _mm256_castsi256_ps(_mm256_and_si256(low, mask)),
                 _mm256_castsi256_ps(_mm256_and_si256(high, mask)),
             )
+        }
+    }
+
+    #[inline(always)]
+    fn from_bf16(bits: &[u16; LANES]) -> Self {
+        unsafe {
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(bits.as_ptr().cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(bits[8..].as_ptr().cast()));
+            let (low, high) = (_mm256_slli_epi32::<16>(low), _mm256_slli_epi32::<16>(high));
+            Avx2(_mm256_castsi256_ps(low), _mm256_castsi256_ps(high))
+        }
+    }
+
+    #[inline(always)]
+    fn from_i8(codes: &[u8; LANES]) -> Self {
+        unsafe {
+            let (low, high) = widen_i8(codes);
+            Avx2(_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high))
+        }
+    }
+
+    #[inline(always)]
+    fn from_i4(codes: &[u8; LANES]) -> (Self, Self) {
+        unsafe {
+            let (a, b) = widen_i8(codes);
+            let low_a = _mm256_srai_epi32::<28>(_mm256_slli_epi32::<28>(a));
+            let low_b = _mm256_srai_epi32::<28>(_mm256_slli_epi32::<28>(b));
+            let (high_a, high_b) = (_mm256_srai_epi32::<4>(a), _mm256_srai_epi32::<4>(b));
+            (
+                Avx2(_mm256_cvtepi32_ps(low_a), _mm256_cvtepi32_ps(low_b)),
+                Avx2(_mm256_cvtepi32_ps(high_a), _mm256_cvtepi32_ps(high_b)),
+            )
+        }
+    }
+
+    #[inline(always)]
+    fn store_bf16_pairs(even: Self, odd: Self, out: &mut [u32; LANES]) {
+        unsafe {
+            let mask = _mm256_set1_epi32(0xffff_0000u32 as i32);
+            let low_0 = _mm256_srli_epi32::<16>(_mm256_castps_si256(even.0));
+            let low_1 = _mm256_srli_epi32::<16>(_mm256_castps_si256(even.1));
+            let high_0 = _mm256_and_si256(_mm256_castps_si256(odd.0), mask);
+            let high_1 = _mm256_and_si256(_mm256_castps_si256(odd.1), mask);
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), _mm256_or_si256(low_0, high_0));
+            _mm256_storeu_si256(out[8..].as_mut_ptr().cast(), _mm256_or_si256(low_1, high_1));
         }
     }
 

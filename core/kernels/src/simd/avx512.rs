@@ -104,6 +104,38 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    fn from_bf16(bits: &[u16; LANES]) -> Self {
+        Avx512(unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(bits.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        })
+    }
+
+    #[inline(always)]
+    fn from_i8(codes: &[u8; LANES]) -> Self {
+        Avx512(unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes.as_ptr().cast()))) })
+    }
+
+    #[inline(always)]
+    fn from_i4(codes: &[u8; LANES]) -> (Self, Self) {
+        unsafe {
+            let wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(codes.as_ptr().cast()));
+            let low = _mm512_srai_epi32::<28>(_mm512_slli_epi32::<28>(wide));
+            (Avx512(_mm512_cvtepi32_ps(low)), Avx512(_mm512_cvtepi32_ps(_mm512_srai_epi32::<4>(wide))))
+        }
+    }
+
+    #[inline(always)]
+    fn store_bf16_pairs(even: Self, odd: Self, out: &mut [u32; LANES]) {
+        unsafe {
+            let low = _mm512_srli_epi32::<16>(_mm512_castps_si512(even.0));
+            let high = _mm512_set1_epi32(0xffff_0000u32 as i32);
+            let high = _mm512_and_si512(_mm512_castps_si512(odd.0), high);
+            _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_or_si512(low, high));
+        }
+    }
+
+    #[inline(always)]
     fn prefetch(x: &[f32], at: usize) {
         // A hint, which no address makes fault.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(x.as_ptr().wrapping_add(at).cast()) }

@@ -57,6 +57,15 @@ pub(crate) trait Lanes: Copy {
     /// The odd (high) halves of sixteen bf16 pairs, widened.
     fn bf16_odd(pairs: &[u32; LANES]) -> Self;
 
+    /// Sixteen bf16, widened.
+    fn from_bf16(bits: &[u16; LANES]) -> Self;
+    /// Sixteen whole numbers of 8 bits, two's complement.
+    fn from_i8(codes: &[u8; LANES]) -> Self;
+    /// Thirty-two whole numbers of 4 bits, two's complement: those in the low halves, those in the high.
+    fn from_i4(codes: &[u8; LANES]) -> (Self, Self);
+    /// Writes the upper halves of `even` and `odd` as bf16 pairs, even ones low.
+    fn store_bf16_pairs(even: Self, odd: Self, out: &mut [u32; LANES]);
+
     /// Asks for the cache line that holds `x[at]`, if there is one; changes no result.
     #[inline(always)]
     fn prefetch(_x: &[f32], _at: usize) {}
@@ -177,6 +186,11 @@ mod tests {
     use super::*;
     use crate::testing::{AWKWARD, assert_all_agree};
 
+    /// The first bytes of sixteen values, as sixteen smaller numbers.
+    fn bytes_of<T: bytemuck::AnyBitPattern>(a: &[f32; LANES]) -> &[T; LANES] {
+        bytemuck::cast_slice::<f32, T>(a).first_chunk().expect("the numbers are no larger than f32")
+    }
+
     simd! {
         /// Every operation on a few triples of registers, end to end.
         fn every_operation<S>(a: &[f32; LANES], b: &[f32; LANES], c: &[f32; LANES], out: &mut Vec<f32>) {
@@ -186,12 +200,17 @@ mod tests {
                 x.add(y), x.sub(y), x.mul(y), x.div(y), x.fma(y, z), x.max(y), x.min(y), x.sqrt(),
                 S::splat(1.37).ldexp(n), S::splat(-0.71).ldexp(S::splat(128.0)), x.select_lt(y, z, x),
                 x.flush(), S::bf16_even(bytemuck::cast_ref(a)), S::bf16_odd(bytemuck::cast_ref(a)),
-                S::read(&a[..7], 2.0), S::splat(a[0]),
+                S::read(&a[..7], 2.0), S::splat(a[0]), S::from_bf16(bytes_of(a)), S::from_bf16(bytes_of(b)),
+                S::from_i8(bytes_of(a)), S::from_i8(bytes_of(c)), S::from_i4(bytes_of(b)).0, S::from_i4(bytes_of(c)).1,
             ] {
                 out.extend(value.to_array());
             }
             out.push(y.sum());
             out.push(y.max_lane());
+            let mut pairs = [0; LANES];
+            S::store_bf16_pairs(x, y, &mut pairs);
+            out.extend(pairs.map(|pair| (pair >> 16) as f32));
+            out.extend(pairs.map(|pair| (pair & 0xffff) as f32));
             let mut part = [0.0; 11];
             x.write(&mut part);
             out.extend(part);

@@ -102,4 +102,26 @@ impl Lanes for Portable {
     fn bf16_odd(pairs: &[u32; LANES]) -> Self {
         map(|i| f32::from_bits(pairs[i] & 0xffff_0000))
     }
+
+    #[inline(always)]
+    fn from_bf16(bits: &[u16; LANES]) -> Self {
+        map(|i| f32::from_bits(u32::from(bits[i]) << 16))
+    }
+
+    #[inline(always)]
+    fn from_i8(codes: &[u8; LANES]) -> Self {
+        map(|i| f32::from(codes[i] as i8))
+    }
+
+    #[inline(always)]
+    fn from_i4(codes: &[u8; LANES]) -> (Self, Self) {
+        (map(|i| f32::from((codes[i] << 4) as i8 >> 4)), map(|i| f32::from(codes[i] as i8 >> 4)))
+    }
+
+    #[inline(always)]
+    fn store_bf16_pairs(even: Self, odd: Self, out: &mut [u32; LANES]) {
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = even.0[i].to_bits() >> 16 | (odd.0[i].to_bits() & 0xffff_0000);
+        }
+    }
 }
