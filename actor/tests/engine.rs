@@ -27,7 +27,8 @@ fn saving(config: EngineConfig) -> EngineConfig {
 }
 
 fn engine(config: EngineConfig) -> Engine<FakeBackend> {
-    Engine::new(FakeBackend::new(0), Arc::new(Letters), config).unwrap()
+    let backend = if config.prefix_cache { FakeBackend::without_local(0) } else { FakeBackend::new(0) };
+    Engine::new(backend, Arc::new(Letters), config).unwrap()
 }
 
 fn roomy() -> Engine<FakeBackend> {

@@ -3,15 +3,15 @@
 use std::sync::Arc;
 
 use freewheel_actor::{
-    ActorError, CpuBackend, CpuLoader, Engine, EngineConfig, Finished, PolicyLoader, Request,
-    SampleSpec, StopSpec, TextDecoder,
+    ActorError, CpuBackend, CpuLoader, Engine, EngineConfig, Finished, PolicyLoader, Request, SampleSpec,
+    StopSpec, TextDecoder,
 };
 use freewheel_kernels::{CodeBits, Threads};
 use freewheel_model::delta::{delta_frame, key_frame};
 use freewheel_model::{
-    Activation, AttentionSpec, FfnSpec, KvCache, ModelSpec, MoeSpec, OutputHead, ParamData, Params, PolicyWeights,
-    Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target, TensorKind, TensorNames, TrainBatch, TrainSeq,
-    Transformer,
+    Activation, AttentionSpec, FfnSpec, KvCache, ModelSpec, MoeSpec, OutputHead, ParamData, Params,
+    PolicyWeights, Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target, TensorKind, TensorNames,
+    TrainBatch, TrainSeq, Transformer,
 };
 use freewheel_types::{CounterRng, Digest, PolicyVersion, SamplingParams, TaskId, WeightsDtype};
 

@@ -30,6 +30,8 @@ pub struct FakeBackend {
     keys: Vec<Option<u64>>,
     /// The same in a layer that sees a window; lost where the engine says that nobody sees it any more.
     local_keys: Vec<Option<u64>>,
+    /// Whether there is that layer.
+    local: bool,
 }
 
 pub fn weights(step: u64) -> Arc<FakeWeights> {
@@ -69,7 +71,12 @@ fn draw(logits: &[f32], sampling: &SamplingParams, uniform: f64) -> Drawn {
 
 impl FakeBackend {
     pub fn new(step: u64) -> Self {
-        Self { weights: weights(step), keys: Vec::new(), local_keys: Vec::new() }
+        Self { weights: weights(step), keys: Vec::new(), local_keys: Vec::new(), local: true }
+    }
+
+    /// Without a layer that forgets: its pages may be kept for later prompts.
+    pub fn without_local(step: u64) -> Self {
+        Self { local: false, ..Self::new(step) }
     }
 }
 
@@ -85,7 +92,7 @@ impl Backend for FakeBackend {
             page_tokens: PAGE,
             page_bytes: 100,
             // Its memory is not counted here: pages are what a test asks for.
-            local: Some(LocalLayers { mask: MASK, page_bytes: 0 }),
+            local: self.local.then_some(LocalLayers { mask: MASK, page_bytes: 0 }),
             cheap_rows: 16,
             images: false,
         }
@@ -132,7 +139,8 @@ impl Backend for FakeBackend {
                     self.keys[at].expect("a key is read before it is written")
                 };
                 hidden.push((0..=position).fold(0, |h, p| mix(h, read(p))));
-                for p in MASK.first_visible(position)..=position {
+                let seen = if self.local { MASK.first_visible(position)..position + 1 } else { 0..0 };
+                for p in seen {
                     let at = slot(seq.pages, p);
                     assert_eq!(
                         self.local_keys[at], self.keys[at],
