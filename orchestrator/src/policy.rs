@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use freewheel_actor::{CpuBackend, CpuLoader, Engine, EngineConfig};
 use freewheel_kernels::Threads;
-use freewheel_model::{LoadedModel, PolicyWeights, Purpose};
+use freewheel_model::{LoadedModel, ModelError, PolicyWeights, Purpose};
 use freewheel_types::{PolicyVersion, WeightsDtype};
 
 use crate::cli::fail::Explain as _;
@@ -16,12 +16,26 @@ use crate::hub::HubName;
 /// # Errors
 /// Whatever is wrong with the files or the download, as bad input (exit code 78).
 pub fn open(path: &Path, dtype: Option<WeightsDtype>) -> anyhow::Result<LoadedModel> {
+    open_with(path, dtype, freewheel_model::load)
+}
+
+/// As [`open`], whether the model writes or scores: to be converted.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_any(path: &Path, dtype: Option<WeightsDtype>) -> anyhow::Result<LoadedModel> {
+    open_with(path, dtype, freewheel_model::load_any)
+}
+
+type Load = fn(&Path, Option<WeightsDtype>) -> Result<LoadedModel, ModelError>;
+
+fn open_with(path: &Path, dtype: Option<WeightsDtype>, load: Load) -> anyhow::Result<LoadedModel> {
     if path.exists() {
-        return freewheel_model::load(path, dtype).input();
+        return load(path, dtype).input();
     }
     match HubName::parse(path) {
-        Some(name) => freewheel_model::load(&name.fetch()?, dtype).input(),
-        None => freewheel_model::load(path, dtype).input_hint(
+        Some(name) => load(&name.fetch()?, dtype).input(),
+        None => load(path, dtype).input_hint(
             "give a folder with config.json and *.safetensors, a .gguf file, or org/name on the hub",
         ),
     }

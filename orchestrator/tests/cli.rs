@@ -197,3 +197,18 @@ fn generation_is_the_same_whatever_else_is_in_the_batch() {
     );
     assert_ne!(many[0]["output_ids"], many[1]["output_ids"], "two samples of one prompt");
 }
+
+#[test]
+fn bench_prefill_says_what_a_token_costs_by_length() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_model(dir.path());
+    let output =
+        freewheel(&["bench", "prefill", "--model", &model, "--length", "48", "--rows", "16", "--json"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let result: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let row = &result["rows"][0];
+    assert_eq!((result["what"].as_str(), row["length"].as_u64()), (Some("prefill"), Some(48)));
+    let (cost, speed) = (row["us_per_token"].as_f64().unwrap(), row["tokens_per_s"].as_f64().unwrap());
+    assert!((cost * speed / 1e6 - 1.0).abs() <= 1e-9 && cost > 0.0, "{row}");
+    refused(&["bench", "prefill", "--model", &model, "--length", "65"], &["--length [65]", "1 to 64 tokens"]);
+}

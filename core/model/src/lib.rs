@@ -30,8 +30,8 @@ mod upcycle;
 pub mod vision;
 
 pub use checkpoint::{
-    FileSink, LoadedEncoder, LoadedModel, SaveOptions, convert, load, load_classifier, load_encoder, save,
-    save_into,
+    FileSink, LoadedEncoder, LoadedModel, SaveOptions, convert, load, load_any, load_classifier,
+    load_encoder, save, save_into,
 };
 pub use config::{
     ARCHITECTURES, Architecture, CLASSIFIERS, ENCODERS, encoder_spec_from_config, spec_from_config,

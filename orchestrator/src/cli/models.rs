@@ -163,7 +163,7 @@ pub struct ConvertArgs {
 
 impl ConvertArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let model = crate::policy::open(&self.model, self.dtype.requested())?;
+        let model = crate::policy::open_any(&self.model, self.dtype.requested())?;
         if let (Ok(from), Ok(to)) = (self.model.canonicalize(), self.out.canonicalize())
             && from == to
         {

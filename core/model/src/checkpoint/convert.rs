@@ -1,16 +1,16 @@
-//! One model format into another: whatever [`load`] reads, as a folder in Hugging Face's layout.
+//! One model format into another: whatever [`load_any`] reads, as a folder in Hugging Face's layout.
 
 use std::path::{Path, PathBuf};
 
 use freewheel_types::WeightsDtype;
 
-use super::{SaveOptions, load, save};
+use super::{SaveOptions, load_any, save};
 use crate::error::ModelError;
 
 /// Reads the model at `from` and writes it to the folder `to`, in `dtype` or as stored. Returns the files written.
 ///
 /// # Errors
-/// Those of [`load`] and [`save`]; [`ModelError::Invalid`] if both are the same folder.
+/// Those of [`load_any`] and [`save`]; [`ModelError::Invalid`] if both are the same folder.
 pub fn convert(
     from: &Path,
     to: &Path,
@@ -25,6 +25,6 @@ pub fn convert(
             what: "is the source too; give another folder".into(),
         });
     }
-    let model = load(from, dtype)?;
+    let model = load_any(from, dtype)?;
     save(to, &model, &model.params, options)
 }

@@ -78,6 +78,18 @@ pub struct LoadedEncoder {
 /// # Errors
 /// Whatever is wrong with the files, by name; see [`ModelError`].
 pub fn load(path: &Path, dtype: Option<WeightsDtype>) -> Result<LoadedModel, ModelError> {
+    load_as(path, dtype, Wanted::Policy)
+}
+
+/// Loads a decoder as [`load`] does, whether it writes text or has a classification head: to be converted, not to be run.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_any(path: &Path, dtype: Option<WeightsDtype>) -> Result<LoadedModel, ModelError> {
+    load_as(path, dtype, Wanted::Any)
+}
+
+fn load_as(path: &Path, dtype: Option<WeightsDtype>, wanted: Wanted) -> Result<LoadedModel, ModelError> {
     if !path.exists() {
         return Err(ModelError::File {
             path: path.to_owned(),
@@ -104,7 +116,7 @@ pub fn load(path: &Path, dtype: Option<WeightsDtype>) -> Result<LoadedModel, Mod
             return gguf::load(file, dtype);
         }
     }
-    load_folder(path, dtype, Wanted::Policy)
+    load_folder(path, dtype, wanted)
 }
 
 /// Loads a decoder with a classification head (`…ForSequenceClassification`), such as a reward model.
@@ -143,6 +155,7 @@ pub fn load_encoder(dir: &Path, dtype: Option<WeightsDtype>) -> Result<LoadedEnc
 enum Wanted {
     Policy,
     Classifier,
+    Any,
 }
 
 impl Wanted {
@@ -151,10 +164,9 @@ impl Wanted {
             OutputHead::LanguageModel => Wanted::Policy,
             OutputHead::Classifier { .. } => Wanted::Classifier,
         };
-        if found == self {
-            return Ok(());
-        }
         let (what, hint) = match self {
+            Wanted::Any => return Ok(()),
+            wanted if wanted == found => return Ok(()),
             Wanted::Policy => {
                 ("sampling from", "it scores text: use it as a reward component, kind = \"model\"")
             }

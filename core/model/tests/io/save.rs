@@ -1,6 +1,6 @@
 //! Saving: what is saved loads as it was, in one file or in shards, and the configuration keeps what we do not know.
 
-use freewheel_model::{Params, SaveOptions, convert, load, save, save_into};
+use freewheel_model::{Params, SaveOptions, convert, load, load_classifier, save, save_into};
 use freewheel_types::WeightsDtype;
 use serde_json::json as value;
 
@@ -52,6 +52,17 @@ fn unknown_keys_survive_and_other_types_are_written_down() {
     let narrow = load(out.path(), None).expect("saved model");
     assert_eq!(narrow.params.dtype(), WeightsDtype::Bf16);
     assert!(convert(dir.path(), dir.path(), None, &SaveOptions::default()).is_err(), "not onto itself");
+}
+
+#[test]
+fn a_reward_model_is_converted_with_its_head() {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let options = SaveOptions { shard_bytes: 100_000 };
+    convert(&model_dir("qwen3_reward"), dir.path(), None, &options).expect("converted");
+    let (before, after) =
+        (load_classifier(&model_dir("qwen3_reward"), None), load_classifier(dir.path(), None));
+    assert!(after.expect("converted").params == before.expect("golden checkpoint").params);
+    assert!(load(dir.path(), None).is_err(), "it still scores");
 }
 
 #[test]
