@@ -31,6 +31,11 @@ impl CpuBackend {
         let cache = KvCache::new(&model, 0);
         Self { model, weights, cache, threads }
     }
+
+    /// Its keys and values.
+    pub fn cache(&self) -> &KvCache {
+        &self.cache
+    }
 }
 
 impl Backend for CpuBackend {

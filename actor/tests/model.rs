@@ -1,10 +1,11 @@
 //! The engine on the real transformer: what it reports while sampling is what training computes, to the bit.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use freewheel_actor::{
-    ActorError, CpuBackend, CpuLoader, Engine, EngineConfig, Finished, PolicyLoader, Request, SampleSpec,
-    StopSpec, TextDecoder,
+    ActorError, Backend, BackendInfo, CpuBackend, CpuLoader, Draw, Drawn, Engine, EngineConfig, Finished,
+    PolicyLoader, Request, SampleSpec, StepBatch, StepOutput, StopSpec, TextDecoder,
 };
 use freewheel_kernels::{CodeBits, Threads};
 use freewheel_model::delta::{delta_frame, key_frame};
@@ -295,17 +296,67 @@ fn random_mixes_are_what_training_computes() {
     );
 }
 
+/// A backend that notes the most pages that local layers ever held.
+struct Watched {
+    inner: CpuBackend,
+    most: Arc<AtomicUsize>,
+}
+
+impl Backend for Watched {
+    type Weights = PolicyWeights;
+
+    fn info(&self) -> BackendInfo {
+        self.inner.info()
+    }
+
+    fn allocate(&mut self, pages: usize, local: usize) {
+        self.inner.allocate(pages, local);
+    }
+
+    fn version(&self) -> PolicyVersion {
+        self.inner.version()
+    }
+
+    fn swap(&mut self, weights: Arc<PolicyWeights>) -> Arc<PolicyWeights> {
+        self.inner.swap(weights)
+    }
+
+    fn forward(&mut self, batch: &StepBatch<'_>) -> StepOutput {
+        let output = self.inner.forward(batch);
+        self.most.fetch_max(self.inner.cache().slots().0, Ordering::Relaxed);
+        output
+    }
+
+    fn copy_page(&mut self, from: u32, to: u32) {
+        self.inner.copy_page(from, to);
+    }
+
+    fn forget(&mut self, pages: &[u32]) {
+        self.inner.forget(pages);
+    }
+
+    fn sample(&mut self, logits: &[f32], draws: &[Draw]) -> Vec<Drawn> {
+        self.inner.sample(logits, draws)
+    }
+}
+
 #[test]
 fn what_chunked_layers_do_not_need_holds_longer_sequences() {
     let (both, threads) = (Both::new(&model(4096), WeightsDtype::F32), Threads::single());
+    let most = Arc::new(AtomicUsize::new(0));
+    let inner = CpuBackend::new(both.sampling.clone(), threads.clone());
+    let backend = Watched { inner, most: most.clone() };
     let kv_bytes = 20 * page_bytes(both.sampling.model());
     let config = EngineConfig { max_live: 1, kv_bytes, prefill_tokens: 50, ..EngineConfig::default() };
-    let mut engine = both.engine(&threads, config);
+    let mut engine = Engine::new(backend, Arc::new(NoText), config).unwrap();
     // One of three layers sees a chunk: room for 16 pages there leaves (20 - 16/3) * 3/2 = 22 in the others.
     assert_eq!(engine.stats().pages, 22);
     let requests = (0..2).map(|id| request(id, 304, 2, SamplingParams::default())).collect::<Vec<_>>();
     let done = engine.run_to_end(requests).unwrap();
     assert_eq!(done.len(), 4);
+    let most = most.load(Ordering::Relaxed);
+    // A chunk of 24 and a step of 50 rows, for a sample and for the prompt that is next in line.
+    assert!((3..=16).contains(&most), "{most} pages of at least 21 a sequence in the chunked layer");
     for sample in &done {
         assert!(sample.output_ids.len() == 30 || sample.output_ids.last() == Some(&0));
         both.check(&threads, sample, &SamplingParams::default(), "chunks");
