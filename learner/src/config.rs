@@ -1,22 +1,21 @@
 //! `[learner]`: the step loop's settings, with those of the objective beside them under the same heading.
 
-use std::ops::{Deref, DerefMut};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
-use schemars::{JsonSchema, Schema, SchemaGenerator};
-use serde::de::Error as _;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use serde_json::{Map, Value};
-
+use crate::flat::flat_section;
 use crate::objective::ObjectiveConfig;
-use crate::optim::{AdamWConfig, ScheduleConfig};
+use crate::optim::{OptimizerConfig, OptimizerSettings, ScheduleConfig};
 
-/// The `[learner]` section. Written flat: the keys of all three parts side by side, every other key refused.
+/// The `[learner]` section. Written flat: the keys of all parts side by side, every other key refused.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LearnerConfig {
     /// Loop, optimiser, checkpoints, publishing. Its fields are also reached directly: `config.steps`.
     pub training: TrainingConfig,
     /// Course of the learning rate.
     pub schedule: ScheduleConfig,
+    /// How the weights move.
+    pub optimizer: OptimizerConfig,
     /// Advantage and loss.
     pub loss: ObjectiveConfig,
 }
@@ -37,15 +36,12 @@ pub struct TrainingConfig {
     /// Peak learning rate. 0 or more; 0 leaves the weights exactly as they are. Default 1e-6.
     #[schemars(range(min = 0))]
     pub learning_rate: f64,
-    /// AdamW's decay of the first moment. In [0, 1). Default 0.9.
+    /// Decay of the first moment of AdamW; of Lion, the moment's share in a step. In [0, 1). Default 0.9.
     #[schemars(range(min = 0, max = 1))]
     pub beta1: f64,
-    /// AdamW's decay of the second moment. In [0, 1). Default 0.95.
+    /// Decay of the second moment of AdamW; of Lion, of its moment. In [0, 1). Default 0.95.
     #[schemars(range(min = 0, max = 1))]
     pub beta2: f64,
-    /// AdamW's epsilon. Above 0. Default 1e-8.
-    #[schemars(range(min = 0))]
-    pub eps: f64,
     /// Decoupled weight decay; not applied to norms and biases. 0 or more. Default 0.
     #[schemars(range(min = 0))]
     pub weight_decay: f64,
@@ -82,9 +78,6 @@ pub struct TrainingConfig {
     /// Checkpoints kept. 2 or more. Default 2.
     #[schemars(range(min = 2))]
     pub keep_last: usize,
-    /// Whether the image encoder keeps its weights; the projector behind it is trained. Only matters for models that read
-    /// images. Default false.
-    pub freeze_vision: bool,
     /// Compute threads; 0 takes all cores. No result depends on it. Default 0.
     pub threads: usize,
 }
@@ -98,7 +91,6 @@ impl Default for TrainingConfig {
             learning_rate: 1e-6,
             beta1: 0.9,
             beta2: 0.95,
-            eps: 1e-8,
             weight_decay: 0.0,
             max_grad_norm: 1.0,
             micro_batch_tokens: 16_384,
@@ -111,7 +103,6 @@ impl Default for TrainingConfig {
             checkpoint_every: 50,
             checkpoint_shard_mib: 4768,
             keep_last: 2,
-            freeze_vision: false,
             threads: 0,
         }
     }
@@ -122,6 +113,7 @@ impl LearnerConfig {
     pub fn problems(&self) -> Vec<String> {
         let mut problems = self.loss.problems();
         problems.extend(self.schedule.problems(self.steps));
+        problems.extend(self.optimizer.problems("learner"));
         let mut check = |good: bool, key: &str, value: String, limit: &str| {
             if !good {
                 problems.push(format!("learner.{key} is {value}, outside {limit}"));
@@ -151,7 +143,6 @@ impl LearnerConfig {
         );
         check(unit(t.beta1), "beta1", t.beta1.to_string(), "0 to below 1");
         check(unit(t.beta2), "beta2", t.beta2.to_string(), "0 to below 1");
-        check(positive(t.eps), "eps", t.eps.to_string(), "finite values above 0");
         check(
             t.weight_decay.is_finite() && t.weight_decay >= 0.0,
             "weight_decay",
@@ -196,95 +187,32 @@ impl LearnerConfig {
     }
 }
 
-impl TrainingConfig {
-    /// The optimiser's settings.
-    pub fn optimizer(&self) -> AdamWConfig {
-        AdamWConfig {
+impl LearnerConfig {
+    /// All that the optimiser is told.
+    pub fn optimizer_settings(&self) -> OptimizerSettings {
+        OptimizerSettings {
+            config: self.optimizer.clone(),
             betas: [self.beta1, self.beta2],
-            eps: self.eps,
             weight_decay: self.weight_decay,
             decay_1d: false,
             max_grad_norm: Some(self.max_grad_norm),
-            freeze_vision: self.freeze_vision,
         }
     }
 }
 
-impl Deref for LearnerConfig {
-    type Target = TrainingConfig;
-
-    fn deref(&self) -> &TrainingConfig {
-        &self.training
-    }
-}
-
-impl DerefMut for LearnerConfig {
-    fn deref_mut(&mut self) -> &mut TrainingConfig {
-        &mut self.training
-    }
-}
-
-fn table(part: &impl Serialize) -> Map<String, Value> {
-    match serde_json::to_value(part).expect("settings are plain data") {
-        Value::Object(map) => map,
-        other => unreachable!("a struct serialises as a table, not {other}"),
-    }
-}
-
-/// Takes the keys of `T` out of `all` and reads them.
-fn part<T: Default + Serialize + serde::de::DeserializeOwned>(
-    all: &mut Map<String, Value>,
-) -> serde_json::Result<T> {
-    let known = table(&T::default());
-    let (mine, rest) = std::mem::take(all).into_iter().partition(|(key, _)| known.contains_key(key));
-    *all = rest;
-    serde_json::from_value(Value::Object(mine))
-}
-
-impl Serialize for LearnerConfig {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut all = table(&self.training);
-        all.extend(table(&self.schedule));
-        all.extend(table(&self.loss));
-        all.serialize(serializer)
-    }
-}
-
-impl<'de> Deserialize<'de> for LearnerConfig {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let mut all = Map::deserialize(deserializer)?;
-        let loss = part(&mut all).map_err(D::Error::custom)?;
-        let schedule = part(&mut all).map_err(D::Error::custom)?;
-        // Whatever is left is the loop's, or unknown: then this says so.
-        let training = serde_json::from_value(Value::Object(all)).map_err(D::Error::custom)?;
-        Ok(Self { training, schedule, loss })
-    }
-}
-
-impl JsonSchema for LearnerConfig {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "LearnerConfig".into()
-    }
-
-    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
-        let mut schema = TrainingConfig::json_schema(generator);
-        for mut part in [ScheduleConfig::json_schema(generator), ObjectiveConfig::json_schema(generator)] {
-            let extra = part
-                .get_mut("properties")
-                .and_then(Value::as_object_mut)
-                .map(std::mem::take)
-                .unwrap_or_default();
-            if let Some(properties) = schema.get_mut("properties").and_then(Value::as_object_mut) {
-                properties.extend(extra);
-            }
-        }
-        schema
-    }
-}
+flat_section!(LearnerConfig {
+    training: TrainingConfig,
+    schedule: ScheduleConfig,
+    optimizer: OptimizerConfig,
+    loss: ObjectiveConfig,
+});
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
+    use crate::flat::table;
 
     #[test]
     fn both_halves_are_written_flat_and_unknown_keys_are_refused() {
@@ -311,8 +239,9 @@ mod tests {
     #[test]
     fn no_key_is_in_two_parts() {
         let config = LearnerConfig::default();
-        let parts = table(&config.training).len() + table(&config.schedule).len() + table(&config.loss).len();
-        assert_eq!(table(&config).len(), parts);
+        let parts =
+            [table(&config.training), table(&config.schedule), table(&config.optimizer), table(&config.loss)];
+        assert_eq!(table(&config).len(), parts.iter().map(serde_json::Map::len).sum::<usize>());
     }
 
     #[test]

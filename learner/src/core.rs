@@ -140,7 +140,8 @@ impl Learner {
         epoch: u64,
     ) -> Result<Self, LearnerError> {
         let config = &parts.config;
-        let problems = config.problems();
+        let mut problems = config.problems();
+        problems.extend(config.optimizer.problems_with("learner", &parts.policy.weights().layout));
         if !problems.is_empty() {
             return Err(LearnerError::Config(problems.join("\n")));
         }

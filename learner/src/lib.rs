@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!          ┌ async ────────────────┐   ┌ a thread of its own ──────────────────────────────────────────────┐
-//! queue ─► fetch ► journal ► ack ──┼─► assembly ► batching ► advantages ► log-probs ► loss ► backward ► AdamW │
+//! queue ─► fetch ► journal ► ack ──┼─► assembly ► batching ► advantages ► log-probs ► loss ► backward ► optim │
 //!          report outcomes ◄───────┼── settled groups              journal ◄ step formed ◄──────────────────┤
 //! store ◄─ publish ◄───────────────┼── weights                 checkpoint (the commit point) ◄──────────────┘
 //! ```
@@ -22,14 +22,19 @@ pub mod consumed;
 pub mod core;
 pub mod critic;
 pub mod disk;
+pub mod distill;
 mod error;
+pub mod fit;
+mod flat;
 mod intake;
 pub mod journal;
+pub mod lora;
 pub mod metrics;
 pub mod objective;
 pub mod optim;
 pub mod packing;
 pub mod policy;
+pub mod preference;
 pub mod publish;
 mod received;
 mod report;

@@ -56,6 +56,7 @@ pub fn pack(sequences: &[TrainSequence<'_>], budget: usize) -> Vec<PackedBatch> 
                 targets: Vec::new(),
                 sampling: sequence.sampling,
                 sequences: Vec::new(),
+                share: 0.0,
             });
         }
         let batch = batches.last_mut().expect("one was just added");
@@ -64,6 +65,8 @@ pub fn pack(sequences: &[TrainSequence<'_>], budget: usize) -> Vec<PackedBatch> 
             None => trunk = Some(push_whole(batch, index, sequence)),
         }
     }
+    let rows: usize = batches.iter().map(|batch| batch.tokens.len()).sum();
+    batches.iter_mut().for_each(|batch| batch.share = batch.tokens.len() as f64 / rows.max(1) as f64);
     batches
 }
 

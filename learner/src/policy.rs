@@ -1,16 +1,23 @@
 //! The weights being trained: f32 masters, their working copy, the gradient, and the model that computes with them.
 
 use freewheel_kernels::Threads;
-use freewheel_model::Params;
+use freewheel_model::{Adapter, Params};
 use freewheel_types::{Digest, PolicyVersion};
 
-use crate::optim::{AdamW, AdamWConfig, StepOutcome};
-use crate::trainer::{PackedBatch, PolicyTrainer, TokenGradients, TokenLogProbs};
+use crate::lora::Lora;
+use crate::optim::{Optimizer, OptimizerSettings, StepOutcome};
+use crate::trainer::{ExpertLoad, PackedBatch, PolicyTrainer, TokenGradients, TokenLogProbs};
 
 /// A policy under training.
 pub struct Policy {
     trainer: Box<dyn PolicyTrainer>,
-    optimizer: AdamW,
+    /// Over the weights, or over adapters to them.
+    optimizer: Optimizer,
+    lora: Option<Lora>,
+    /// What corrections of routers move by.
+    router_bias_rate: f64,
+    /// Of the last update.
+    load: Option<ExpertLoad>,
     weights: Params,
     grads: Vec<f32>,
     version: PolicyVersion,
@@ -22,13 +29,21 @@ impl Policy {
     pub fn new(
         mut trainer: Box<dyn PolicyTrainer>,
         params: Params,
-        config: AdamWConfig,
+        settings: OptimizerSettings,
         threads: Threads,
     ) -> Self {
         let version = PolicyVersion::default();
         trainer.load(&params, version);
+        let router_bias_rate = settings.config.router_bias_rate;
+        let (lora, optimizer) = match Lora::new(&settings.config, &params) {
+            Some((lora, start)) => (Some(lora), Optimizer::new(settings, &start)),
+            None => (None, Optimizer::new(settings, &params)),
+        };
         Self {
-            optimizer: AdamW::new(config, &params),
+            optimizer,
+            lora,
+            router_bias_rate,
+            load: None,
             grads: vec![0.0; params.layout.total],
             weights: params,
             trainer,
@@ -63,7 +78,7 @@ impl Policy {
     }
 
     /// The optimiser with its masters.
-    pub fn optimizer(&self) -> &AdamW {
+    pub fn optimizer(&self) -> &Optimizer {
         &self.optimizer
     }
 
@@ -71,11 +86,14 @@ impl Policy {
     ///
     /// # Errors
     /// Those of `fill`; the policy is of no use then.
-    pub fn restore<E>(&mut self, fill: impl FnOnce(&mut AdamW) -> Result<(), E>, step: u64) -> Result<(), E> {
+    pub fn restore<E>(
+        &mut self,
+        fill: impl FnOnce(&mut Optimizer) -> Result<(), E>,
+        step: u64,
+    ) -> Result<(), E> {
         fill(&mut self.optimizer)?;
         self.version.step = step;
-        self.optimizer.write_weights(&self.threads, &mut self.weights);
-        self.trainer.load(&self.weights, self.version);
+        self.write_weights();
         Ok(())
     }
 
@@ -96,13 +114,41 @@ impl Policy {
     /// One optimiser update with the gradient gathered, which is zero afterwards. If it is not finite nothing changes.
     /// The version stays: [`advance`](Self::advance) ends a step.
     pub fn update(&mut self, learning_rate: f64) -> StepOutcome {
-        let outcome = self.optimizer.step(&self.threads, &self.grads, learning_rate);
+        let outcome = match &self.lora {
+            Some(lora) => {
+                let mut grads = lora.project(&self.threads, self.optimizer.masters(), &self.grads);
+                self.optimizer.step(&self.threads, &mut grads, learning_rate)
+            }
+            None => self.optimizer.step(&self.threads, &mut self.grads, learning_rate),
+        };
         self.discard_gradient();
+        self.load = self.trainer.take_expert_load();
         if matches!(outcome, StepOutcome::Applied { .. }) {
-            self.optimizer.write_weights(&self.threads, &mut self.weights);
-            self.trainer.load(&self.weights, self.version);
+            if let (Some(load), true) = (&self.load, self.router_bias_rate > 0.0) {
+                self.optimizer.balance(load, self.router_bias_rate);
+            }
+            self.write_weights();
         }
         outcome
+    }
+
+    /// The working weights follow from the masters.
+    fn write_weights(&mut self) {
+        match &self.lora {
+            Some(lora) => lora.merge(&self.threads, self.optimizer.masters(), &mut self.weights),
+            None => self.optimizer.write_weights(&self.threads, &mut self.weights),
+        }
+        self.trainer.load(&self.weights, self.version);
+    }
+
+    /// Where the tokens of the last update went; `None` for a model without experts.
+    pub fn expert_load(&self) -> Option<&ExpertLoad> {
+        self.load.as_ref()
+    }
+
+    /// The adapters, where adapters are trained and PEFT has a place for all of them.
+    pub fn adapter(&self) -> Option<Adapter> {
+        self.lora.as_ref()?.export(self.optimizer.masters())
     }
 
     /// Counts the updates made since the last call as one step of the policy.

@@ -407,8 +407,12 @@ fn a_run_taken_up_with_another_model_is_refused() {
     let mut parts = parts(&config, dir.path(), disk.clone());
     let params = crate::testing::params(freewheel_types::WeightsDtype::F32);
     let trainer = Box::new(crate::testing::Bigram::new(&params));
-    parts.policy =
-        crate::policy::Policy::new(trainer, params, config.optimizer(), freewheel_kernels::Threads::single());
+    parts.policy = crate::policy::Policy::new(
+        trainer,
+        params,
+        config.optimizer_settings(),
+        freewheel_kernels::Threads::single(),
+    );
     let checkpoints = Checkpoints::open(disk, &checkpoint_dir(dir.path()), 2).unwrap();
     let error = Learner::recover(parts, checkpoints, 9).map(|_| ()).unwrap_err().to_string();
     assert!(error.contains("model.path"), "{error}");

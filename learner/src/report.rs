@@ -132,6 +132,9 @@ fn write_update(line: &mut Map<String, Value>, updated: &Updated, loss: &Loss, l
     }
     line.insert("train/grad_norm".into(), number(updated.grad_norm));
     line.insert("train/lr".into(), json!(learning_rate));
+    if let Some(violation) = updated.max_violation {
+        line.insert("moe/max_violation".into(), json!(violation));
+    }
     line.insert("train/applied".into(), json!(updated.applied));
     line.insert("train/clip_fraction".into(), number(d.clip_fraction()));
     line.insert("train/clip_low".into(), number(d.clip_low_fraction()));

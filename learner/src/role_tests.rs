@@ -81,8 +81,12 @@ impl Run {
         let build = move || {
             let parts = testing::parts(&config, &dir, Arc::new(SystemDisk));
             let params = initial();
-            let policy =
-                Policy::new(Box::new(Bigram::new(&params)), params, config.optimizer(), Threads::single());
+            let policy = Policy::new(
+                Box::new(Bigram::new(&params)),
+                params,
+                config.optimizer_settings(),
+                Threads::single(),
+            );
             LearnerParts { group_size: GROUP, policy, metrics, ..parts }
         };
         run_with(Box::new(build), self.outside(), shutdown).await
@@ -260,8 +264,12 @@ async fn a_learner_that_stops_and_comes_back_goes_on_where_it_was() {
 fn replays_to_the_same_weights(dir: &Path, config: &LearnerConfig, summary: &LearnerSummary) {
     let parts = || {
         let params = initial();
-        let policy =
-            Policy::new(Box::new(Bigram::new(&params)), params, config.optimizer(), Threads::single());
+        let policy = Policy::new(
+            Box::new(Bigram::new(&params)),
+            params,
+            config.optimizer_settings(),
+            Threads::single(),
+        );
         LearnerParts { group_size: GROUP, policy, ..testing::parts(config, dir, Arc::new(SystemDisk)) }
     };
     let replayed = crate::core::Learner::repeat_run(parts(), None).unwrap();

@@ -144,11 +144,11 @@ pub fn parts(config: &LearnerConfig, run_dir: &Path, disk: Arc<dyn Disk>) -> Lea
     // Any model that answers with a number a target will do for a critic.
     let critic = config.loss.needs_critic().then(|| {
         let trainer = Box::new(Bigram::new(&params));
-        let model = Policy::new(trainer, params.clone(), config.optimizer(), Threads::single());
+        let model = Policy::new(trainer, params.clone(), config.optimizer_settings(), Threads::single());
         Critic { model, clip: Some(0.2) }
     });
     LearnerParts {
-        policy: Policy::new(trainer, params, config.optimizer(), Threads::single()),
+        policy: Policy::new(trainer, params, config.optimizer_settings(), Threads::single()),
         config: config.clone(),
         reference,
         critic,

@@ -26,6 +26,37 @@ pub struct PackedBatch {
     pub sampling: SamplingParams,
     /// Which sequence of the caller's list each packed sequence is, and where its targets lie.
     pub sequences: Vec<PackedSequence>,
+    /// Share of the list's rows that are in this micro-batch.
+    pub share: f64,
+}
+
+/// How many tokens went to each expert.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ExpertLoad {
+    /// Experts of a layer.
+    pub experts: usize,
+    /// Choices `[MoE layers, experts]`.
+    pub counts: Vec<u64>,
+}
+
+impl ExpertLoad {
+    /// Adds the choices `ids [T, layers, top_k]`.
+    pub fn add(&mut self, ids: &[u16], layers: usize, top_k: usize, experts: usize) {
+        self.experts = experts;
+        self.counts.resize(layers * experts, 0);
+        for (i, &id) in ids.iter().enumerate() {
+            self.counts[i / top_k % layers * experts + usize::from(id)] += 1;
+        }
+    }
+
+    /// MaxVio of the worst layer: the largest load over the mean one, less 1; 0 is balanced. `None` if nothing was counted.
+    pub fn max_violation(&self) -> Option<f64> {
+        let layers = self.counts.chunks_exact(self.experts.max(1)).filter_map(|layer| {
+            let (most, sum) = (layer.iter().max()?, layer.iter().sum::<u64>());
+            (sum > 0).then(|| *most as f64 * layer.len() as f64 / sum as f64 - 1.0)
+        });
+        layers.max_by(f64::total_cmp)
+    }
 }
 
 /// One predicted token.
@@ -97,4 +128,9 @@ pub trait PolicyTrainer: Send {
         loss: &mut dyn FnMut(&TokenLogProbs) -> TokenGradients,
         grads: &mut [f32],
     );
+
+    /// Where the tokens of all calls of [`accumulate`](Self::accumulate) since the last call went; `None` for a model without experts.
+    fn take_expert_load(&mut self) -> Option<ExpertLoad> {
+        None
+    }
 }

@@ -1,6 +1,6 @@
 //! The real model behind [`PolicyTrainer`]: the transformer that also samples.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use freewheel_kernels::Threads;
 use freewheel_model::{
@@ -8,23 +8,37 @@ use freewheel_model::{
 };
 use freewheel_types::PolicyVersion;
 
-use crate::trainer::{PackedBatch, PolicyTrainer, TokenGradients, TokenLogProbs};
+use crate::optim::OptimizerConfig;
+use crate::trainer::{ExpertLoad, PackedBatch, PolicyTrainer, TokenGradients, TokenLogProbs};
 
 /// A transformer packed for training.
 pub struct TransformerTrainer {
     weights: PolicyWeights,
     threads: Threads,
+    /// Filled by every backward pass; a model without experts has none.
+    load: Option<Mutex<ExpertLoad>>,
 }
 
 impl TransformerTrainer {
     /// Packs `params`.
     pub fn new(model: &Arc<Transformer>, params: &Params, threads: Threads) -> Self {
         let version = PolicyVersion::default();
-        Self { weights: PolicyWeights::pack(model, params, version, Purpose::Training, &threads), threads }
+        let load = (model.spec().moe_layers() > 0).then(Mutex::default);
+        Self {
+            weights: PolicyWeights::pack(model, params, version, Purpose::Training, &threads),
+            threads,
+            load,
+        }
+    }
+
+    /// Trains as `config` asks: losses of routers, recomputation, what is frozen.
+    pub fn configured(mut self, config: &OptimizerConfig) -> Self {
+        self.weights.set_train_options(config.train_options());
+        self.freeze_vision(config.freeze_vision)
     }
 
     /// Leaves the image encoder out of training if `frozen`; its gradient is zero then.
-    pub fn freeze_vision(mut self, frozen: bool) -> Self {
+    fn freeze_vision(mut self, frozen: bool) -> Self {
         self.weights.freeze_vision(frozen);
         self
     }
@@ -66,7 +80,13 @@ impl PolicyTrainer for TransformerTrainer {
         loss: &mut dyn FnMut(&TokenLogProbs) -> TokenGradients,
         grads: &mut [f32],
     ) {
-        let (tape, targets, found) = self.forward(batch);
+        let (mut tape, targets, found) = self.forward(batch);
+        tape.set_share(batch.share as f32);
+        if let Some(load) = &self.load {
+            let spec = self.weights.model().spec();
+            let mut load = load.lock().expect("no holder of the lock panics");
+            load.add(tape.experts(), spec.moe_layers(), spec.top_k(), spec.experts());
+        }
         let TokenGradients { d_logprobs, d_entropies } = loss(&found);
         let sampling = &batch.sampling;
         tape.backward(
@@ -78,5 +98,10 @@ impl PolicyTrainer for TransformerTrainer {
             d_entropies.as_deref(),
             grads,
         );
+    }
+
+    fn take_expert_load(&mut self) -> Option<ExpertLoad> {
+        let load = self.load.as_mut()?.get_mut().expect("no holder of the lock panics");
+        Some(std::mem::take(load))
     }
 }

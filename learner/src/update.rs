@@ -11,7 +11,7 @@ use crate::objective::{
 use crate::optim::StepOutcome;
 use crate::packing::{TrainSequence, pack};
 use crate::policy::Policy;
-use crate::trainer::{PackedBatch, PolicyTrainer, TokenGradients, TokenLogProbs};
+use crate::trainer::{ExpertLoad, PackedBatch, PolicyTrainer, TokenGradients, TokenLogProbs};
 
 /// Models that an update asks beside the policy.
 #[derive(Default)]
@@ -64,6 +64,8 @@ pub struct Updated {
     pub moved: bool,
     /// Forward and backward tokens.
     pub tokens: u64,
+    /// Of the experts' loads in the last update, see [`ExpertLoad::max_violation`].
+    pub max_violation: Option<f64>,
 }
 
 impl Default for Updated {
@@ -78,6 +80,7 @@ impl Default for Updated {
             applied: true,
             moved: false,
             tokens: 0,
+            max_violation: None,
         }
     }
 }
@@ -130,6 +133,7 @@ pub fn update(
             StepOutcome::Applied { grad_norm, .. } => {
                 out.grad_norm = out.grad_norm.max(grad_norm);
                 out.moved = true;
+                out.max_violation = policy.expert_load().and_then(ExpertLoad::max_violation);
             }
             StepOutcome::Refused { grad_norm } => {
                 critic.into_iter().for_each(|critic| critic.model.discard_gradient());

@@ -69,7 +69,7 @@ impl PolicyTrainer for Poisoned {
 fn policy(config: &LearnerConfig, token: Option<u32>) -> Policy {
     let params = params(WeightsDtype::F32);
     let trainer = Poisoned { inner: Bigram::new(&params), token };
-    Policy::new(Box::new(trainer), params, config.optimizer(), Threads::single())
+    Policy::new(Box::new(trainer), params, config.optimizer_settings(), Threads::single())
 }
 
 /// Two groups of three; token 7 was drawn with no finite log-prob, so that it is masked wherever it occurs.

@@ -1,4 +1,4 @@
-//! AdamW, bf16 weights from f32 masters, and schedules against golden values of torch and transformers.
+//! AdamW, Muon, bf16 weights from f32 masters, and schedules against golden values of torch and transformers.
 
 mod oracle;
 
@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use freewheel_kernels::Threads;
 use freewheel_learner::optim::{
-    AdamW, AdamWConfig, DecayShape, Schedule, ScheduleConfig, ScheduleKind, StepOutcome,
+    DecayShape, MuonScale, Optimizer, OptimizerConfig, OptimizerKind, OptimizerSettings, Schedule,
+    ScheduleConfig, ScheduleKind, StateValues, StepOutcome,
 };
 use freewheel_model::{ParamData, ParamLayout, Params, TensorKind, TensorSpec};
 use oracle::{Oracle, max_diff};
@@ -48,12 +49,11 @@ fn widened(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&x| f64::from(x)).collect()
 }
 
-fn settings(config: &Value) -> AdamWConfig {
+fn settings(config: &Value) -> OptimizerSettings {
     let number = |key: &str| config[key].as_f64();
-    AdamWConfig {
-        freeze_vision: false,
+    OptimizerSettings {
+        config: OptimizerConfig { eps: number("eps").unwrap(), ..Default::default() },
         betas: [0, 1].map(|i| config["betas"][i].as_f64().unwrap()),
-        eps: number("eps").unwrap(),
         weight_decay: number("weight_decay").unwrap(),
         decay_1d: !config["no_decay_1d"].as_bool().unwrap_or(false),
         max_grad_norm: number("max_grad_norm"),
@@ -74,11 +74,11 @@ fn adamw_follows_torch_step_by_step() {
             layout: layout(&oracle),
             data: ParamData::F32(narrow(&arena(&oracle, "init/{}", None))),
         };
-        let mut optimiser = AdamW::new(settings(&case["config"]), &params);
+        let mut optimiser = Optimizer::new(settings(&case["config"]), &params);
         let norms = numbers(&case["grad_norms_before_clipping"]);
         for (step, lr) in numbers(&case["lrs"]).into_iter().enumerate() {
-            let grads = narrow(&arena(&oracle, "grads/{}", Some(step)));
-            let outcome = optimiser.step(&Threads::single(), &grads, lr);
+            let mut grads = narrow(&arena(&oracle, "grads/{}", Some(step)));
+            let outcome = optimiser.step(&Threads::single(), &mut grads, lr);
             let StepOutcome::Applied { grad_norm, .. } = outcome else { panic!("{name}: {outcome:?}") };
             assert!(
                 (grad_norm - norms[step]).abs() <= 1e-6 * norms[step],
@@ -93,7 +93,10 @@ fn adamw_follows_torch_step_by_step() {
             let got: Vec<f64> = optimiser
                 .state()
                 .filter(|t| t.name.starts_with(&format!("{part}.")))
-                .flat_map(|t| widened(t.values))
+                .flat_map(|t| match t.values {
+                    StateValues::F32(values) => widened(values),
+                    other => panic!("{other:?}"),
+                })
                 .collect();
             let expected = arena(&oracle, &format!("{name}/{{}}/{part}"), None);
             let scale = expected.iter().fold(1.0, |a: f64, x| a.max(x.abs()));
@@ -108,6 +111,53 @@ fn adamw_follows_torch_step_by_step() {
 }
 
 #[test]
+fn muon_follows_torch_step_by_step() {
+    let oracle = Oracle::open("optim");
+    let (mut held, mut worst) = (0, 0.0f64);
+    for case in oracle.cases["cases"].as_array().unwrap().iter().filter(|case| case["kind"] == "muon") {
+        let (name, config) = (case["name"].as_str().unwrap(), &case["config"]);
+        let layout = layout(&oracle);
+        let params =
+            Params { layout: layout.clone(), data: ParamData::F32(narrow(&arena(&oracle, "init/{}", None))) };
+        let optimizer = OptimizerConfig {
+            optimizer: OptimizerKind::Muon,
+            momentum: config["momentum"].as_f64(),
+            nesterov: config["nesterov"].as_bool().unwrap(),
+            muon_scale: match config["adjust_lr_fn"].as_str() {
+                Some("match_rms_adamw") => MuonScale::MatchRmsAdamw,
+                other => {
+                    assert_eq!(other, None, "{name}");
+                    MuonScale::Original
+                }
+            },
+            ..Default::default()
+        };
+        let weight_decay = config["weight_decay"].as_f64().unwrap();
+        let settings =
+            OptimizerSettings { config: optimizer, weight_decay, max_grad_norm: None, ..Default::default() };
+        let mut optimiser = Optimizer::new(settings, &params);
+        let tensors: Vec<&str> =
+            case["tensors"].as_array().unwrap().iter().map(|name| name.as_str().unwrap()).collect();
+        let steps = oracle.tensor(&format!("{name}/{}/float64", tensors[0])).0[0];
+        for step in 0..steps {
+            let mut grads = narrow(&arena(&oracle, "grads/{}", Some(step)));
+            optimiser.step(&Threads::single(), &mut grads, config["lr"].as_f64().unwrap());
+            for tensor in &tensors {
+                let range = layout.get(tensor).unwrap().range();
+                let expected = oracle.values(&format!("{name}/{tensor}/float64"));
+                let len = range.len();
+                let diff = max_diff(&widened(&optimiser.masters()[range]), &expected[step * len..][..len]);
+                worst = worst.max(diff);
+                assert!(diff <= 1e-5, "{name}, {tensor}, step {step}: off by {diff}");
+            }
+        }
+        held += 1;
+    }
+    assert_eq!(held, 2);
+    println!("muon: at most {worst:e} off");
+}
+
+#[test]
 fn bf16_weights_are_the_rounded_masters() {
     let oracle = Oracle::open("optim");
     let case =
@@ -116,11 +166,11 @@ fn bf16_weights_are_the_rounded_masters() {
     let layout = layout(&oracle);
     let mut weights =
         Params { layout, data: ParamData::Bf16(start.iter().map(|&x| half::bf16::from_f32(x)).collect()) };
-    let mut optimiser = AdamW::new(settings(&case["config"]), &weights);
+    let mut optimiser = Optimizer::new(settings(&case["config"]), &weights);
     let mut at_boundary = 0;
     for (step, lr) in numbers(&case["lrs"]).into_iter().enumerate() {
-        let grads = narrow(&arena(&oracle, "bf16_master/{}/grads_bf16", Some(step)));
-        assert!(matches!(optimiser.step(&Threads::single(), &grads, lr), StepOutcome::Applied { .. }));
+        let mut grads = narrow(&arena(&oracle, "bf16_master/{}/grads_bf16", Some(step)));
+        assert!(matches!(optimiser.step(&Threads::single(), &mut grads, lr), StepOutcome::Applied { .. }));
         let masters = arena(&oracle, "bf16_master/{}/master", Some(step));
         assert!(max_diff(&widened(optimiser.masters()), &masters) <= TOLERANCE, "step {step}");
         optimiser.write_weights(&Threads::single(), &mut weights);

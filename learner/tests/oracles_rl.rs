@@ -486,7 +486,7 @@ fn advantages_of_groups_and_batches() {
 
 #[test]
 fn the_soft_overlong_punishment_is_trls() {
-    let file = std::fs::read(oracle::folder("rl").join("reward_shaping.json")).unwrap();
+    let file = std::fs::read(oracle::root().join("rl/reward_shaping.json")).unwrap();
     let shaping: Value = serde_json::from_slice(&file).unwrap();
     let cases = shaping["cases"].as_array().unwrap().iter();
     let cases: Vec<&Value> = cases.filter(|case| case["function"] == "soft_overlong_punishment").collect();

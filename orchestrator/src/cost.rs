@@ -1,6 +1,7 @@
 //! What a model costs: parameters, bytes and operations, from its specification alone; and what a run of it holds in memory.
 
 use crate::config::RunConfig;
+use freewheel_learner::optim::{OptimizerConfig, OptimizerKind, StateType};
 use freewheel_model::{AttentionSpec, FfnSpec, KvCache, ParamLayout, TensorKind, Transformer};
 
 /// Sizes of one model.
@@ -19,6 +20,8 @@ pub struct Cost {
     /// Bytes of activations per token of a training micro-batch: what every layer keeps for the backward pass, and what the
     /// largest layer needs besides while it is computed.
     pub activation_bytes: u64,
+    /// The same where layers are computed again: what enters every layer, and all of the largest one.
+    pub recomputed_bytes: u64,
     /// Bytes of the logits of one row.
     pub logits_bytes: u64,
     /// Bytes of one token in a rollout's envelope: id, log-prob, experts.
@@ -60,9 +63,12 @@ impl Cost {
         let expert_id = if most_experts.max().unwrap_or(0) <= 256 { 1 } else { 2 };
         let saved = spec.layers.iter().map(|(attention, ffn)| saved_values(attention, ffn, spec.hidden));
         // While a layer is computed, forward or backward, its inputs and gradients are about as large as what it keeps.
-        let values = saved.clone().sum::<usize>() + 2 * saved.max().unwrap_or(0) + 2 * spec.hidden;
+        let largest = saved.clone().max().unwrap_or(0);
+        let values = saved.sum::<usize>() + 2 * largest + 2 * spec.hidden;
+        let recomputed = (spec.layers.len() + 2) * spec.hidden + 3 * largest;
         Self {
             activation_bytes: 4 * values as u64,
+            recomputed_bytes: 4 * recomputed.min(values) as u64,
             logits_bytes: 4 * spec.vocab_size as u64,
             rollout_bytes: 8 + expert_id * (spec.moe_layers() * spec.top_k()) as u64,
             parameters: layout.total as u64,
@@ -122,7 +128,11 @@ impl Plan {
         // No batch has more tokens than its rollouts can.
         let tokens = (learner.micro_batch_tokens as u64).min(batch.saturating_mul(context)).max(context);
         // Logits and their gradient, in chunks of 256 rows.
-        let activations = tokens * cost.activation_bytes + 2 * 256 * cost.logits_bytes;
+        let of_token = match learner.optimizer.recompute_layers {
+            true => cost.recomputed_bytes,
+            false => cost.activation_bytes,
+        };
+        let activations = tokens * of_token + 2 * 256 * cost.logits_bytes;
         // Packed, and plain too where it moves.
         let reference = match (learner.loss.kl_coef > 0.0, learner.loss.reference_every) {
             (false, _) => 0,
@@ -138,7 +148,7 @@ impl Plan {
         let mut plan = Self {
             parameters: cost.parameters,
             actor: engine * actor.processes as u64,
-            learner: 5 * weights + 16 * cost.parameters + reference + critic,
+            learner: 5 * weights + trainer_bytes(&learner.optimizer) * cost.parameters + reference + critic,
             activations,
             evaluation: engine,
             queue: rollouts.min(2 * config.queue.max_bytes) + published,
@@ -147,6 +157,24 @@ impl Plan {
         plan.total += plan.actor + plan.learner + plan.activations + plan.evaluation + plan.queue;
         plan
     }
+}
+
+/// Bytes of gradient, master and moments for a parameter; with adapters the base in their stead, and little else.
+fn trainer_bytes(optimizer: &OptimizerConfig) -> u64 {
+    if optimizer.lora_rank > 0 {
+        return 8;
+    }
+    let moments = match optimizer.optimizer {
+        OptimizerKind::Adamw => 2,
+        OptimizerKind::Muon | OptimizerKind::Lion => 1,
+        OptimizerKind::Sgd => u64::from(optimizer.momentum.is_some_and(|momentum| momentum > 0.0)),
+    };
+    let each = match optimizer.optimizer_state {
+        StateType::F32 => 4,
+        StateType::Bf16 => 2,
+        StateType::EightBit => 1,
+    };
+    8 + moments * each
 }
 
 #[cfg(test)]
@@ -171,6 +199,8 @@ mod tests {
         assert!(whole.activations > whole.total / 3, "activations are what matters here: {whole:?}");
         let half = plan(&["learner.micro_batch_tokens=8192"]);
         assert!(half.activations < whole.activations * 11 / 20, "{half:?}");
+        let again = plan(&["learner.recompute_layers=true", "learner.optimizer_state=8bit"]);
+        assert!(again.activations < whole.activations && again.learner < whole.learner, "{again:?}");
         assert_eq!(plan(&["actor.processes=2"]).actor, 2 * whole.actor);
         let critic = plan(&["learner.objective=\"ppo\""]);
         assert!(

@@ -1,6 +1,10 @@
-//! The optimiser's arithmetic over flat parameter slices: AdamW, sums of squares, axpy and the like.
+//! The optimiser's arithmetic over flat parameter slices: AdamW, Lion, momentum, sums of squares, axpy and the like.
 //!
 //! Elementwise but for [`sum_squares`], whose order is fixed by position alone, so no result depends on threads.
+
+mod momentum;
+
+pub use momentum::{Lion, Sgd, lion_step, sgd_step};
 
 use crate::Threads;
 use crate::simd::{LANES, simd};

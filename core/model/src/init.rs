@@ -13,6 +13,7 @@ use crate::checkpoint::LoadedModel;
 use crate::config::{ARCHITECTURES, spec_from_config, supported_architectures};
 use crate::error::ModelError;
 use crate::generation::GenerationConfig;
+use crate::metap::{MetaP, writes_residual};
 use crate::params::{ParamData, ParamLayout, Params, TensorKind, TensorSpec};
 use crate::spec::VisionSpec;
 use crate::tokenizer::{PREPROCESSOR, Tokenizer};
@@ -44,6 +45,8 @@ pub enum InitScale {
     InitializerRange,
     /// `1/sqrt(inputs)`, projections into the residual stream divided by `sqrt(2 · layers)`: trains well at any width.
     FanIn,
+    /// As [`MetaP`] says: a learning rate found at the base suits this size too.
+    MetaP(MetaP),
 }
 
 /// Makes the model.
@@ -111,6 +114,12 @@ pub fn init_model(request: &InitRequest) -> Result<LoadedModel, ModelError> {
     };
     let (layers, norm_offset) = (spec.layers.len(), spec.norm_offset);
     let model = Transformer::new(spec);
+    if let InitScale::MetaP(base) = request.scale
+        && base.growth(model.layout()).is_none()
+    {
+        let what = "tie_word_embeddings = true: MetaP needs a head of its own".into();
+        return Err(ModelError::Invalid { path: source.to_owned(), what });
+    }
     let params = random_params(model.layout(), request, deviation, layers, norm_offset);
     let generation = GenerationConfig::new(source, Map::new(), &config, &tokenizer)?;
     let tokenizer: Arc<Tokenizer> = Arc::new(tokenizer);
@@ -171,6 +180,10 @@ fn random_params(
     layers: usize,
     norm_offset: f32,
 ) -> Params {
+    let growth = match request.scale {
+        InitScale::MetaP(base) => base.growth(layout),
+        InitScale::InitializerRange | InitScale::FanIn => None,
+    };
     let mut values = Vec::with_capacity(layout.total);
     for tensor in &layout.tensors {
         match tensor.kind {
@@ -186,6 +199,10 @@ fn random_params(
                 let deviation = match request.scale {
                     InitScale::InitializerRange => deviation,
                     InitScale::FanIn => fan_in(tensor, layers),
+                    InitScale::MetaP(_) => {
+                        let metap = growth.as_ref().and_then(|growth| growth.deviation(tensor));
+                        metap.unwrap_or_else(|| fan_in(tensor, layers))
+                    }
                 };
                 values.extend(normal(request.seed, &tensor.name, tensor.len(), deviation));
             }
@@ -198,13 +215,8 @@ fn random_params(
 fn fan_in(tensor: &TensorSpec, layers: usize) -> f64 {
     // `[out, in]`, and `[experts, in, out]` where experts are fused: the second dimension in both.
     let inputs = tensor.shape.get(1).copied().unwrap_or(1) as f64;
-    let into_residual = ["o_proj.weight", "down_proj.weight", "w2.weight", "experts.down_proj"];
     let vision = tensor.name.starts_with("vision_model.model.layers") && tensor.name.ends_with("fc2.weight");
-    let residual = if vision || into_residual.iter().any(|end| tensor.name.ends_with(end)) {
-        2.0 * layers as f64
-    } else {
-        1.0
-    };
+    let residual = if vision || writes_residual(tensor) { 2.0 * layers as f64 } else { 1.0 };
     (inputs * residual).sqrt().recip()
 }
 

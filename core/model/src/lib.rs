@@ -19,7 +19,9 @@ pub mod encoder;
 mod error;
 mod generation;
 mod init;
+mod metap;
 mod params;
+mod rehead;
 pub mod sampling;
 mod scorer;
 mod spec;
@@ -30,8 +32,8 @@ mod upcycle;
 pub mod vision;
 
 pub use checkpoint::{
-    FileSink, LoadedEncoder, LoadedModel, SaveOptions, convert, load, load_any, load_classifier,
-    load_encoder, save, save_into,
+    Adapter, FileSink, LoadedEncoder, LoadedModel, SaveOptions, add_product, convert, load, load_any,
+    load_classifier, load_encoder, save, save_into,
 };
 pub use config::{
     ARCHITECTURES, Architecture, CLASSIFIERS, ENCODERS, encoder_spec_from_config, spec_from_config,
@@ -40,7 +42,9 @@ pub use config::{
 pub use error::ModelError;
 pub use generation::GenerationConfig;
 pub use init::{ChatStyle, InitRequest, InitScale, TokenizerChoice, build_tokenizer, init_model};
+pub use metap::{Growth, MetaP};
 pub use params::{ParamData, ParamLayout, Params, TensorKind, TensorSpec};
+pub use rehead::classifier_from;
 pub use scorer::{Scorer, ScorerInfo, score_row};
 pub use spec::{
     Activation, AttentionSpec, ExpertNames, FfnSpec, LatentSpec, ModelSpec, MoeSpec, OutputHead, QkNorm,
@@ -50,6 +54,6 @@ pub use template::RenderOptions;
 pub use tokenizer::{ChatIds, DecodeStream, Framed, Tokenizer};
 pub use transformer::{
     BatchSeq, ForwardBatch, ForwardOutput, KvCache, LogProbs, PolicyWeights, Purpose, Tape, Target, TileRows,
-    TrainBatch, TrainSeq, Transformer,
+    TrainBatch, TrainOptions, TrainSeq, Transformer,
 };
 pub use upcycle::{UpcycleOptions, upcycle};

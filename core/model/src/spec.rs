@@ -364,6 +364,15 @@ impl ModelSpec {
         self.layers.iter().filter(|(_, ffn)| matches!(ffn, FfnSpec::Moe(_))).count()
     }
 
+    /// Experts of a MoE layer, the most of all layers; 0 for dense models.
+    pub fn experts(&self) -> usize {
+        let experts = self.layers.iter().map(|(_, ffn)| match ffn {
+            FfnSpec::Moe(moe) => moe.experts,
+            FfnSpec::Dense { .. } => 0,
+        });
+        experts.max().unwrap_or(0)
+    }
+
     /// Experts per token of the MoE layers (they all agree), 0 for dense models.
     pub fn top_k(&self) -> usize {
         self.layers

@@ -7,7 +7,7 @@ use freewheel_model::sampling::{SampleScratch, log_prob_of};
 use freewheel_model::{
     Activation, AttentionSpec, BatchSeq, ExpertNames, FfnSpec, ForwardBatch, KvCache, LatentSpec, ModelSpec,
     MoeSpec, OutputHead, ParamData, Params, PolicyWeights, Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind,
-    Target, TemperatureTuning, TensorKind, TensorNames, TrainBatch, TrainSeq, Transformer,
+    Target, TemperatureTuning, TensorKind, TensorNames, TrainBatch, TrainOptions, TrainSeq, Transformer,
 };
 use freewheel_types::{CounterRng, PolicyVersion, SamplingParams, WeightsDtype};
 
@@ -401,6 +401,43 @@ fn gradients_are_those_of_finite_differences() {
                 "spec {index}: {} moves by {numeric}, gradient says {norm}",
                 tensor.name
             );
+        }
+    }
+}
+
+#[test]
+fn recomputed_layers_give_the_same_bits_and_hold_less() {
+    for (index, spec) in specs().into_iter().enumerate() {
+        let model = Transformer::new(spec);
+        for dtype in [WeightsDtype::F32, WeightsDtype::Bf16] {
+            let threads = Threads::new(2);
+            let mut weights = pack(&model, &params(&model, 29, dtype), Purpose::Training, &threads);
+            let packed = tokens(5, 40);
+            let lengths = [23, 17];
+            let targets = targets_of(&packed, &lengths);
+            let d_logprobs: Vec<f32> = (0..targets.len()).map(|i| 0.1 + (i % 5) as f32).collect();
+            let mut run = |recompute_layers: bool, replay: Option<&[u16]>| {
+                let options = TrainOptions { recompute_layers, balance_coef: 0.1, z_coef: 0.01 };
+                weights.set_train_options(options);
+                let batch = TrainBatch { tokens: &packed, seqs: &whole(&lengths), replay, tiles: &[] };
+                let tape = weights.forward_train(&threads, &batch);
+                let (experts, held) = (tape.experts().to_vec(), tape.held_values());
+                let mut grads = vec![0.0; model.layout().total];
+                let sampling = SamplingParams::default();
+                tape.backward(&threads, &weights, &targets, &sampling, &d_logprobs, None, &mut grads);
+                let bits: Vec<u32> = grads.iter().map(|x| x.to_bits()).collect();
+                (experts, held, bits)
+            };
+            let (experts, held, bits) = run(false, None);
+            let (same_experts, held_less, same_bits) = run(true, None);
+            assert_eq!(experts, same_experts, "spec {index} {dtype:?}");
+            assert_eq!(bits, same_bits, "spec {index} {dtype:?}");
+            assert!(held_less * 3 <= held, "spec {index}: {held_less} of {held} values are held");
+            // Experts that are not the router's own choice are taken again too.
+            let other: Vec<u16> = experts.iter().map(|e| (e + 1) % 5).collect();
+            if !other.is_empty() {
+                assert_eq!(run(false, Some(&other)).2, run(true, Some(&other)).2, "spec {index} {dtype:?}");
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 
 use serde::{Deserialize, Serialize};
 
-use crate::optim::AdamW;
+use crate::optim::Optimizer;
 
 /// Names, shapes and offsets of a large model take a few MB.
 const MAX_HEADER_BYTES: u64 = 64 << 20;
@@ -27,24 +27,24 @@ struct Entry {
 }
 
 /// Every tensor of `optimizer`.
-pub(super) fn write(optimizer: &AdamW, out: &mut dyn Write) -> io::Result<()> {
+pub(super) fn write(optimizer: &Optimizer, out: &mut dyn Write) -> io::Result<()> {
     let mut header = BTreeMap::new();
     let mut at = 0;
     for tensor in optimizer.state() {
-        let end = at + 4 * tensor.values.len() as u64;
-        header
-            .insert(tensor.name, Entry { dtype: "F32".into(), shape: tensor.shape, data_offsets: [at, end] });
+        let end = at + tensor.values.as_bytes().len() as u64;
+        let dtype = tensor.values.dtype().into();
+        header.insert(tensor.name, Entry { dtype, shape: tensor.shape, data_offsets: [at, end] });
         at = end;
     }
     let mut header = serde_json::to_vec(&header)?;
     header.resize(header.len().next_multiple_of(8), b' ');
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(&header)?;
-    optimizer.state().try_for_each(|tensor| out.write_all(bytemuck::cast_slice(tensor.values)))
+    optimizer.state().try_for_each(|tensor| out.write_all(tensor.values.as_bytes()))
 }
 
 /// Fills every tensor of `optimizer` from `file`, which holds these and no others, in any order.
-pub(super) fn read(optimizer: &mut AdamW, file: &mut dyn Read) -> Result<(), ReadError> {
+pub(super) fn read(optimizer: &mut Optimizer, file: &mut dyn Read) -> Result<(), ReadError> {
     let mut header = read_header(file)?;
     let mut wanted = Vec::new();
     for tensor in optimizer.state_mut() {
@@ -52,9 +52,10 @@ pub(super) fn read(optimizer: &mut AdamW, file: &mut dyn Read) -> Result<(), Rea
             |what: String| ReadError::Unsound(format!("optimiser state: tensor `{}` {what}", tensor.name));
         let entry = header.remove(&tensor.name).ok_or_else(|| unsound("is missing".into()))?;
         let [from, to] = entry.data_offsets;
-        let (len, needs) = (to.saturating_sub(from) / 4, tensor.values.len());
-        if entry.dtype != "F32" {
-            return Err(unsound(format!("is {}, not F32", entry.dtype)));
+        let (width, needs) = (tensor.values.width(), tensor.values.len());
+        let len = to.saturating_sub(from) / width as u64;
+        if entry.dtype != tensor.values.dtype() {
+            return Err(unsound(format!("is {}, not {}", entry.dtype, tensor.values.dtype())));
         }
         if len != needs as u64 || entry.shape != tensor.shape {
             return Err(unsound(format!(
@@ -69,16 +70,18 @@ pub(super) fn read(optimizer: &mut AdamW, file: &mut dyn Read) -> Result<(), Rea
     }
     wanted.sort_by_key(|(from, _)| *from);
     let mut at = 0;
-    for (from, tensor) in wanted {
+    for (from, mut tensor) in wanted {
         if from != at {
             let what =
                 format!("optimiser state: tensor `{}` starts at byte {from}, expected {at}", tensor.name);
             return Err(ReadError::Unsound(what));
         }
-        at += 4 * tensor.values.len() as u64;
-        file.read_exact(bytemuck::cast_slice_mut(tensor.values)).map_err(ReadError::Io)?;
+        let width = tensor.values.width();
+        let bytes = tensor.values.as_bytes_mut();
+        at += bytes.len() as u64;
+        file.read_exact(bytes).map_err(ReadError::Io)?;
         if cfg!(target_endian = "big") {
-            tensor.values.iter_mut().for_each(|x| *x = f32::from_bits(x.to_bits().swap_bytes()));
+            bytes.chunks_exact_mut(width).for_each(<[u8]>::reverse);
         }
     }
     Ok(())
@@ -104,18 +107,18 @@ mod tests {
     use freewheel_model::{ParamData, Params};
 
     use super::*;
-    use crate::optim::AdamWConfig;
+    use crate::optim::OptimizerSettings;
     use crate::testing::layout_of;
 
-    fn optimizer(shapes: &[&[usize]]) -> AdamW {
+    fn optimizer(shapes: &[&[usize]]) -> Optimizer {
         let layout = layout_of(shapes);
         let data = ParamData::F32((0..layout.total).map(|i| i as f32 / 8.0).collect());
-        AdamW::new(AdamWConfig::default(), &Params { layout, data })
+        Optimizer::new(OptimizerSettings::default(), &Params { layout, data })
     }
 
-    fn stepped() -> (AdamW, Vec<u8>) {
+    fn stepped() -> (Optimizer, Vec<u8>) {
         let mut trained = optimizer(&[&[2, 2], &[5]]);
-        trained.step(&Threads::single(), &[0.3, -0.2, 0.1, 0.0, 1.0, 2.0, -3.0, 0.5, 0.25], 1e-2);
+        trained.step(&Threads::single(), &mut [0.3, -0.2, 0.1, 0.0, 1.0, 2.0, -3.0, 0.5, 0.25], 1e-2);
         let mut bytes = Vec::new();
         write(&trained, &mut bytes).expect("a Vec takes everything");
         (trained, bytes)

@@ -30,7 +30,7 @@ use crate::companions::CompanionState;
 use crate::consumed::IdSet;
 use crate::disk::Disk;
 use crate::journal::Position;
-use crate::optim::AdamW;
+use crate::optim::Optimizer;
 use crate::report::StepReport;
 
 const STATE: &str = "state.json";
@@ -113,9 +113,9 @@ pub struct Commit<'a> {
     /// Weights in working precision.
     pub weights: &'a Params,
     /// Masters and moments.
-    pub optimizer: &'a AdamW,
+    pub optimizer: &'a Optimizer,
     /// Those of the critic, if there is one.
-    pub critic: Option<&'a AdamW>,
+    pub critic: Option<&'a Optimizer>,
     /// Weights of the reference, if it moves.
     pub reference: Option<&'a Params>,
     /// The curriculum's state.
@@ -407,7 +407,7 @@ impl Loaded {
     ///
     /// # Errors
     /// If a tensor is missing, of another size or another type. The optimiser is then half restored: drop it.
-    pub fn restore(&self, optimizer: &mut AdamW) -> Result<(), LearnerError> {
+    pub fn restore(&self, optimizer: &mut Optimizer) -> Result<(), LearnerError> {
         self.restore_from(TRAINER, optimizer, self.state.optimizer_steps)
     }
 
@@ -415,7 +415,7 @@ impl Loaded {
     ///
     /// # Errors
     /// As [`restore`](Self::restore).
-    pub fn restore_critic(&self, optimizer: &mut AdamW, steps: u64) -> Result<(), LearnerError> {
+    pub fn restore_critic(&self, optimizer: &mut Optimizer, steps: u64) -> Result<(), LearnerError> {
         self.restore_from(CRITIC, optimizer, steps)
     }
 
@@ -428,7 +428,7 @@ impl Loaded {
         self.disk.read(&path).map_err(LearnerError::disk(&path, "read"))
     }
 
-    fn restore_from(&self, file: &str, optimizer: &mut AdamW, steps: u64) -> Result<(), LearnerError> {
+    fn restore_from(&self, file: &str, optimizer: &mut Optimizer, steps: u64) -> Result<(), LearnerError> {
         let path = self.path.join(file);
         let mut file = self.disk.open(&path).map_err(LearnerError::disk(&path, "read"))?;
         arenas::read(optimizer, &mut file).map_err(|error| match error {

@@ -12,9 +12,9 @@ use crate::config::LearnerConfig;
 use crate::core::{Learner, LearnerParts, Replayed};
 use crate::critic::{Critic, TransformerCritic};
 use crate::disk::{Disk, SystemDisk};
+use crate::fit::threads;
 use crate::metrics::NoMetrics;
 use crate::policy::Policy;
-use crate::sft::threads;
 use crate::trainer::PolicyTrainer;
 use crate::transformer::TransformerTrainer;
 
@@ -25,7 +25,7 @@ fn frozen(model: &LoadedModel, threads: Threads) -> Box<dyn PolicyTrainer> {
 fn critic(config: &LearnerConfig, model: &LoadedModel, threads: Threads) -> Critic {
     let (trainer, params) = TransformerCritic::new(model, threads.clone());
     Critic {
-        model: Policy::new(Box::new(trainer), params, config.optimizer(), threads),
+        model: Policy::new(Box::new(trainer), params, config.optimizer_settings(), threads),
         clip: Some(config.loss.value_clip.unwrap_or(0.2)),
     }
 }
@@ -58,11 +58,11 @@ pub(super) fn parts(
     let threads = threads(config.threads);
     let reference = (config.loss.kl_coef > 0.0).then(|| frozen(&model, threads.clone()));
     let critic = config.loss.needs_critic().then(|| critic(&config, &model, threads.clone()));
-    let trainer = TransformerTrainer::new(&model.model, &model.params, threads.clone())
-        .freeze_vision(config.freeze_vision);
+    let trainer =
+        TransformerTrainer::new(&model.model, &model.params, threads.clone()).configured(&config.optimizer);
     let options = SaveOptions { shard_bytes: config.checkpoint_shard_mib << 20 };
     LearnerParts {
-        policy: Policy::new(Box::new(trainer), model.params.clone(), config.optimizer(), threads),
+        policy: Policy::new(Box::new(trainer), model.params.clone(), config.optimizer_settings(), threads),
         config,
         reference,
         critic,

@@ -12,24 +12,25 @@ pub struct Oracle {
     pub cases: Value,
 }
 
-/// `NAME/` in `FREEWHEEL_ORACLES`, or the copy in the repository.
-pub fn folder(name: &str) -> PathBuf {
+/// `FREEWHEEL_ORACLES`, or the copy in the repository.
+pub fn root() -> PathBuf {
     let fixtures = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
-    std::env::var_os("FREEWHEEL_ORACLES").map_or_else(fixtures, PathBuf::from).join(name)
+    std::env::var_os("FREEWHEEL_ORACLES").map_or_else(fixtures, PathBuf::from)
 }
 
 impl Oracle {
-    /// The cases and tensors in [`folder`] `name`.
+    /// The folder `NAME/`, or the files `NAME.json` and `NAME.safetensors`, in `FREEWHEEL_ORACLES` or the copy in the repository.
     pub fn open(name: &str) -> Self {
-        let folder = folder(name);
+        let folder = root();
         let read = |file: &str| {
             std::fs::read(folder.join(file))
                 .unwrap_or_else(|error| panic!("{}/{file}: {error}", folder.display()))
         };
-        Self {
-            bytes: read("tensors.safetensors"),
-            cases: serde_json::from_slice(&read("cases.json")).unwrap(),
-        }
+        let (cases, tensors) = match folder.join(name).is_dir() {
+            true => (format!("{name}/cases.json"), format!("{name}/tensors.safetensors")),
+            false => (format!("{name}.json"), format!("{name}.safetensors")),
+        };
+        Self { bytes: read(&tensors), cases: serde_json::from_slice(&read(&cases)).unwrap() }
     }
 
     /// A tensor as f64 with its shape.
@@ -41,6 +42,9 @@ impl Oracle {
             safetensors::Dtype::F64 => data.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect(),
             safetensors::Dtype::F32 => {
                 data.as_chunks().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect()
+            }
+            safetensors::Dtype::I64 => {
+                data.as_chunks().0.iter().map(|b| i64::from_le_bytes(*b) as f64).collect()
             }
             safetensors::Dtype::BF16 => {
                 let wide = |b: &[u8; 2]| f64::from(f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16));

@@ -1,10 +1,13 @@
 //! `freewheel config check | show | reference`.
 
 use clap::{Args, Subcommand};
-use serde_json::json;
+use freewheel_model::Transformer;
+use freewheel_types::WeightsDtype;
+use serde_json::{Map, Value, json};
 
-use super::ConfigArgs;
-use crate::config::{RunConfig, reference};
+use super::{ConfigArgs, bytes};
+use crate::config::{Loaded, RunConfig, reference};
+use crate::cost::{Cost, Plan};
 
 /// Check, show or document a config.
 #[derive(Debug, Args)]
@@ -88,9 +91,38 @@ impl CheckArgs {
         let loaded = result?;
         if !self.json {
             println!("{}: good, run name {}", loaded.path.display(), loaded.run_id());
+            match memory_plan(&loaded) {
+                Some(line) => println!("{line}"),
+                None => println!("memory: not planned, there is no config.json at model.path yet"),
+            }
         }
         Ok(())
     }
+}
+
+/// What the run will hold in memory at its peak; `None` if the model's configuration is not at hand or not understood. Reads no
+/// weights and touches no network.
+fn memory_plan(loaded: &Loaded) -> Option<String> {
+    let path = loaded.resolve(&loaded.config.model.path).join("config.json");
+    let json: Map<String, Value> = serde_json::from_slice(&std::fs::read(&path).ok()?).ok()?;
+    let spec = freewheel_model::spec_from_config(&path, &json).ok()?;
+    let wide = ["dtype", "torch_dtype"].iter().any(|key| json.get(*key) == Some(&json!("float32")));
+    let element = match loaded.config.model.dtype.requested() {
+        Some(WeightsDtype::F32) => 4,
+        None if wide => 4,
+        _ => 2,
+    };
+    let positions = spec.max_positions as u64;
+    let plan = Plan::of(&loaded.config, &Cost::of(&Transformer::new(spec)), element, positions);
+    Some(format!(
+        "memory: {} at the peak: actors {}, learner {}, activations {}, evaluation {}, queue {}",
+        bytes(plan.total),
+        bytes(plan.actor),
+        bytes(plan.learner),
+        bytes(plan.activations),
+        bytes(plan.evaluation),
+        bytes(plan.queue)
+    ))
 }
 
 impl ShowArgs {

@@ -3,14 +3,19 @@
 mod ablation;
 mod bench;
 mod config;
+pub mod distill;
 mod doctor;
+pub mod dpo;
 mod eval;
 pub mod fail;
 mod generate;
+mod jobs;
 mod logprobs;
 mod model;
 mod models;
+mod recipe;
 mod replay;
+pub mod reward_model;
 mod run;
 mod score;
 pub mod sft;
@@ -54,6 +59,9 @@ enum Command {
     Report(status::ReportArgs),
     Replay(replay::ReplayArgs),
     Sft(sft::SftArgs),
+    Dpo(dpo::DpoArgs),
+    Distill(distill::DistillArgs),
+    RewardModel(reward_model::RewardModelArgs),
     Eval(eval::EvalArgs),
     Generate(generate::GenerateArgs),
     Logprobs(logprobs::LogprobsArgs),
@@ -98,6 +106,9 @@ pub fn main() -> ExitCode {
         Command::Report(args) => args.run(),
         Command::Replay(args) => args.run(),
         Command::Sft(args) => args.run(),
+        Command::Dpo(args) => args.run(),
+        Command::Distill(args) => args.run(),
+        Command::RewardModel(args) => args.run(),
         Command::Eval(args) => args.run(),
         Command::InitModel(args) => args.run(),
         Command::Upcycle(args) => args.run(),

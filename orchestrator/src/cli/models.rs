@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use freewheel_model::{
-    InitRequest, InitScale, LoadedModel, SaveOptions, TokenizerChoice, UpcycleOptions,
+    Adapter, InitRequest, InitScale, LoadedModel, MetaP, SaveOptions, TokenizerChoice, UpcycleOptions,
     supported_architectures,
 };
 use freewheel_types::WeightsDtype;
@@ -40,6 +40,12 @@ pub struct InitModelArgs {
     /// Tokens of a trained tokenizer, special ones included.
     #[arg(long)]
     vocab_size: Option<usize>,
+    /// Weights start as MetaP says, for training with `metap_base_width`: the width of the model that rates were found on.
+    #[arg(long, value_name = "WIDTH", requires = "metap_base_layers", value_parser = clap::value_parser!(u32).range(1..))]
+    metap_base_width: Option<u32>,
+    /// Layers of the model that rates were found on.
+    #[arg(long, value_name = "LAYERS", requires = "metap_base_width", value_parser = clap::value_parser!(u32).range(1..))]
+    metap_base_layers: Option<u32>,
     /// Element type of the weights.
     #[arg(long, value_enum, default_value_t = DtypeArg::Bf16)]
     dtype: DtypeArg,
@@ -64,7 +70,12 @@ impl InitModelArgs {
             arch: self.arch,
             overrides,
             seed: self.seed,
-            scale: InitScale::FanIn,
+            scale: match (self.metap_base_width, self.metap_base_layers) {
+                (Some(width), Some(layers)) => {
+                    InitScale::MetaP(MetaP { width: width as usize, layers: layers as usize })
+                }
+                _ => InitScale::FanIn,
+            },
             dtype: self.dtype.requested().unwrap_or(WeightsDtype::Bf16),
             tokenizer,
         };
@@ -141,10 +152,11 @@ impl UpcycleArgs {
     }
 }
 
-/// Convert a model: GGUF or Hugging Face in, Hugging Face out; element type, shards.
+/// Convert a model: GGUF or Hugging Face in, Hugging Face out; element type, shards, adapters merged.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example:\n  freewheel convert --model smollm2.gguf --out models/smollm2 --dtype bf16"
+    after_help = "Examples:\n  freewheel convert --model smollm2.gguf --out models/smollm2 --dtype bf16\n  \
+        freewheel convert --model models/smollm2 --adapter my-adapter --out models/merged"
 )]
 pub struct ConvertArgs {
     /// Model: folder or .gguf file.
@@ -156,6 +168,9 @@ pub struct ConvertArgs {
     /// Element type of the result.
     #[arg(long, value_enum, default_value_t = DtypeArg::Auto)]
     dtype: DtypeArg,
+    /// Merge this LoRA adapter, a folder as PEFT writes it; may be repeated.
+    #[arg(long, value_name = "DIR")]
+    adapter: Vec<PathBuf>,
     /// Most MiB of weights in one file.
     #[arg(long, default_value_t = 4768, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..))]
     shard_mib: u64,
@@ -163,7 +178,10 @@ pub struct ConvertArgs {
 
 impl ConvertArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let model = crate::policy::open_any(&self.model, self.dtype.requested())?;
+        let mut model = crate::policy::open_any(&self.model, self.dtype.requested())?;
+        for dir in &self.adapter {
+            model.params = Adapter::load(dir).and_then(|a| a.merge(&model.params, dir)).input()?;
+        }
         if let (Ok(from), Ok(to)) = (self.model.canonicalize(), self.out.canonicalize())
             && from == to
         {

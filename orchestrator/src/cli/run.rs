@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::ConfigArgs;
 use super::fail::Explain as _;
+use super::recipe::Recipe;
 use crate::config::Loaded;
 use crate::folder::{IfExists, names};
 use crate::prompts::PoolMetrics;
@@ -25,7 +26,8 @@ use crate::signals::Signals;
 #[command(after_help = "Examples:\n  freewheel run configs/quickstart.toml\n  \
     freewheel run configs/quickstart.toml --set learner.steps=50 --set run.name=short\n  \
     freewheel run configs/quickstart.toml --set queue.backend=redis --set actor.processes=2\n  \
-    freewheel run configs/quickstart.toml --resume")]
+    freewheel run configs/quickstart.toml --resume\n  \
+    freewheel run my-recipe.toml          # several [[stage]]s, each with a job: \"sft\", \"run\" or \"dpo\"")]
 pub struct RunArgs {
     #[command(flatten)]
     config: ConfigArgs,
@@ -42,12 +44,15 @@ pub struct RunArgs {
 
 impl RunArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let loaded = self.config.load()?;
         let if_exists = match (self.resume, self.force) {
             (true, _) => IfExists::Resume,
             (_, true) => IfExists::Replace,
             _ => IfExists::Refuse,
         };
+        if let Some(recipe) = Recipe::read(&self.config)? {
+            return recipe.run(if_exists, self.json);
+        }
+        let loaded = self.config.load()?;
         runtime()?.block_on(crate::run::run(loaded, if_exists, self.json))
     }
 }

@@ -1,28 +1,23 @@
 //! `freewheel sft`: supervised fine-tuning of a given or a new model.
 
-use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Context as _;
 use clap::Args;
-use freewheel_learner::metrics::MetricsSink;
 use freewheel_learner::sft::{SftConfig, SftExample, run_sft};
-use freewheel_model::{InitRequest, InitScale, LoadedModel, SaveOptions, TokenizerChoice};
-use freewheel_types::{Prompt, PromptBody, PromptId, WeightsDtype};
-use indicatif::{ProgressBar, ProgressStyle};
+use freewheel_model::{InitRequest, InitScale, LoadedModel, TokenizerChoice};
+use freewheel_types::WeightsDtype;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::ConfigArgs;
 use super::fail::Explain as _;
+use super::jobs::{OutputSection, View, prompt_of, save};
 use crate::config::{Checks, Dtype, GeneratorKind, Loaded, ModelSection, Node, Problem};
-use crate::folder::StepLine;
 use crate::lines;
-use crate::prompts::{
-    ArithmeticGenerator, ShapesGenerator, ShapesItem, Split, demonstration, is_worked, messages_of,
-};
+use crate::prompts::{ArithmeticGenerator, ShapesGenerator, ShapesItem, Split, demonstration, is_worked};
 
 /// Supervised fine-tuning: from demonstrations to a model, the same bytes again from the same seed.
 #[derive(Debug, Args)]
@@ -103,38 +98,30 @@ impl Default for DataSection {
     }
 }
 
-/// The `[output]` section.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct OutputSection {
-    /// Folder of the result, Hugging Face layout. Required.
-    pub dir: String,
-}
-
 fn checks(job: &SftJob, document: &Node, _path: &std::path::Path) -> Vec<Problem> {
     let mut checks = Checks::new(document);
     let given = !job.model.path.is_empty();
     checks.require(given || job.init.is_some(), "model.path", "is not set and there is no [init]", None);
     crate::config::check_model(&job.model, &mut checks);
     checks.require(!(given && job.init.is_some()), "init", "and model.path exclude each other", None);
+    job.output.check(&mut checks);
+    check_data(&job.data, &mut checks);
+    job.sft.problems().iter().for_each(|problem| checks.told(problem));
+    checks.finish()
+}
+
+/// Notes what is wrong with the source of demonstrations.
+pub(super) fn check_data(data: &DataSection, checks: &mut Checks<'_>) {
     checks.require(
-        !job.output.dir.is_empty(),
-        "output.dir",
-        "is not set",
-        Some("output.dir = \"models/mine\""),
-    );
-    checks.require(
-        job.data.file.is_some() != job.data.generator.is_some(),
+        data.file.is_some() != data.generator.is_some(),
         "data.file",
         "must be set, or data.generator, and not both",
         None,
     );
-    for level in job.data.levels.iter().filter(|level| !(1..=6).contains(*level)) {
+    for level in data.levels.iter().filter(|level| !(1..=6).contains(*level)) {
         checks.note("data.levels", format!("holds {level}, must be 1 to 6 each"), None);
     }
-    checks.require(!job.data.levels.is_empty(), "data.levels", "is empty", None);
-    job.sft.problems().iter().for_each(|problem| checks.told(problem));
-    checks.finish()
+    checks.require(!data.levels.is_empty(), "data.levels", "is empty", None);
 }
 
 /// Reads the config of a fine-tuning job.
@@ -148,38 +135,53 @@ pub fn load(args: &ConfigArgs) -> Result<Loaded<SftJob>, crate::config::ConfigEr
 impl SftArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         super::super::logging::to_terminal();
-        let loaded = load(&self.config)?;
-        let job = &loaded.config;
-        let output = PathBuf::from(&job.output.dir);
-        if output.join("config.json").exists() && !self.force {
-            return Err(anyhow::anyhow!("{} already holds a model", output.display()))
-                .input_hint("--force overwrites it, --set output.dir=DIR writes elsewhere");
-        }
-        let examples = examples(&loaded)?;
-        let mut model = model(&loaded)?;
-        eprintln!(
-            "{} demonstrations, {:.2} M parameters, {} steps of {}",
-            examples.len(),
-            model.model.layout().total as f64 / 1e6,
-            job.sft.steps,
-            job.sft.batch_size
-        );
-        let began = Instant::now();
-        let view = View::new(job.sft.steps);
-        let summary = run_sft(&job.sft, &mut model, examples, &view)?;
-        view.bar.finish_and_clear();
-        freewheel_model::save(&output, &model, &model.params, &SaveOptions::default())?;
-        println!(
-            "{}: loss {:.4} after {} steps, {} tokens, {:.1} s",
-            output.display(),
-            summary.loss,
-            summary.steps,
-            summary.tokens,
-            began.elapsed().as_secs_f64()
-        );
-        println!("weights {}", model.params.digest());
-        Ok(())
+        train(&load(&self.config)?, self.force)
     }
+}
+
+/// Reads the job out of a part of a recipe.
+///
+/// # Errors
+/// All problems together.
+pub(super) fn load_part(
+    path: &Path,
+    text: &str,
+    overrides: &[String],
+) -> Result<Loaded<SftJob>, crate::config::ConfigError> {
+    crate::config::load_part(path, text, overrides, checks)
+}
+
+/// Does the job.
+///
+/// # Errors
+/// Bad inputs, or a failure of the work.
+pub(super) fn train(loaded: &Loaded<SftJob>, force: bool) -> anyhow::Result<()> {
+    let job = &loaded.config;
+    let output = job.output.folder(force)?;
+    let examples = examples_of(&job.data, &loaded.path)?;
+    let mut model = model(loaded)?;
+    eprintln!(
+        "{} demonstrations, {:.2} M parameters, {} steps of {}",
+        examples.len(),
+        model.model.layout().total as f64 / 1e6,
+        job.sft.steps,
+        job.sft.batch_size
+    );
+    let began = Instant::now();
+    let view = View::new(job.sft.steps);
+    let summary = run_sft(&job.sft, &mut model, examples, &view)?;
+    save(&output, &model, summary.adapter.as_ref(), &job.model.path)?;
+    view.finish(&output)?;
+    println!(
+        "{}: loss {:.4} after {} steps, {} tokens, {:.1} s",
+        output.display(),
+        summary.loss,
+        summary.steps,
+        summary.tokens,
+        began.elapsed().as_secs_f64()
+    );
+    println!("weights {}", model.params.digest());
+    Ok(())
 }
 
 fn model(loaded: &Loaded<SftJob>) -> anyhow::Result<LoadedModel> {
@@ -206,14 +208,14 @@ struct Line {
     completion: String,
 }
 
-fn examples(loaded: &Loaded<SftJob>) -> anyhow::Result<Vec<SftExample>> {
-    let data = &loaded.config.data;
+/// The demonstrations; `config` is the file that asks for them.
+pub(super) fn examples_of(data: &DataSection, config: &Path) -> anyhow::Result<Vec<SftExample>> {
     if let Some(file) = &data.file {
         let check = |line: &Line| match (&line.prompt, &line.messages) {
             (Some(_), None) | (None, Some(_)) => Ok(()),
             _ => Err("must hold one of `prompt`, `messages`".to_owned()),
         };
-        let path = crate::config::resolve(file, &loaded.path);
+        let path = crate::config::resolve(file, config);
         let folder = path.parent().unwrap_or(Path::new(""));
         let named = |(at, line)| {
             example(line, folder).map_err(|what| anyhow::anyhow!("{}:{at}: {what}", path.display())).input()
@@ -239,45 +241,7 @@ fn examples(loaded: &Loaded<SftJob>) -> anyhow::Result<Vec<SftExample>> {
 
 /// Paths of images start at `folder`.
 fn example(line: Line, folder: &Path) -> Result<SftExample, String> {
-    let body = match line.messages {
-        Some(turns) => PromptBody::Messages(messages_of(turns, folder)?),
-        None => PromptBody::Text(line.prompt.unwrap_or_default()),
-    };
-    Ok(SftExample { prompt: plain(body), completion: line.completion })
-}
-
-/// A prompt that is only its text: nothing scores or chooses it.
-fn plain(body: PromptBody) -> Prompt {
-    Prompt { id: PromptId([0; 16]), name: None, body, answer: None, tags: vec![], verifier: None, meta: None }
-}
-
-/// A progress bar fed by metrics lines.
-struct View {
-    bar: ProgressBar,
-    last: Mutex<Option<Instant>>,
-}
-
-impl View {
-    fn new(steps: u64) -> Self {
-        let style = ProgressStyle::with_template("{bar:28.cyan/dim} {pos}/{len}  {msg}  {eta} left")
-            .expect("the template is fixed")
-            .progress_chars("━╸─");
-        Self { bar: ProgressBar::new(steps).with_style(style), last: Mutex::new(None) }
-    }
-}
-
-impl MetricsSink for View {
-    fn step(&self, line: &StepLine) {
-        let number = |key: &str| line.get(key).and_then(Value::as_f64).unwrap_or(f64::NAN);
-        let (step, loss) = (number("step"), number("train/loss"));
-        self.bar.set_position(step as u64);
-        self.bar.set_message(format!("loss {loss:.4}  {:.0} tok/s", number("train/tokens_per_s")));
-        let mut last = self.last.lock().expect("no holder of the lock panics");
-        if self.bar.is_hidden() && last.is_none_or(|at| at.elapsed().as_secs() >= 10) {
-            eprintln!("step {step:>6}  loss {loss:.4}");
-            *last = Some(Instant::now());
-        }
-    }
+    Ok(SftExample { prompt: prompt_of(line.prompt, line.messages, folder)?, completion: line.completion })
 }
 
 /// Opens a config of this job for tests of the files in `configs/`.

@@ -103,6 +103,30 @@ where
     parse(path, &text, overrides, environment, checks)
 }
 
+/// Reads a config of type `C` from `text`, a part of the file `path` with everything else blank, so that lines keep their numbers.
+///
+/// # Errors
+/// All problems together.
+pub fn load_part<C>(
+    path: &Path,
+    text: &str,
+    overrides: &[String],
+    checks: impl Fn(&C, &Node, &Path) -> Vec<Problem>,
+) -> Result<Loaded<C>, ConfigError>
+where
+    C: Default + Serialize + DeserializeOwned + JsonSchema,
+{
+    parse(path, text, overrides, &[], checks)
+}
+
+/// A run's config, the same way.
+///
+/// # Errors
+/// All problems together.
+pub fn load_run_part(path: &Path, text: &str, overrides: &[String]) -> Result<Loaded, ConfigError> {
+    load_part(path, text, overrides, checks::run_config)
+}
+
 /// A run's config from text and `--set` flags, where there is no file; `name` stands for it in messages.
 ///
 /// # Errors

@@ -121,6 +121,32 @@ fn learning(data: &RunData) -> Vec<Chart> {
             )
         },
         Chart {
+            title: "Preferences kept",
+            note: "share of pairs the right way round",
+            bounds: Some((0.0, 1.0)),
+            ..lines(data, &[("preference/accuracy", "")])
+        },
+        Chart {
+            title: "Preference rewards",
+            note: "β times the log-ratio to the reference",
+            ..lines(
+                data,
+                &[("preference/chosen_reward", "chosen"), ("preference/rejected_reward", "rejected")],
+            )
+        },
+        Chart {
+            title: "Weight of soft targets",
+            note: "share of the teacher in the loss",
+            bounds: Some((0.0, 1.0)),
+            ..lines(data, &[("distill/weight", "")])
+        },
+        Chart {
+            title: "Soft and hard loss",
+            note: "nats per token",
+            from_zero: true,
+            ..lines(data, &[("distill/soft_loss", "soft"), ("distill/hard_loss", "hard")])
+        },
+        Chart {
             title: "Expert load",
             note: "largest over mean, minus 1",
             from_zero: true,

@@ -9,6 +9,7 @@
 //! Everything is checked before it is believed: headers against the configuration, tokenizer against the embedding,
 //! values against NaN. Nothing here resumes, publishes or versions weights; that is the learner's.
 
+mod adapter;
 mod candle;
 mod convert;
 mod elements;
@@ -33,6 +34,7 @@ use crate::params::Params;
 use crate::spec::{ModelSpec, OutputHead};
 use crate::tokenizer::Tokenizer;
 
+pub use adapter::{Adapter, add_product};
 pub use convert::convert;
 pub use save::{FileSink, SaveOptions, save, save_into};
 

@@ -70,6 +70,16 @@ impl Checkpoint {
         })
     }
 
+    /// Opens one file.
+    pub(super) fn file(path: &Path) -> Result<Self, ModelError> {
+        Self::from_shards(path.to_owned(), &[path.to_owned()])
+    }
+
+    /// Names and shapes of all tensors, sorted by name.
+    pub(super) fn shapes(&self) -> impl Iterator<Item = (&str, &[usize])> {
+        self.tensors.iter().map(|(name, stored)| (name.as_str(), stored.shape.as_slice()))
+    }
+
     fn from_index(dir: &Path, index: PathBuf) -> Result<Self, ModelError> {
         let invalid = |what: String| ModelError::Invalid { path: index.clone(), what };
         let text = super::read_text(&index, MAX_INDEX_BYTES)?;

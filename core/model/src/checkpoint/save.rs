@@ -167,7 +167,7 @@ fn shards(params: &Params, limit: u64) -> Vec<&[TensorSpec]> {
 }
 
 /// The head of a safetensors file, padded so that the data behind it is aligned.
-fn header(tensors: &[TensorSpec], dtype: WeightsDtype) -> Vec<u8> {
+pub(super) fn header(tensors: &[TensorSpec], dtype: WeightsDtype) -> Vec<u8> {
     let name = match dtype {
         WeightsDtype::F32 => "F32",
         WeightsDtype::Bf16 => "BF16",

@@ -53,6 +53,21 @@ pub(super) struct Saved {
     raw_td: Option<Buf>,
 }
 
+impl Saved {
+    /// Residual input `[T, D]`.
+    pub fn input(&self) -> &[f32] {
+        &self.x_td
+    }
+
+    /// Values of its buffers.
+    pub fn held_values(&self) -> usize {
+        let (before, after) = self.before_norm.as_ref().map_or((0, 0), |(q, k)| (q.len(), k.len()));
+        let optional = [&self.latent, &self.raw_td].into_iter().flatten().map(|buf| buf.len());
+        let always = [&self.x_td, &self.q, &self.out, &self.lse].map(|buf| buf.len());
+        always.iter().sum::<usize>() + optional.sum::<usize>() + before + after
+    }
+}
+
 impl AttentionLayer<'_> {
     fn shape(&self) -> AttentionShape {
         AttentionShape {

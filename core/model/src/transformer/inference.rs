@@ -129,7 +129,10 @@ impl PolicyWeights {
         }
         ForwardOutput {
             logits: head::logits_of_rows(self, &cx, &x_td, batch.logit_rows),
-            experts: interleave(&routings.iter().collect::<Vec<_>>(), batch.tokens.len()),
+            experts: interleave(
+                &routings.iter().map(|routing| routing.ids.as_slice()).collect::<Vec<_>>(),
+                batch.tokens.len(),
+            ),
         }
     }
 
@@ -198,12 +201,12 @@ impl<'a> Placed<'a> {
 }
 
 /// `[T, MoE layers, K]` from one `[T, K]` per layer.
-pub(super) fn interleave(routings: &[&Routing], rows: usize) -> Vec<u16> {
-    let mut experts = Vec::with_capacity(routings.iter().map(|r| r.ids.len()).sum());
+pub(super) fn interleave(routings: &[&[u16]], rows: usize) -> Vec<u16> {
+    let mut experts = Vec::with_capacity(routings.iter().map(|ids| ids.len()).sum());
     for t in 0..rows {
-        for routing in routings {
-            let k = routing.ids.len() / rows;
-            experts.extend_from_slice(&routing.ids[t * k..(t + 1) * k]);
+        for ids in routings {
+            let k = ids.len() / rows;
+            experts.extend_from_slice(&ids[t * k..(t + 1) * k]);
         }
     }
     experts

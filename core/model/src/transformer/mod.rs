@@ -36,7 +36,7 @@ pub use cache::KvCache;
 pub use inference::{BatchSeq, ForwardBatch, ForwardOutput};
 pub use tape::{LogProbs, Tape, Target, TrainBatch, TrainSeq};
 pub use vision::TileRows;
-pub use weights::{PolicyWeights, Purpose};
+pub use weights::{PolicyWeights, Purpose, TrainOptions};
 
 use freewheel_types::WeightsDtype;
 

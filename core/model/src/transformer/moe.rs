@@ -6,6 +6,7 @@
 
 use freewheel_kernels::gemm::matmul;
 use freewheel_kernels::optim::{add_assign, axpy, dot};
+use freewheel_kernels::softmax::{row_stats, softmax_row};
 use freewheel_kernels::{Precision, router};
 
 use super::bindings::MoeBinding;
@@ -171,6 +172,7 @@ impl MoeLayer<'_> {
     }
 
     /// Adds the weight gradients and returns the gradient with respect to `normed`. `dy` is that of the output `[T, D]`.
+    #[expect(clippy::too_many_arguments, reason = "one step of the backward, called from one place")]
     pub fn backward(
         &self,
         cx: &Context,
@@ -178,6 +180,7 @@ impl MoeLayer<'_> {
         normed_td: &[f32],
         dy_td: &[f32],
         rows: usize,
+        losses: &RouterLosses,
         grads: &mut [f32],
     ) -> Buf {
         let d = self.at.router.k;
@@ -192,7 +195,7 @@ impl MoeLayer<'_> {
         let dys_sd = self.scatter_gradient(cx, saved, dy_td, d, &mut d_weights);
         let dxs_sd = self.experts_backward(cx, saved, normed_td, &dys_sd, d, grads);
         self.gather_backward(cx, routing, normed_td, &dxs_sd, d, &mut d_weights, &mut dx_td);
-        self.router_backward(cx, saved, normed_td, &d_weights, rows, &mut dx_td, grads);
+        self.router_backward(cx, saved, normed_td, &d_weights, rows, losses, &mut dx_td, grads);
         dx_td
     }
 
@@ -285,6 +288,7 @@ impl MoeLayer<'_> {
         normed_td: &[f32],
         d_weights: &[f32],
         rows: usize,
+        losses: &RouterLosses,
         dx_td: &mut [f32],
         grads: &mut [f32],
     ) {
@@ -323,6 +327,7 @@ impl MoeLayer<'_> {
                 &mut d_logits_te,
             ),
         }
+        losses.add_gradient(&saved.logits_te, experts, &routing.ids, &mut d_logits_te);
         cx.accumulate(Precision::F32, &self.at.router, &d_logits_te, normed_td, rows, grads);
         mlp::add_bias_grad(&d_logits_te, &self.at.router_bias, grads);
         let mut d = cx.pool.take(dx_td.len());
@@ -345,11 +350,81 @@ impl Saved {
         let Parts { logits_te, gate_up, shared_gate_up, y_sd } = parts;
         Self { routing, logits_te, gate_up, shared_gate_up, y_sd }
     }
+
+    /// Values of its buffers.
+    pub fn held_values(&self) -> usize {
+        let experts = self.gate_up.iter().chain([&self.shared_gate_up]).flatten().map(|buf| buf.len());
+        self.logits_te.len() + self.y_sd.len() + experts.sum::<usize>()
+    }
+}
+
+/// Weights of a router's own losses on one batch.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct RouterLosses {
+    /// Of E·Σ f·P.
+    pub balance: f32,
+    /// Of the mean (log Σ exp)².
+    pub z: f32,
+}
+
+impl RouterLosses {
+    /// Adds their gradient at the logits `[T, E]`; the choices `ids [T, K]` count as given.
+    ///
+    /// With p = softmax(z): d/dz_e of E·Σ f·P is E/T · p_e (f_e − Σ f·p), of the mean (log Σ exp z)² it is 2/T · log Σ exp z · p_e.
+    fn add_gradient(&self, logits_te: &[f32], experts: usize, ids: &[u16], d_logits_te: &mut [f32]) {
+        if (self.balance, self.z) == (0.0, 0.0) || ids.is_empty() {
+            return;
+        }
+        let rows = logits_te.len() / experts;
+        let mut shares = vec![0.0f32; experts];
+        ids.iter().for_each(|&id| shares[usize::from(id)] += 1.0 / ids.len() as f32);
+        let (balance, z) = (self.balance * experts as f32 / rows as f32, 2.0 * self.z / rows as f32);
+        let mut p = vec![0.0; experts];
+        for (logits, d_logits) in logits_te.chunks_exact(experts).zip(d_logits_te.chunks_exact_mut(experts)) {
+            p.copy_from_slice(logits);
+            softmax_row(&mut p);
+            let log_sum = row_stats(logits, 1.0).log_sum_exp;
+            let mean = dot(&shares, &p);
+            for ((d, &p), &share) in d_logits.iter_mut().zip(&p).zip(&shares) {
+                *d += p * (balance * (share - mean) + z * log_sum);
+            }
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn gradients_of_the_routers_losses_are_those_of_their_formulas() {
+        let (experts, ids) = (4, [0u16, 1, 0, 3, 0, 2]);
+        let logits: Vec<f32> = (0..12).map(|i| (i as f32 * 1.7).sin() * 2.0).collect();
+        let losses = RouterLosses { balance: 0.3, z: 0.2 };
+        let of = |logits: &[f32]| -> f64 {
+            let mut p_mean = vec![0.0f64; experts];
+            let mut z = 0.0;
+            for row in logits.chunks(experts) {
+                let sum: f64 = row.iter().map(|&x| f64::from(x).exp()).sum();
+                z += sum.ln().powi(2) / 3.0;
+                p_mean.iter_mut().zip(row).for_each(|(p, &x)| *p += f64::from(x).exp() / sum / 3.0);
+            }
+            let count = |e: usize| ids.iter().filter(|&&id| usize::from(id) == e).count() as f64;
+            let balance: f64 = (0..experts).map(|e| count(e) / 6.0 * p_mean[e]).sum();
+            0.3 * experts as f64 * balance + 0.2 * z
+        };
+        let mut got = vec![0.0; 12];
+        losses.add_gradient(&logits, experts, &ids, &mut got);
+        for i in 0..12 {
+            let at = |by: f32| {
+                let mut moved = logits.clone();
+                moved[i] += by;
+                of(&moved)
+            };
+            let want = (at(1e-2) - at(-1e-2)) / 2e-2;
+            assert!((f64::from(got[i]) - want).abs() <= 1e-4, "{i}: {}, not {want}", got[i]);
+        }
+    }
 
     #[test]
     fn slots_are_sorted_by_expert_then_token_then_rank() {

@@ -77,12 +77,24 @@ pub struct LogProbs {
 pub struct Tape {
     tokens: Vec<u32>,
     places: Places,
-    layers: Vec<SavedLayer>,
+    layers: Vec<KeptLayer>,
     /// Tiles of images among the rows.
     tiles: Option<ShownTiles>,
     /// Residual stream after the last layer `[T, D]`.
     x_td: Buf,
+    /// Experts each token went to `[T, MoE layers, K]`.
     experts: Vec<u16>,
+    /// Share of an update's rows in this batch.
+    share: f32,
+}
+
+/// What is kept of a layer between forward and backward.
+#[derive(Debug)]
+enum KeptLayer {
+    /// All that its backward reads.
+    Whole(Box<SavedLayer>),
+    /// The residual stream as it enters `[T, D]`: the rest is computed again, with the same experts, to the same bits.
+    Input(Buf),
 }
 
 #[derive(Debug)]
@@ -118,40 +130,47 @@ impl PolicyWeights {
             tiles: None,
             x_td: self.embed(batch.tokens),
             experts: Vec::new(),
+            share: 1.0,
         };
         tape.tiles = self.show_tiles(&cx, batch.tiles, &mut tape.x_td, true);
-        let mut moe_layer = 0;
+        let (rows, moe_layers) = (tape.tokens.len(), self.model.spec().moe_layers());
+        let mut routed: Vec<Vec<u16>> = Vec::with_capacity(moe_layers);
         for layer in 0..self.layers.len() {
-            let saved = self.layer_forward(&cx, &mut tape, layer, |rows, k| {
-                replay_of_layer(batch.replay, rows, self.model.spec().moe_layers(), k, &mut moe_layer)
+            let replay = batch.replay.map(|all| experts_of_layer(all, rows, moe_layers, routed.len()));
+            let entering = self.train_options.recompute_layers.then(|| cx.pool.copy(&tape.x_td));
+            let saved = self.layer_forward(&cx, &tape.places, &mut tape.x_td, layer, replay.as_deref());
+            routed.extend(saved.routing().map(|routing| routing.ids.clone()));
+            tape.layers.push(match entering {
+                Some(x_td) => KeptLayer::Input(x_td),
+                None => KeptLayer::Whole(Box::new(saved)),
             });
-            tape.layers.push(saved);
         }
-        let routings: Vec<_> = tape.layers.iter().filter_map(SavedLayer::routing).collect();
-        tape.experts = interleave(&routings, tape.tokens.len());
+        tape.experts = interleave(&routed.iter().map(Vec::as_slice).collect::<Vec<_>>(), rows);
         tape
     }
 
+    /// One layer on the residual stream `x_td`; `replay` fixes its experts `[T, K]`.
     fn layer_forward(
         &self,
         cx: &Context,
-        tape: &mut Tape,
+        places: &Places,
+        x_td: &mut Buf,
         layer: usize,
-        mut replay: impl FnMut(usize, usize) -> Option<Vec<u16>>,
+        replay: Option<&[u16]>,
     ) -> SavedLayer {
-        let rows = tape.tokens.len();
+        let rows = places.positions.len();
         let spec = &self.model.spec().layers[layer].0;
-        let slots = tape.places.page_count * KV_BLOCK;
+        let slots = places.page_count * KV_BLOCK;
         // Unwritten slots of a last page are masked, but 0 · NaN is NaN: they must hold numbers.
         let mut k_pages = cx.pool.zeros(slots * spec.key_width());
         let mut v_pages = cx.pool.zeros(slots * spec.value_width());
-        let (seqs, copies) = tape.places.seqs();
-        let at = Rows { positions: &tape.places.positions, seqs: &seqs, copies: &copies };
+        let (seqs, copies) = places.seqs();
+        let at = Rows { positions: &places.positions, seqs: &seqs, copies: &copies };
         let attention = self
             .attention_layer(layer)
-            .forward(cx, &mut tape.x_td, &at, &mut k_pages, &mut v_pages, true)
+            .forward(cx, x_td, &at, &mut k_pages, &mut v_pages, true)
             .expect("asked to save");
-        let x_mid_td = cx.pool.copy(&tape.x_td);
+        let x_mid_td = cx.pool.copy(x_td);
         let normed_td = self.post_norm(cx, layer, &x_mid_td);
         let block = |x_td: &mut [f32]| match (&self.model.bindings.layers[layer].ffn, &self.layers[layer].ffn)
         {
@@ -160,12 +179,11 @@ impl PolicyWeights {
             }
             _ => {
                 let moe = self.moe_layer(layer).expect("weights are made from the same bindings");
-                let given = replay(rows, moe.spec.top_k);
-                let (routing, parts) = moe.forward(cx, &normed_td, x_td, rows, given.as_deref(), true);
+                let (routing, parts) = moe.forward(cx, &normed_td, x_td, rows, replay, true);
                 SavedFfn::Moe(Box::new(SavedMoe::new(routing, parts.expect("asked to save"))))
             }
         };
-        let (ffn, raw_td) = add_block(cx, self.ffn_out_norm(layer), &mut tape.x_td, block);
+        let (ffn, raw_td) = add_block(cx, self.ffn_out_norm(layer), x_td, block);
         SavedLayer { attention, k_pages, v_pages, x_mid_td, ffn, raw_td }
     }
 
@@ -183,6 +201,32 @@ impl Tape {
     /// Chosen experts `[T, MoE layers, K]`; empty for dense models.
     pub fn experts(&self) -> &[u16] {
         &self.experts
+    }
+
+    /// Activations that wait for the backward pass, f32 values.
+    pub fn held_values(&self) -> usize {
+        let layers = self.layers.iter().map(|layer| match layer {
+            KeptLayer::Input(x_td) => x_td.len(),
+            KeptLayer::Whole(saved) => saved.held_values(),
+        });
+        self.x_td.len() + layers.sum::<usize>()
+    }
+
+    /// Root mean square of the residual stream as it enters each layer, and as it leaves the last.
+    pub fn residual_rms(&self) -> Vec<f64> {
+        let rms = |x: &[f32]| {
+            (x.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / x.len().max(1) as f64).sqrt()
+        };
+        let entering = self.layers.iter().map(|layer| match layer {
+            KeptLayer::Input(x_td) => rms(x_td),
+            KeptLayer::Whole(saved) => rms(saved.attention.input()),
+        });
+        entering.chain([rms(&self.x_td)]).collect()
+    }
+
+    /// Says what share of an update's rows this batch has, 1 unless told: losses of the routers are means over the update.
+    pub fn set_share(&mut self, share: f32) {
+        self.share = share;
     }
 
     /// Log-probs and entropies of `targets` under `sampling`.
@@ -279,11 +323,22 @@ impl Tape {
 
     /// From the gradient of the last layer's output down to the embedding.
     fn body_backward(self, cx: &Context, weights: &PolicyWeights, mut dx_td: Buf, grads: &mut [f32]) {
-        let Self { tokens, places, layers, tiles, .. } = self;
+        let Self { tokens, places, layers, tiles, experts, share, .. } = self;
         let (seqs, copies) = places.seqs();
         let rows = Rows { positions: &places.positions, seqs: &seqs, copies: &copies };
-        for (layer, saved) in layers.into_iter().enumerate().rev() {
-            weights.layer_backward(cx, layer, saved, &rows, &mut dx_td, grads);
+        let mut moe_layer = weights.model.spec().moe_layers();
+        for (layer, kept) in layers.into_iter().enumerate().rev() {
+            let routes = weights.moe_layer(layer).is_some();
+            moe_layer -= usize::from(routes);
+            let saved = match kept {
+                KeptLayer::Whole(saved) => *saved,
+                KeptLayer::Input(mut x_td) => {
+                    let layers = weights.model.spec().moe_layers();
+                    let same = routes.then(|| experts_of_layer(&experts, tokens.len(), layers, moe_layer));
+                    weights.layer_forward(cx, &places, &mut x_td, layer, same.as_deref())
+                }
+            };
+            weights.layer_backward(cx, layer, saved, &rows, share, &mut dx_td, grads);
         }
         let d = weights.model.spec().hidden;
         let shows_tile = |row: usize| tiles.as_ref().is_some_and(|tiles| tiles.covers(row));
@@ -336,12 +391,14 @@ impl Tape {
 }
 
 impl PolicyWeights {
+    #[expect(clippy::too_many_arguments, reason = "one step of the backward, called from one place")]
     fn layer_backward(
         &self,
         cx: &Context,
         layer: usize,
         saved: SavedLayer,
         rows: &Rows,
+        share: f32,
         dx_td: &mut [f32],
         grads: &mut [f32],
     ) {
@@ -356,7 +413,8 @@ impl PolicyWeights {
             }
             (_, _, SavedFfn::Moe(moe)) => {
                 let layer = self.moe_layer(layer).expect("weights are made from the same bindings");
-                layer.backward(cx, moe, &normed_td, dy_td, t, grads)
+                let losses = self.train_options.router_losses(share, self.model.spec().moe_layers());
+                layer.backward(cx, moe, &normed_td, dy_td, t, &losses, grads)
             }
             _ => unreachable!("a dense layer saved what a MoE layer needs"),
         };
@@ -369,6 +427,21 @@ impl PolicyWeights {
 }
 
 impl SavedLayer {
+    /// Values of its buffers.
+    fn held_values(&self) -> usize {
+        let ffn = match &self.ffn {
+            SavedFfn::Dense(gate_up) => gate_up.len(),
+            SavedFfn::Moe(moe) => moe.held_values(),
+        };
+        let raw = self.raw_td.as_ref().map_or(0, |raw_td| raw_td.len());
+        self.attention.held_values()
+            + self.k_pages.len()
+            + self.v_pages.len()
+            + self.x_mid_td.len()
+            + ffn
+            + raw
+    }
+
     fn routing(&self) -> Option<&super::moe::Routing> {
         match &self.ffn {
             SavedFfn::Moe(moe) => Some(&moe.routing),
@@ -387,17 +460,13 @@ fn vocabulary(weights: &PolicyWeights) -> usize {
     spec.vocab_size
 }
 
-/// One layer's part of `[T, MoE layers, K]`, for the layers in turn.
-fn replay_of_layer(
-    replay: Option<&[u16]>,
-    rows: usize,
-    layers: usize,
-    k: usize,
-    next: &mut usize,
-) -> Option<Vec<u16>> {
-    let replay = replay?;
-    assert_eq!(replay.len(), rows * layers * k, "replay is [T, MoE layers, K]");
-    let layer = *next;
-    *next += 1;
-    Some(replay.chunks_exact(layers * k).flat_map(|row| &row[layer * k..][..k]).copied().collect())
+/// One layer's part `[T, K]` of `[T, MoE layers, K]`.
+fn experts_of_layer(all: &[u16], rows: usize, layers: usize, layer: usize) -> Vec<u16> {
+    // A dense layer has no part; the model may have none at all.
+    if layer >= layers {
+        return Vec::new();
+    }
+    let k = all.len() / (rows * layers);
+    assert_eq!(all.len(), rows * layers * k, "replay is [T, MoE layers, K]");
+    all.chunks_exact(layers * k).flat_map(|row| &row[layer * k..][..k]).copied().collect()
 }

@@ -9,6 +9,7 @@ use half::bf16;
 
 use super::bindings::{FfnBinding, Linear, MlpBinding, UnpackBinding};
 use super::buffers::BufferPool;
+use super::moe::RouterLosses;
 use super::vision::VisionWeights;
 use super::{Quantised, Transformer};
 use crate::params::{ParamData, Params};
@@ -37,6 +38,7 @@ pub struct PolicyWeights {
     pub(super) head: PackedLinear,
     pub(super) vision: Option<VisionWeights>,
     pub(super) vision_frozen: bool,
+    pub(super) train_options: TrainOptions,
     pub(super) pool: BufferPool,
     purpose: Purpose,
     version: PolicyVersion,
@@ -112,6 +114,28 @@ pub(super) struct LayerWeights {
     pub ffn: FfnWeights,
 }
 
+/// How training passes are made.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TrainOptions {
+    /// Keep only what enters each layer, and compute the rest again in the backward pass, with the same experts: about a third
+    /// more arithmetic for a fraction of the memory. No bit of a result depends on it.
+    pub recompute_layers: bool,
+    /// Weight of the load-balancing loss (Fedus et al., arXiv 2101.03961, eq. 4): E·Σ f·P over the experts of a layer, f being the
+    /// share of choices and P the mean softmax of the router's logits in the batch; mean over layers.
+    pub balance_coef: f32,
+    /// Weight of the z-loss (Zoph et al., arXiv 2202.08906, eq. 5): the mean square of the logarithm of Σ exp over a router's
+    /// logits; mean over layers.
+    pub z_coef: f32,
+}
+
+impl TrainOptions {
+    /// Weights for one of `layers` routers on a batch with this share of the rows.
+    pub(super) fn router_losses(&self, share: f32, layers: usize) -> RouterLosses {
+        let weight = share / layers.max(1) as f32;
+        RouterLosses { balance: self.balance_coef * weight, z: self.z_coef * weight }
+    }
+}
+
 impl PackedLinear {
     /// The transpose, which only weights packed for training have.
     pub fn transpose(&self) -> &PackedMatrix {
@@ -144,6 +168,7 @@ impl PolicyWeights {
             final_norm: Vec::new(),
             head: packer.empty_in(precision, packer.quantised.map(|q| q.head), &bindings.head),
             vision_frozen: false,
+            train_options: TrainOptions::default(),
             vision: bindings.vision.as_ref().map(|at| VisionWeights::empty(at, &packer)),
             pool: BufferPool::default(),
             purpose,
@@ -187,6 +212,11 @@ impl PolicyWeights {
     /// kept for one. The projector behind it is trained all the same.
     pub fn freeze_vision(&mut self, frozen: bool) {
         self.vision_frozen = frozen;
+    }
+
+    /// How training passes are made from now on.
+    pub fn set_train_options(&mut self, options: TrainOptions) {
+        self.train_options = options;
     }
 
     /// Which version these weights are.
