@@ -2,7 +2,7 @@
 //!
 //! Unscored samples are left out of every mean, deviation and batch, and get no advantage; they are never zero. Whole batches
 //! go in because some baselines (`batch_std`, `reinforce_pp`) span groups. Sources are named at each kind. What is credited token
-//! by token (returns with a divergence in the reward, GAE) is in [`credit`].
+//! by token (returns with a divergence in the reward, GAE) is in [`credit()`].
 
 mod credit;
 mod group;
@@ -91,7 +91,7 @@ pub struct Sample {
 /// Advantage of every sample of every group of a batch; `None` where the sample is unscored.
 ///
 /// # Panics
-/// For `gdpo` and `gae`, which need more than a reward: see [`credit`].
+/// For `gdpo` and `gae`, which need more than a reward: see [`credit()`].
 pub fn advantages(config: &AdvantageConfig, groups: &[Vec<Sample>]) -> Vec<Vec<Option<f64>>> {
     let scored: Vec<Vec<Scored>> = groups.iter().map(|group| scored(group)).collect();
     let values = group::evaluate(config, &scored);
