@@ -105,6 +105,21 @@ impl PoolLog {
         Ok((Self { path: path.to_owned(), file, broken: false }, records))
     }
 
+    /// The records of the log at `path`, which may belong to a run at work: nothing is changed, a torn tail is left out.
+    ///
+    /// # Errors
+    /// If it cannot be read or is damaged before its tail.
+    pub fn read(path: &Path) -> Result<Vec<PoolRecord>, LogError> {
+        let name = || path.display().to_string();
+        let bytes = std::fs::read(path).map_err(|source| LogError::Io {
+            path: name(),
+            what: "cannot be read",
+            source,
+        })?;
+        let damaged = |(offset, what)| LogError::Damaged { path: name(), offset: offset as u64, what };
+        decode(&bytes).map(|(records, _)| records).map_err(damaged)
+    }
+
     /// Appends records and waits until they are on disk.
     ///
     /// # Errors

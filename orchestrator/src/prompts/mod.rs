@@ -23,7 +23,7 @@ pub use file::{LINE_BYTES_MAX, LineProblem, Loaded, PromptFileError, load, parse
 pub use generator::{ArithmeticGenerator, ArithmeticItem, LEVEL_MAX, Split, Step, demonstration, is_worked};
 pub use log::{LogError, PoolLog, PoolRecord};
 pub use params::{CurriculumConfig, PoolError, PoolParams, Selection};
-pub use pool::{Applied, PoolMetrics, PoolState, PromptPool};
+pub use pool::{Applied, PoolMetrics, PoolState, PromptBelief, PromptPool};
 pub use posterior::{Posterior, informative_probability};
 pub use role::{PoolDeps, PoolRoleError, PoolSummary, run};
 pub use shapes::{Shape, ShapesGenerator, ShapesItem};

@@ -28,6 +28,8 @@ pub struct CurriculumConfig {
     pub retire_below: f64,
     /// Samples before a prompt may be retired. Default 32.
     pub retire_samples: u64,
+    /// A prompt whose last samples were all right, or all wrong, is retired after this many of them. Samples, default 16.
+    pub retire_streak: u64,
     /// Replacements per consumed group above which a warning is given. Default 4.
     pub refill_warn: u32,
 }
@@ -44,6 +46,7 @@ impl Default for CurriculumConfig {
             retire_above: 0.95,
             retire_below: 0.02,
             retire_samples: 32,
+            retire_streak: 16,
             refill_warn: 4,
         }
     }

@@ -98,6 +98,23 @@ pub struct PoolMetrics {
     pub dropped: u64,
 }
 
+/// What is believed of one prompt.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct PromptBelief {
+    /// Believed probability of a right answer.
+    pub solved: f64,
+    /// Probability that a group holds right and wrong answers; most tasks are chosen by it.
+    pub informative: f64,
+    /// Samples seen.
+    pub samples: u64,
+    /// Tasks issued.
+    pub issued: u64,
+    /// Solved (nearly) always or never: asked only to check that it still is.
+    pub retired: bool,
+    /// Why it was set aside.
+    pub quarantined: Option<String>,
+}
+
 /// What a tag set lends to its prompts.
 struct Prior {
     /// Probability of a right answer.
@@ -390,9 +407,12 @@ impl PromptPool {
     fn retired(&self, i: usize) -> bool {
         let c = &self.params.curriculum;
         let posterior = &self.states[i].posterior;
-        c.selection == Selection::Informative
-            && posterior.samples >= c.retire_samples
-            && !(c.retire_below..=c.retire_above).contains(&posterior.mean())
+        let Some(rate) = posterior.recent_rate() else { return false };
+        // Two samples of a canary that fell out of the ranks bring a prompt of one streak back at once.
+        let streak = posterior.recent >= c.retire_streak as f64 && (rate <= 0.0 || rate >= 1.0);
+        let known =
+            posterior.samples >= c.retire_samples && !(c.retire_below..=c.retire_above).contains(&rate);
+        c.selection == Selection::Informative && (streak || known)
     }
 
     /// The prompt of the next task and its group size.
@@ -454,6 +474,26 @@ impl PromptPool {
         }
         let target = rng.uniform(1) * total;
         among[cumulative.partition_point(|sum| *sum <= target).min(among.len() - 1)]
+    }
+
+    /// The newest weights that an outcome was trained into.
+    pub fn learner(&self) -> PolicyVersion {
+        self.learner
+    }
+
+    /// What is believed of a prompt now, which is what chooses it; `None` if it is not here.
+    pub fn why(&self, prompt: PromptId) -> Option<PromptBelief> {
+        let i = *self.index.get(&prompt)?;
+        let (alpha, beta) = self.belief(i, &self.priors());
+        let state = &self.states[i];
+        Some(PromptBelief {
+            solved: alpha / (alpha + beta),
+            informative: informative_probability(alpha, beta, self.params.group_size),
+            samples: state.posterior.samples,
+            issued: state.issued,
+            retired: self.retired(i),
+            quarantined: state.quarantined.clone(),
+        })
     }
 
     /// What the pool tells about itself.

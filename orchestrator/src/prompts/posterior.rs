@@ -13,11 +13,20 @@ pub struct Posterior {
     pub samples: u64,
     /// `step` of the newest version whose samples were seen.
     pub last_version: Option<u64>,
+    /// Right ones among the last samples, however old: what retires a prompt must not fade while nobody asks it.
+    #[serde(default)]
+    pub recent_right: f64,
+    /// How many samples that is, at most [`RECENT`].
+    #[serde(default)]
+    pub recent: f64,
 }
+
+/// Samples that count as the last ones; older ones are scaled down.
+const RECENT: f64 = 64.0;
 
 impl Default for Posterior {
     fn default() -> Self {
-        Self { alpha: 1.0, beta: 1.0, samples: 0, last_version: None }
+        Self { alpha: 1.0, beta: 1.0, samples: 0, last_version: None, recent_right: 0.0, recent: 0.0 }
     }
 }
 
@@ -40,6 +49,14 @@ impl Posterior {
             self.beta += weight * wrong;
         }
         self.samples += u64::from(n);
+        let keep = (RECENT / (self.recent + f64::from(n))).min(1.0);
+        self.recent_right = (self.recent_right + right) * keep;
+        self.recent = (self.recent + f64::from(n)) * keep;
+    }
+
+    /// Share of right ones among the last samples; `None` before the first.
+    pub fn recent_rate(&self) -> Option<f64> {
+        (self.recent > 0.0).then(|| self.recent_right / self.recent)
     }
 
     /// Expected probability of a right answer.
@@ -84,6 +101,19 @@ mod tests {
         assert!((informative_probability(3.0, 7.0, 8) - 0.8745).abs() <= 2e-4);
         assert!(informative_probability(1.0, 1.0, 1).abs() <= 1e-12);
         assert!(informative_probability(500.0, 1.0, 8) <= 0.02);
+    }
+
+    #[test]
+    fn the_last_samples_do_not_fade_with_versions_and_give_way_to_newer_ones() {
+        let mut p = Posterior::default();
+        assert_eq!(p.recent_rate(), None);
+        p.observe(8, 8, 0, 0.5);
+        p.observe(0, 8, 1000, 0.5);
+        assert_eq!(p.recent_rate(), Some(0.5));
+        for _ in 0..100 {
+            p.observe(8, 8, 1000, 0.5);
+        }
+        assert!(p.recent <= RECENT && p.recent_rate().unwrap() >= 0.999, "{p:?}");
     }
 
     #[test]

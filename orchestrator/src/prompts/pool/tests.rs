@@ -166,6 +166,81 @@ fn most_groups_are_informative_where_most_prompts_are_not() {
     assert!(chosen >= 0.65 && chosen >= 2.0 * uniform, "chosen {chosen}, uniform {uniform}");
 }
 
+/// What a pool of 400 prompts does with a policy of known skills, over groups 3000 to 6000.
+struct Trial {
+    /// Share of rollouts in groups whose answers were all alike.
+    zero_signal: f64,
+    /// Mean distance of the believed skill from the true one, over groups of prompts with 64 samples or more.
+    posterior_error: f64,
+    /// Distance of the predicted share of mixed groups from the share seen, over ten bins of predictions.
+    calibration_error: f64,
+}
+
+fn trial(selection: Selection, skill: impl Fn(usize) -> f64) -> Trial {
+    let all: Vec<Prompt> = prompts(400).into_iter().map(|p| Prompt { tags: vec![], ..p }).collect();
+    let index: BTreeMap<PromptId, usize> = all.iter().enumerate().map(|(i, p)| (p.id, i)).collect();
+    let curriculum = CurriculumConfig { selection, ..Default::default() };
+    let mut pool = PromptPool::new(all, PoolParams { curriculum, ..params(1, 16) }).unwrap();
+    let (mut rollouts, mut wasted, mut errors, mut bins) = (0, 0, Vec::new(), [(0.0, 0.0, 0.0); 10]);
+    let (mut step, mut batch) = (0, 0);
+    for n in 0..6000 {
+        while let Some(_task) = pool.next_task().unwrap() {}
+        let task = pool.task(pool.outstanding()[0]).unwrap();
+        let i = index[&task.prompt.id];
+        let rng = CounterRng::new(99, task.id.0);
+        let right = (0..task.group_size).filter(|k| rng.uniform(u64::from(*k)) < skill(i)).count() as u32;
+        let mixed = right > 0 && right < task.group_size;
+        let before = pool.states[i].posterior;
+        let fate = if mixed {
+            GroupFate::Trained { step: step + 1 }
+        } else {
+            GroupFate::Dropped(DropReason::ZeroSignal)
+        };
+        pool.apply(&outcome(&task, right, step, fate));
+        batch += u32::from(mixed);
+        if batch == 16 {
+            (batch, step) = (0, step + 1);
+        }
+        if n < 3000 {
+            continue;
+        }
+        rollouts += task.group_size;
+        wasted += if mixed { 0 } else { task.group_size };
+        let predicted = informative_probability(before.alpha, before.beta, task.group_size);
+        let bin = &mut bins[((predicted * 10.0) as usize).min(9)];
+        *bin = (bin.0 + predicted, bin.1 + f64::from(u8::from(mixed)), bin.2 + 1.0);
+        let after = &pool.states[i].posterior;
+        if after.samples >= 64 {
+            errors.push((after.mean() - skill(i)).abs());
+        }
+    }
+    let counted: f64 = bins.iter().map(|bin| bin.2).sum();
+    Trial {
+        zero_signal: f64::from(wasted) / f64::from(rollouts),
+        posterior_error: errors.iter().sum::<f64>() / errors.len().max(1) as f64,
+        calibration_error: bins.iter().map(|bin| (bin.0 - bin.1).abs()).sum::<f64>() / counted,
+    }
+}
+
+#[test]
+fn one_prompt_in_ten_is_enough_to_waste_little() {
+    // Nine in ten are solved always or never, the tenth between 0.2 and 0.8.
+    let skill = |i: usize| match i % 10 {
+        3 => 0.2 + 0.6 * (i as f64 / 400.0),
+        other => f64::from(u8::from(other % 2 == 0)),
+    };
+    let uniform = trial(Selection::Uniform, skill);
+    let chosen = trial(Selection::Informative, skill);
+    println!(
+        "zero-signal rollouts: uniform {:.3}, chosen {:.3}; posterior error {:.3}, calibration error {:.3}",
+        uniform.zero_signal, chosen.zero_signal, chosen.posterior_error, chosen.calibration_error
+    );
+    assert!(uniform.zero_signal >= 0.85, "{}", uniform.zero_signal);
+    assert!(chosen.zero_signal <= 0.08, "{}", chosen.zero_signal);
+    assert!(chosen.posterior_error <= 0.05, "{}", chosen.posterior_error);
+    assert!(chosen.calibration_error <= 0.03, "{}", chosen.calibration_error);
+}
+
 #[test]
 fn tags_tell_about_prompts_never_seen() {
     // Level 0 is always solved, level 3 never.
