@@ -284,12 +284,7 @@ async fn a_full_queue_makes_it_wait_and_loses_nothing() {
     let mut seen = BTreeMap::new();
     while seen.len() < 15 {
         for leased in run.queue.lease_rollouts("judge", 2, Duration::from_millis(20)).await.unwrap() {
-            let reward = freewheel_types::RewardRecord {
-                verdict: freewheel_types::Verdict::Unscored { reason: "test".to_owned() },
-                components: vec![],
-                reward_version: String::new(),
-                latency_ms: 0.0,
-            };
+            let reward = freewheel_types::RewardRecord::unscored("test", "");
             let scored = freewheel_types::ScoredRollout { rollout: leased.rollout.clone(), reward };
             run.queue.forward_scored("judge", &leased.lease, &scored).await.unwrap();
             seen.insert(leased.rollout.id, leased.rollout);

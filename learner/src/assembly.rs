@@ -129,6 +129,13 @@ impl Group {
         })
     }
 
+    /// Whether some limited cost is not the same for all.
+    fn costs_differ(&self) -> bool {
+        let costs = self.scored().map(|s| s.reward.costs.len()).max().unwrap_or(0);
+        let value = |s: &ScoredRollout, k: usize| s.reward.costs.get(k).and_then(|cost| cost.value);
+        (0..costs).any(|k| is_informative(self.scored().map(|s| value(s, k))))
+    }
+
     /// Counts for the report.
     pub fn summary(&self) -> GroupSummary {
         let rewards: Vec<f32> = self.scored().filter_map(|s| s.reward.reward()).collect();
@@ -177,7 +184,8 @@ impl GroupRules {
         // A group of one has no baseline of its own; it is for objectives that compare across the batch.
         let informative = !self.needs_contrast
             || group.members.len() == 1
-            || is_informative(group.scored().map(|s| s.reward.reward()));
+            || is_informative(group.scored().map(|s| s.reward.reward()))
+            || group.costs_differ();
         (!informative).then_some(DropReason::ZeroSignal)
     }
 }

@@ -7,6 +7,7 @@ use freewheel_types::{RolloutId, ScoredRollout};
 
 use crate::advantage::{CreditRules, CreditSample, credit, overlong_penalty};
 use crate::assembly::Group;
+use crate::dual::Duals;
 use crate::objective::{BatchTotals, ObjectiveConfig, SequenceInput, live_tokens, widen};
 use crate::packing::TrainSequence;
 use crate::trainer::PromptImages;
@@ -41,6 +42,10 @@ pub struct Batch<'a> {
     pub group_starts: Vec<usize>,
     /// Longest completion the run allows.
     length_max: u64,
+    /// What limited costs take from the credit of each sample; empty without limits.
+    charges: Vec<f64>,
+    /// What the rest is divided by.
+    scale: f64,
 }
 
 /// What credit takes from models, one entry a sample `[T]` each.
@@ -53,7 +58,8 @@ pub struct CreditSources {
 }
 
 impl<'a> Batch<'a> {
-    /// Turns groups into samples; `step` is that of the weights being trained, `length_max` the run's longest completion.
+    /// Turns groups into samples; `step` is that of the weights being trained, `length_max` the run's longest completion,
+    /// `duals` what weighs costs against rewards.
     ///
     /// # Panics
     /// If a prompt's images cannot be read: such rollouts are refused when they are received.
@@ -63,6 +69,7 @@ impl<'a> Batch<'a> {
         images: &dyn PromptImages,
         step: u64,
         length_max: u64,
+        duals: &Duals,
     ) -> Self {
         let mut samples = Vec::new();
         let mut group_starts = vec![0];
@@ -86,7 +93,8 @@ impl<'a> Batch<'a> {
             }
             group_starts.push(samples.len());
         }
-        Self { samples, group_starts, length_max }
+        let charges = groups.iter().flat_map(|group| duals.charges(group)).collect();
+        Self { samples, group_starts, length_max, charges, scale: duals.scale() }
     }
 
     /// Gives every token its credit.
@@ -109,6 +117,9 @@ impl<'a> Batch<'a> {
         let credits = credit(rules, &groups).into_iter().flatten();
         for (sample, credit) in self.samples.iter_mut().zip(credits) {
             (sample.advantages, sample.returns) = (credit.advantages, credit.returns);
+        }
+        for (sample, charge) in self.samples.iter_mut().zip(&self.charges) {
+            sample.advantages.iter_mut().for_each(|credit| *credit = (*credit - charge) / self.scale);
         }
     }
 

@@ -22,6 +22,7 @@ use crate::config::LearnerConfig;
 use crate::consumed::IdSet;
 use crate::critic::Critic;
 use crate::disk::Disk;
+use crate::dual::{CostSum, DualConfig, Duals};
 use crate::journal::{Journal, Position, Record, StepFormed};
 use crate::metrics::MetricsSink;
 use crate::objective::Loss;
@@ -75,6 +76,8 @@ pub struct LearnerParts {
     pub writer: Box<dyn ModelWriter>,
     /// Asked at each checkpoint.
     pub curriculum: Option<Arc<dyn CurriculumSource>>,
+    /// Costs that are kept under limits.
+    pub duals: DualConfig,
     /// Told of every group that ends.
     pub metrics: Arc<dyn MetricsSink>,
 }
@@ -85,6 +88,7 @@ pub struct Learner {
     epoch: u64,
     loss: Loss,
     companions: Companions,
+    duals: Duals,
     schedule: Schedule,
     batch_rules: BatchRules,
     assembly: Assembly,
@@ -160,6 +164,7 @@ impl Learner {
             companions,
             last_accepted: Position::default(),
             loss,
+            duals: Duals::new(parts.duals.clone()),
             schedule: Schedule::new(config.schedule.clone(), config.steps),
             batch_rules: BatchRules {
                 groups_per_step: config.groups_per_step,
@@ -223,7 +228,7 @@ impl Learner {
         let Some(tasks) = self.overtaking.form(&self.batch_rules, &self.assembly, step) else {
             return Ok(None);
         };
-        let trained = self.train(&tasks)?;
+        let trained = self.train(&tasks, None)?;
         self.checkpoints.check_epoch(self.epoch)?;
         let mut journal = self.lock_journal();
         journal.append(&Record::StepFormed(trained.record))?;
@@ -296,6 +301,7 @@ impl Learner {
             refused_in_a_row: self.refused_in_a_row,
             rolled_back_to: self.rolled_back_to,
             companions: self.companions.state(),
+            duals: self.duals.states().to_vec(),
             weights: self.policy().digest().to_string(),
             tokenizer: self.parts.tokenizer.to_string(),
         };
@@ -311,8 +317,8 @@ impl Learner {
         self.checkpoints.commit(&commit, &*self.parts.writer)
     }
 
-    /// Trains on ready groups.
-    fn train(&mut self, tasks: &[TaskId]) -> Result<Trained, LearnerError> {
+    /// Trains on ready groups; `costs` are those journalled when the update is repeated.
+    fn train(&mut self, tasks: &[TaskId], costs: Option<&[CostSum]>) -> Result<Trained, LearnerError> {
         let started = Instant::now();
         let before = self.policy().version();
         self.overtaking.formed(&self.assembly, tasks);
@@ -332,8 +338,8 @@ impl Learner {
             reward_divergence: config.loss.reward_divergence(),
             entropy_coef: self.companions.entropy_coef(),
         };
-        let mut batch =
-            Batch::new(&groups, &config.loss, &*self.parts.images, before.step, self.parts.max_new_tokens);
+        let (images, length_max) = (&*self.parts.images, self.parts.max_new_tokens);
+        let mut batch = Batch::new(&groups, &config.loss, images, before.step, length_max, &self.duals);
         let helpers = self.companions.helpers();
         let updated = update(&mut self.parts.policy, helpers, &self.loss, &mut batch, &rules);
         if updated.moved {
@@ -354,15 +360,19 @@ impl Learner {
         };
         let interval = std::mem::take(&mut self.interval);
         let after = self.policy().version();
-        let line = report::line(after, &batch, &updated, &self.loss, rules.learning_rate, &interval, &times);
-        let record = StepFormed {
+        let mut line =
+            report::line(after, &batch, &updated, &self.loss, rules.learning_rate, &interval, &times);
+        let mut record = StepFormed {
             from_step: before.step,
             rollouts,
             dropped,
             applied: updated.moved,
             weights: self.policy().digest().to_string(),
+            costs: Vec::new(),
         };
         self.end_batch(groups, before, &updated);
+        record.costs = self.duals.update(costs);
+        report::write_duals(&mut line, &self.duals, &record.costs);
         let report = StepReport { version: after, line, ledger: *self.assembly.ledger() };
         self.last_report = Some(report.clone());
         Ok(Trained { record, report })
@@ -389,6 +399,7 @@ impl Learner {
 
     fn note_outcome(&mut self, group: &Group, version: PolicyVersion, fate: GroupFate) {
         self.begins.remove(&group.id);
+        self.duals.ended(group);
         self.parts.metrics.group(version, group, fate);
         let outcome = report::outcome(group, version, fate);
         self.recent_outcomes.push_back(outcome.clone());

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::LearnerError;
 use crate::disk::Disk;
+use crate::dual::CostSum;
 
 /// A segment is closed when it reaches this size.
 pub const SEGMENT_BYTES: u64 = 64 << 20;
@@ -99,6 +100,9 @@ pub struct StepFormed {
     pub applied: bool,
     /// Digest of the weights afterwards, hex.
     pub weights: String,
+    /// What the limited costs came to since the step before, in the order of the config; moved the multipliers afterwards.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub costs: Vec<CostSum>,
 }
 
 /// The weights of a checkpoint became the next version.

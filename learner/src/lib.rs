@@ -23,6 +23,7 @@ pub mod core;
 pub mod critic;
 pub mod disk;
 pub mod distill;
+pub mod dual;
 mod error;
 pub mod fit;
 mod flat;

@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::assembly::{Group, Ledger};
 use crate::batch::Batch;
+use crate::dual::{CostSum, Duals};
 use crate::objective::Loss;
 use crate::update::Updated;
 
@@ -122,6 +123,20 @@ pub fn line(
         if updated.moved { version.step.saturating_sub(1) } else { version.step },
     );
     line
+}
+
+/// Mean cost of the groups that ended since the step before, its moving mean, and the multiplier from here on.
+pub fn write_duals(line: &mut Map<String, Value>, duals: &Duals, sums: &[CostSum]) {
+    for (state, sum) in duals.states().iter().zip(sums) {
+        if sum.count > 0 {
+            let mean = sum.micros as f64 / 1e6 / sum.count as f64;
+            line.insert(format!("cost/{}/mean", state.name), json!(mean));
+        }
+        if let Some(mean) = state.mean {
+            line.insert(format!("cost/{}/ema", state.name), json!(mean));
+        }
+        line.insert(format!("cost/{}/lambda", state.name), json!(state.lambda));
+    }
 }
 
 fn write_update(line: &mut Map<String, Value>, updated: &Updated, loss: &Loss, learning_rate: f64) {

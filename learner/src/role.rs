@@ -34,6 +34,7 @@ use crate::checkpoint::Checkpoints;
 use crate::config::LearnerConfig;
 use crate::core::{CurriculumSource, LearnerParts, Recovery, checkpoint_dir};
 use crate::disk::{Disk, SystemDisk};
+use crate::dual::DualConfig;
 use crate::metrics::MetricsSink;
 use crate::publish::Publisher;
 use crate::trainer::PromptImages;
@@ -59,6 +60,8 @@ pub struct LearnerDeps {
     pub group_size: u32,
     /// Longest completion the run allows, tokens.
     pub max_new_tokens: u64,
+    /// Costs that are kept under limits.
+    pub duals: DualConfig,
     /// State of the prompt pool for checkpoints, where it lives in this process.
     pub curriculum: Option<Arc<dyn CurriculumSource>>,
     /// Takes metric lines and finished groups.
@@ -107,7 +110,7 @@ pub async fn run(
     shutdown: CancellationToken,
 ) -> Result<LearnerSummary, LearnerError> {
     let disk: Arc<dyn Disk> = Arc::new(SystemDisk);
-    let LearnerDeps { model, run_dir, group_size, max_new_tokens, curriculum, metrics, .. } = deps;
+    let LearnerDeps { model, run_dir, group_size, max_new_tokens, duals, curriculum, metrics, .. } = deps;
     let outside = Outside {
         queue: deps.queue,
         store: deps.store,
@@ -126,6 +129,7 @@ pub async fn run(
     let build = move || LearnerParts {
         group_size,
         max_new_tokens,
+        duals,
         curriculum,
         metrics,
         ..parts(config, model, run_dir, disk)

@@ -18,6 +18,7 @@ use crate::config::LearnerConfig;
 use crate::core::LearnerParts;
 use crate::critic::Critic;
 use crate::disk::Disk;
+use crate::dual::DualConfig;
 use crate::metrics::NoMetrics;
 use crate::policy::Policy;
 use crate::trainer::{PackedBatch, PolicyTrainer, PromptImages, TokenGradients, TokenLogProbs};
@@ -160,6 +161,7 @@ pub fn parts(config: &LearnerConfig, run_dir: &Path, disk: Arc<dyn Disk>) -> Lea
         writer: Box::new(PlainWriter(disk.clone())),
         disk,
         curriculum: None,
+        duals: DualConfig::default(),
         metrics: Arc::new(NoMetrics),
     }
 }
@@ -197,6 +199,8 @@ pub fn scored(task: u64, index: u32, version: PolicyVersion, reward: f32) -> Sco
         reward: RewardRecord {
             verdict: Verdict::Scored { reward, correct: Some(reward > 0.5), gated_by: None },
             components: vec![],
+            costs: vec![],
+            tier: None,
             reward_version: "test".into(),
             latency_ms: 0.0,
         },

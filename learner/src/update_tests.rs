@@ -11,6 +11,7 @@ use crate::assembly::{Arrival, Group};
 use crate::batch::Batch;
 use crate::config::LearnerConfig;
 use crate::critic::Critic;
+use crate::dual::Duals;
 use crate::objective::{KlEstimator, KlPlacement, Loss, Objective, ObjectiveConfig, Proximal, RECIPES};
 use crate::policy::Policy;
 use crate::testing::{Bigram, TextOnly, VOCAB, params, scored};
@@ -122,7 +123,7 @@ fn train(config: &LearnerConfig, groups: &[Group], token: Option<u32>) -> (Vec<f
     let mut critic =
         config.loss.needs_critic().then(|| Critic { model: self::policy(config, token), clip: Some(0.2) });
     let loss = Loss::new(&config.loss).unwrap();
-    let mut batch = Batch::new(groups, &config.loss, &TextOnly, 0, 16);
+    let mut batch = Batch::new(groups, &config.loss, &TextOnly, 0, 16, &Duals::default());
     let helpers = Helpers {
         reference: loss.needs_reference().then_some(&reference as &dyn PolicyTrainer),
         critic: critic.as_mut(),
@@ -190,7 +191,7 @@ fn a_sample_with_nothing_to_train_on_is_not_computed_and_counts_in_its_groups_ba
     assert_eq!(updated.diagnostics.sequences, 5);
     let (clean, _) = train(&config, &groups, None);
     assert_eq!(masters, clean);
-    let batch = Batch::new(&groups, &config.loss, &TextOnly, 0, 16);
+    let batch = Batch::new(&groups, &config.loss, &TextOnly, 0, 16, &Duals::default());
     assert_eq!(batch.samples.len(), 6, "it is still there to be compared with");
 }
 
@@ -208,7 +209,7 @@ fn a_divergence_in_the_reward_lowers_the_credit_of_what_strayed() {
     let mut policy = policy(&config, None);
     let reference = Bigram::new(&params(WeightsDtype::Bf16));
     let (loss, groups) = (Loss::new(&config.loss).unwrap(), groups());
-    let mut batch = Batch::new(&groups, &config.loss, &TextOnly, 0, 16);
+    let mut batch = Batch::new(&groups, &config.loss, &TextOnly, 0, 16, &Duals::default());
     let helpers = Helpers { reference: Some(&reference), critic: None };
     let before = Bigram::new(&params(WeightsDtype::F32));
     update(&mut policy, helpers, &loss, &mut batch, &rules(&config));

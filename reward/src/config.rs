@@ -1,9 +1,11 @@
 //! `[reward]`: which components judge, and how their values become one reward.
 
-use std::collections::BTreeMap;
-
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::combine_config::CombineConfig;
+use crate::remote::RemoteConfig;
+use crate::sandbox::SandboxConfig;
 
 /// The `[reward]` section.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -24,6 +26,8 @@ pub struct RewardConfig {
     pub version: String,
     /// Threads that score. 1 to 256, default 1.
     pub workers: usize,
+    /// What programs may use that are judged by running them.
+    pub sandbox: SandboxConfig,
 }
 
 impl Default for RewardConfig {
@@ -36,6 +40,7 @@ impl Default for RewardConfig {
             clip: [-3.0, 3.0],
             version: String::new(),
             workers: 1,
+            sandbox: SandboxConfig::default(),
         }
     }
 }
@@ -55,15 +60,22 @@ pub enum OnUnscored {
 pub struct ComponentConfig {
     /// Name, unique; used in `combine.weights`, in metrics (`reward/<name>/mean`) and in records.
     pub name: String,
-    /// "verifier" (default), "guard", "rule" or "model".
+    /// "verifier" (default), "guard", "refusal", "rule", "model" or "remote".
     pub kind: ComponentKind,
     /// Prompts it applies to: "tag:math", several as "tag:math|physics". Default: all.
     pub when: Option<String>,
     /// Factor of its value in the weighted sum; 0 measures without optimising. Default 1. A guard's value is
     /// the probability of harm and is subtracted.
     pub weight: Option<f32>,
+    /// Normalisation of its value in the sum: `(value - norm_mean) / norm_std`, within -3 and 3. Constants of the run, so that
+    /// a reward never depends on what was judged before; `freewheel score` prints them for a file of completions.
+    /// Default: the value as it is.
+    pub norm_mean: Option<f32>,
+    /// The deviation that goes with `norm_mean`. Above 0, default 1.
+    pub norm_std: Option<f32>,
 
-    /// Verifier: "math", "number", "exact", "regex", "format", or "auto" (default): the one the prompt names,
+    /// Verifier: "math", "number", "exact", "choice" (options A to J), "regex", "format", "schema" (JSON Schema), "instructions" (the
+    /// checks of IFEval), "code" (runs it in `reward.sandbox`), or "auto" (default): the one the prompt names,
     /// "math" where it names none.
     pub verifier: VerifierKind,
     /// Exact: compare without regard to case. Default false.
@@ -79,6 +91,10 @@ pub struct ComponentConfig {
     pub contains: Vec<String>,
     /// Format: strings that must not occur.
     pub excludes: Vec<String>,
+    /// Schema: the JSON Schema, as JSON text. Default: the reference answer is the schema.
+    pub schema: Option<String>,
+    /// Code, instructions: the share of test cases that pass is the value, instead of 1 for all of them and 0 for fewer. Default false.
+    pub partial: bool,
     /// Format: fewest characters. Default 0.
     pub length_min: usize,
     /// Format: most characters. Default: no limit.
@@ -92,8 +108,11 @@ pub struct ComponentConfig {
     /// fails below this value, default 0.5.
     pub threshold: Option<f32>,
 
-    /// Rule: "overlong", the soft length penalty of DAPO (arXiv 2503.14476, eq. 13).
+    /// Rule: "overlong" (default), the soft length penalty of DAPO (arXiv 2503.14476, eq. 13); "repetition", minus the share of runs of
+    /// `ngram` words that occurred before in the completion.
     pub rule: RuleKind,
+    /// Repetition: words in a run. 1 to 64, default 4.
+    pub ngram: Option<usize>,
     /// Overlong: length at which the penalty reaches -1. Tokens; required by the rule. Model: longest input; default
     /// and most: what the model was made for.
     pub max_tokens: Option<u32>,
@@ -118,6 +137,9 @@ pub struct ComponentConfig {
     pub overlong: OverlongInput,
     /// Model: most completions in one forward pass. 1 to 1024, default 8. No score depends on it.
     pub batch: Option<usize>,
+
+    /// Remote: the servers, and how they are asked.
+    pub remote: Option<RemoteConfig>,
 }
 
 /// The kinds of component.
@@ -129,10 +151,21 @@ pub enum ComponentKind {
     Verifier,
     /// Looks for harm; 0 (none) to 1.
     Guard,
+    /// Whether the completion answers: class "comply" (0), "partial" (0.5) or "refuse" (1), by rules.
+    Refusal,
     /// A fixed formula over the rollout itself.
     Rule,
-    /// A reward model or classifier.
+    /// A reward model or classifier, here.
     Model,
+    /// A reward model or judge behind HTTP.
+    Remote,
+}
+
+impl ComponentKind {
+    /// Whether its components sort completions into classes, which conditions can name.
+    pub(crate) fn has_classes(self) -> bool {
+        matches!(self, Self::Refusal)
+    }
 }
 
 /// What a model reads.
@@ -193,6 +226,14 @@ pub enum VerifierKind {
     Regex,
     /// The form of the completion; needs no reference answer.
     Format,
+    /// A program, run on test cases.
+    Code,
+    /// The option that is chosen.
+    Choice,
+    /// JSON of a given form.
+    Schema,
+    /// Checkable instructions.
+    Instructions,
 }
 
 /// Whose words a guard reads.
@@ -235,41 +276,6 @@ pub enum RuleKind {
     /// 0 up to `max_tokens - buffer_tokens`, then falling to -1 at `max_tokens`, -1 beyond.
     #[default]
     Overlong,
-}
-
-/// `[reward.combine]`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct CombineConfig {
-    /// "weighted" (default): the weighted sum. "gate": `floor` when a gate fails, else the weighted sum of the rest.
-    pub mode: CombineMode,
-    /// Weights by component name; a component not named here has its own `weight`.
-    pub weights: BTreeMap<String, f32>,
-    /// Gate: the components that must pass, verifiers or guards; they add nothing to the sum.
-    pub gates: Vec<String>,
-    /// Gate: the reward when one fails. Default -1.
-    pub floor: f32,
-}
-
-impl Default for CombineConfig {
-    fn default() -> Self {
-        Self { mode: CombineMode::Weighted, weights: BTreeMap::new(), gates: Vec::new(), floor: -1.0 }
-    }
-}
-
-/// The rules of combination.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum CombineMode {
-    /// Weighted sum.
-    #[default]
-    Weighted,
-    /// Gates first, then the weighted sum.
-    Gate,
-    /// Not in this version: refused.
-    Piecewise,
-    /// Not in this version: refused.
-    Lexicographic,
-    /// Not in this version: refused.
-    Lagrangian,
+    /// 0 where no run of words comes twice, near -1 where hardly one is new.
+    Repetition,
 }

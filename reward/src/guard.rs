@@ -71,7 +71,7 @@ impl Component for PolicyGuard {
         };
         let (value, categories) = self.check(&text);
         let detail = (!categories.is_empty()).then(|| categories.join(","));
-        Ok(Judgement { value, detail })
+        Ok(Judgement { value, detail, label: None })
     }
 }
 

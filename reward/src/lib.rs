@@ -2,31 +2,39 @@
 //!
 //! ```text
 //! lease_rollouts ─► RewardStack::score ─► forward_scored
-//!                     ├ component 1 (verifier | guard | rule | model) ─ raw value, or why there is none
+//!                     ├ component 1 (verifier | guard | rule | model | remote) ─ raw value, or why there is none
 //!                     ├ component 2 …
-//!                     └ combine: weighted sum, or gate then weighted sum
+//!                     └ combine: weighted sum, gates, safety score, tiers, costs for the learner's limits
 //! ```
 //!
 //! A wrong answer is 0. A verifier that fails *itself* (bad reference answer, deadline, panic, NaN) leaves the
-//! rollout **unscored**: it is never trained on and never counts as 0. A completion is data; nothing in
-//! it is interpreted, executed or expanded. No component here talks to a network.
+//! rollout **unscored**: it is never trained on and never counts as 0. A completion is data; nothing in it is
+//! interpreted or expanded; programs run in the sandbox alone. Only `remote` components talk to a network.
 
 mod combine;
+mod combine_config;
 mod config;
 mod error;
+mod expr;
 pub mod guard;
 mod model;
+pub mod refusal;
+mod remote;
 mod role;
 mod rule;
+pub mod sandbox;
 mod stack;
 mod validate;
 pub mod verifiers;
 mod when;
 
+pub use combine_config::{CombineConfig, CombineMode, CostConfig, LagrangianConfig, TierConfig};
 pub use config::{
-    CombineConfig, CombineMode, ComponentConfig, ComponentKind, GuardCategory, GuardRole, ModelInput,
-    ModelOutput, OnUnscored, OverlongInput, RewardConfig, RuleKind, VerifierKind,
+    ComponentConfig, ComponentKind, GuardCategory, GuardRole, ModelInput, ModelOutput, OnUnscored,
+    OverlongInput, RewardConfig, RuleKind, VerifierKind,
 };
 pub use error::{ConfigProblem, RewardError};
+pub use remote::{Backend, Ensemble, JudgeMode, RemoteConfig};
 pub use role::{RewardDeps, RewardSummary, run};
+pub use sandbox::{Sandbox, SandboxConfig};
 pub use stack::{Completion, Component, Judgement, RewardStack, Unscored};

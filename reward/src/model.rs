@@ -215,7 +215,7 @@ impl Component for ModelJudge {
     fn judge(&self, completion: &Completion<'_>) -> Result<Judgement, Unscored> {
         let (input, detail) = self.encode(completion)?;
         let scores = self.batcher.score(input, |batch| self.scorer.score(&self.threads, batch))?;
-        Ok(Judgement { value: self.value(scores), detail })
+        Ok(Judgement { value: self.value(scores), detail, label: None })
     }
 
     fn version(&self) -> Option<&str> {

@@ -1,5 +1,7 @@
 //! Rules: fixed formulas over the rollout itself.
 
+use std::collections::BTreeSet;
+
 use crate::stack::{Completion, Component, Judgement, Unscored};
 
 /// The soft overlong penalty (DAPO, arXiv 2503.14476, eq. 13): with `T` tokens, limit `L` and buffer `B`,
@@ -21,7 +23,27 @@ impl Component for Overlong {
         } else {
             -1.0
         };
-        Ok(Judgement { value: value as f32, detail: None })
+        Ok(Judgement { value: value as f32, ..Judgement::default() })
+    }
+}
+
+/// Minus the share of runs of `ngram` words that occurred before: 0 where none did.
+pub(crate) struct Repetition {
+    /// Words in a run, at least 1.
+    pub(crate) ngram: usize,
+}
+
+impl Component for Repetition {
+    fn judge(&self, completion: &Completion<'_>) -> Result<Judgement, Unscored> {
+        let words: Vec<&str> = completion.text.split_whitespace().collect();
+        let runs = words.len().saturating_sub(self.ngram - 1);
+        if runs == 0 {
+            return Ok(Judgement::default());
+        }
+        let distinct: BTreeSet<&[&str]> = words.windows(self.ngram).collect();
+        let repeated = (runs - distinct.len()) as f64 / runs as f64;
+        // 0 and not -0 where nothing is repeated.
+        Ok(Judgement { value: (0.0 - repeated) as f32, ..Judgement::default() })
     }
 }
 
@@ -37,6 +59,11 @@ mod tests {
         let at = |tokens| {
             rule.judge(&Completion { prompt: &prompt, text: "", tokens, truncated: false }).unwrap().value
         };
+        let repeats = |text| {
+            let completion = Completion { prompt: &prompt, text, tokens: 1, truncated: false };
+            Repetition { ngram: 2 }.judge(&completion).unwrap().value
+        };
+        assert_eq!(["", "a", "a b c", "a b a b a", "a a a"].map(repeats), [0.0, 0.0, 0.0, -0.5, -0.5]);
         assert_eq!([at(0), at(80), at(85), at(90), at(100), at(101)], [0.0, 0.0, -0.25, -0.5, -1.0, -1.0]);
     }
 }

@@ -3,10 +3,10 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
-use freewheel_types::{ComponentScore, Digest, FinishReason, Prompt, RewardRecord, Rollout, Verdict};
+use freewheel_types::{ComponentScore, Digest, FinishReason, Prompt, RewardRecord, Rollout};
 
 use crate::ConfigProblem;
-use crate::combine::{Bounds, Part, PartRole, combine};
+use crate::combine::{Part, PartRole, Rules, combine};
 use crate::config::RewardConfig;
 use crate::validate::{Weights, build};
 use crate::when::When;
@@ -36,12 +36,14 @@ impl<'a> From<&'a Rollout> for Completion<'a> {
 }
 
 /// A component's value, and what it wants to say about it.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Judgement {
     /// Raw value.
     pub value: f32,
     /// Parsed answer, categories hit.
     pub detail: Option<String>,
+    /// The class chosen, for components that have classes.
+    pub label: Option<String>,
 }
 
 /// A component could not judge; says why. Not a wrong answer: that is a value of 0.
@@ -73,7 +75,7 @@ pub(crate) struct Slot {
 /// Judges rollouts as `[reward]` says. Shared between threads; holds no state that a rollout could change.
 pub struct RewardStack {
     slots: Vec<Slot>,
-    bounds: Bounds,
+    rules: Rules,
     deadline: Duration,
     version: String,
 }
@@ -92,7 +94,7 @@ impl RewardStack {
     /// # Errors
     /// Every problem of the configuration, at once.
     pub fn new(config: &RewardConfig) -> Result<Self, Vec<ConfigProblem>> {
-        let (slots, bounds) = build(config, Weights::Load)?;
+        let (slots, rules) = build(config, Weights::Load)?;
         // The number of threads has no part in what a reward is.
         let judged_by = RewardConfig { workers: 1, ..config.clone() };
         let mut canonical = serde_json::to_vec(&judged_by).map_err(|error| {
@@ -103,7 +105,7 @@ impl RewardStack {
             canonical.extend_from_slice(version.as_bytes());
         }
         let version = Digest::of(&canonical).to_string()[..16].to_owned();
-        Ok(Self { slots, bounds, deadline: Duration::from_millis(config.deadline_ms), version })
+        Ok(Self { slots, rules, deadline: Duration::from_millis(config.deadline_ms), version })
     }
 
     /// Hash of the configuration that judges and of the weights of its models, 16 hex digits.
@@ -135,20 +137,24 @@ impl RewardStack {
                 name: &slot.name,
                 part: slot.role,
                 value: result.as_ref().map(|r| r.as_ref().map(|j| j.value).map_err(|why| why.0.as_str())),
+                label: result.as_ref().and_then(|r| r.as_ref().ok()?.label.as_deref()),
             })
             .collect();
-        let verdict = combine(&parts, self.bounds);
+        let combined = combine(&parts, &completion.prompt.tags, &self.rules);
         let components = self.slots.iter().zip(results).map(|(slot, (result, latency_ms))| {
-            let (value, detail) = match result {
-                None => (None, None),
-                Some(Ok(judgement)) => (Some(judgement.value), judgement.detail),
-                Some(Err(Unscored(why))) => (None, Some(why)),
+            let (value, detail, label) = match result {
+                None => (None, None, None),
+                Some(Ok(judgement)) => (Some(judgement.value), judgement.detail, judgement.label),
+                Some(Err(Unscored(why))) => (None, Some(why), None),
             };
-            ComponentScore { name: slot.name.clone(), value, detail, latency_ms }
+            let version = slot.component.version().map(str::to_owned);
+            ComponentScore { name: slot.name.clone(), value, detail, label, version, latency_ms }
         });
         RewardRecord {
-            verdict,
+            verdict: combined.verdict,
             components: components.collect(),
+            costs: combined.costs,
+            tier: combined.tier,
             reward_version: self.version.clone(),
             latency_ms: ms(start.elapsed()),
         }
@@ -156,12 +162,7 @@ impl RewardStack {
 
     /// The record of a rollout that could not be judged at all.
     pub fn unscored(&self, reason: impl Into<String>) -> RewardRecord {
-        RewardRecord {
-            verdict: Verdict::Unscored { reason: reason.into() },
-            components: Vec::new(),
-            reward_version: self.version.clone(),
-            latency_ms: 0.0,
-        }
+        RewardRecord::unscored(reason, &*self.version)
     }
 
     fn judge(
@@ -204,7 +205,7 @@ impl RewardStack {
         let slots = components.into_iter().map(|(name, component)| Slot {
             name: name.into(),
             when: When::Always,
-            role: PartRole { factor: 1.0, decides: true, gate: None },
+            role: PartRole { factor: 1.0, norm: None, decides: true, gate: None },
             component,
         });
         Self { slots: slots.collect(), deadline, ..base }
@@ -217,7 +218,7 @@ fn ms(duration: Duration) -> f32 {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use freewheel_types::{PromptBody, PromptId};
+    use freewheel_types::{PromptBody, PromptId, Verdict};
 
     use super::*;
 
@@ -239,7 +240,7 @@ pub(crate) mod tests {
         fn judge(&self, _: &Completion<'_>) -> Result<Judgement, Unscored> {
             std::thread::sleep(Duration::from_millis(self.1));
             assert!(self.0 != 13.0, "a planted bug");
-            Ok(Judgement { value: self.0, detail: None })
+            Ok(Judgement { value: self.0, ..Judgement::default() })
         }
     }
 

@@ -1,21 +1,25 @@
 //! `[reward]` as written → the components that will run. Reports every problem at once.
 
+mod combine;
+
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use crate::ConfigProblem;
-use crate::combine::{Bounds, Gate, PartRole};
+use crate::combine::{Gate, PartRole, Rules};
 use crate::config::{
-    CombineMode, ComponentConfig, ComponentKind, GuardCategory, GuardRole, ModelInput, ModelOutput,
-    OverlongInput, RewardConfig, RuleKind, VerifierKind,
+    ComponentConfig, ComponentKind, GuardCategory, GuardRole, ModelInput, ModelOutput, OverlongInput,
+    RewardConfig, RuleKind, VerifierKind,
 };
 use crate::guard::PolicyGuard;
 use crate::model::{ModelJudge, Plan};
-use crate::rule::Overlong;
+use crate::refusal::Refusal;
+use crate::remote::Remote;
+use crate::rule::{Overlong, Repetition};
+use crate::sandbox::{Sandbox, SandboxConfig};
 use crate::stack::{Component, Slot};
 use crate::verifiers::{self, Verifiers};
 use crate::when::When;
-
-const LATER: [CombineMode; 3] = [CombineMode::Piecewise, CombineMode::Lexicographic, CombineMode::Lagrangian];
 
 /// Whether models are loaded, or only checked by their configuration and tokenizer.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -28,7 +32,7 @@ pub(crate) enum Weights {
 pub(crate) fn build(
     config: &RewardConfig,
     weights: Weights,
-) -> Result<(Vec<Slot>, Bounds), Vec<ConfigProblem>> {
+) -> Result<(Vec<Slot>, Rules), Vec<ConfigProblem>> {
     let mut problems = Vec::new();
     check_section(config, &mut problems);
     let mut names = BTreeSet::new();
@@ -41,12 +45,19 @@ pub(crate) fn build(
             slots.push(slot);
         }
     }
-    check_combine(config, &names, &mut problems);
-    if problems.is_empty() {
-        Ok((slots, Bounds { floor: config.combine.floor, clip: config.clip }))
-    } else {
-        Err(problems)
+    let rules = combine::rules(config, &names, &mut problems);
+    if !problems.is_empty() {
+        return Err(problems);
     }
+    // What an expression reads is no part of the sum unless it is given a weight.
+    for i in rules.read() {
+        if combine::weight(config, &config.component[i]).is_none()
+            && let Some(slot) = slots.get_mut(i)
+        {
+            slot.role.factor = 0.0;
+        }
+    }
+    Ok((slots, rules))
 }
 
 fn check_section(config: &RewardConfig, problems: &mut Vec<ConfigProblem>) {
@@ -64,59 +75,6 @@ fn check_section(config: &RewardConfig, problems: &mut Vec<ConfigProblem>) {
     let [low, high] = config.clip;
     if !(low.is_finite() && high.is_finite() && low < high) {
         problem("clip", format!("must be [low, high], finite, low below high; is [{low}, {high}]"));
-    }
-}
-
-fn check_combine(config: &RewardConfig, names: &BTreeSet<&str>, problems: &mut Vec<ConfigProblem>) {
-    let combine = &config.combine;
-    let mut problem = |key: &str, message: String| {
-        problems.push(ConfigProblem::new(format!("reward.combine.{key}"), message))
-    };
-    let known = || names.iter().copied().collect::<Vec<_>>().join(", ");
-    if LATER.contains(&combine.mode) {
-        problem("mode", "this mode is not in this version; use \"weighted\" or \"gate\"".into());
-    }
-    for (name, weight) in &combine.weights {
-        if !names.contains(name.as_str()) {
-            problem("weights", format!("no component is called {name:?}; there are: {}", known()));
-        }
-        if !weight.is_finite() {
-            problem("weights", format!("the weight of {name:?} must be finite, is {weight}"));
-        }
-        if config.component.iter().any(|c| c.name == *name && c.weight.is_some()) {
-            problem("weights", format!("{name:?} has a weight here and in its component; give one"));
-        }
-        if combine.gates.contains(name) {
-            problem(
-                "weights",
-                format!("{name:?} is a gate; a gate adds nothing to the sum, remove its weight"),
-            );
-        }
-    }
-    for name in &combine.gates {
-        match config.component.iter().find(|c| c.name == *name) {
-            None => problem("gates", format!("no component is called {name:?}; there are: {}", known())),
-            Some(c) if c.kind == ComponentKind::Rule => {
-                problem(
-                    "gates",
-                    format!("{name:?} is a rule; only verifiers, guards and models can be gates"),
-                );
-            }
-            Some(_) => {}
-        }
-    }
-    match (combine.mode, combine.gates.is_empty()) {
-        (CombineMode::Gate, true) => {
-            problem(
-                "gates",
-                "mode = \"gate\" needs at least one name, for example gates = [\"guard\"]".into(),
-            );
-        }
-        (CombineMode::Weighted, false) => problem("gates", "gates need mode = \"gate\"".into()),
-        _ => {}
-    }
-    if !(config.clip[0]..=config.clip[1]).contains(&combine.floor) {
-        problem("floor", format!("must lie within reward.clip {:?}, is {}", config.clip, combine.floor));
     }
 }
 
@@ -164,6 +122,20 @@ fn check_unused_keys(c: &ComponentConfig, key: &str, problems: &mut Vec<ConfigPr
             verifier(&[V::Regex, V::Format]),
             "verifier = \"regex\" or \"format\"",
         ),
+        (
+            "partial",
+            c.partial,
+            verifier(&[V::Code, V::Instructions, V::Auto]),
+            "verifier = \"code\" or \"instructions\"",
+        ),
+        ("schema", c.schema.is_some(), verifier(&[V::Schema]), "verifier = \"schema\""),
+        (
+            "ngram",
+            c.ngram.is_some(),
+            c.kind == K::Rule && c.rule == RuleKind::Repetition,
+            "rule = \"repetition\"",
+        ),
+        ("remote", c.remote.is_some(), c.kind == K::Remote, "kind = \"remote\""),
         ("contains", !c.contains.is_empty(), verifier(&[V::Format]), "verifier = \"format\""),
         ("excludes", !c.excludes.is_empty(), verifier(&[V::Format]), "verifier = \"format\""),
         ("length_min", c.length_min != 0, verifier(&[V::Format]), "verifier = \"format\""),
@@ -173,19 +145,29 @@ fn check_unused_keys(c: &ComponentConfig, key: &str, problems: &mut Vec<ConfigPr
         (
             "threshold",
             c.threshold.is_some(),
-            c.kind != K::Rule,
-            "kind = \"guard\", \"verifier\" or \"model\"",
+            matches!(c.kind, K::Guard | K::Verifier | K::Model | K::Remote),
+            "kind = \"guard\", \"verifier\", \"model\" or \"remote\"",
         ),
         (
             "max_tokens",
             c.max_tokens.is_some(),
-            matches!(c.kind, K::Rule | K::Model),
-            "kind = \"rule\" or \"model\"",
+            c.kind == K::Model || (c.kind == K::Rule && c.rule == RuleKind::Overlong),
+            "rule = \"overlong\" or kind = \"model\"",
         ),
-        ("buffer_tokens", c.buffer_tokens.is_some(), c.kind == K::Rule, "kind = \"rule\""),
+        (
+            "buffer_tokens",
+            c.buffer_tokens.is_some(),
+            c.kind == K::Rule && c.rule == RuleKind::Overlong,
+            "rule = \"overlong\"",
+        ),
         ("model", c.model.is_some(), c.kind == K::Model, "kind = \"model\""),
         ("input", c.input != ModelInput::Auto, c.kind == K::Model, "kind = \"model\""),
-        ("label", c.label.is_some(), c.kind == K::Model, "kind = \"model\""),
+        (
+            "label",
+            c.label.is_some(),
+            matches!(c.kind, K::Model | K::Remote),
+            "kind = \"model\" or \"remote\"",
+        ),
         ("output", c.output != ModelOutput::Auto, c.kind == K::Model, "kind = \"model\""),
         ("overlong", c.overlong != OverlongInput::Unscored, c.kind == K::Model, "kind = \"model\""),
         ("batch", c.batch.is_some(), c.kind == K::Model, "kind = \"model\""),
@@ -214,6 +196,12 @@ fn build_slot(
         problems
             .push(ConfigProblem::new(format!("{key}.weight"), format!("must be finite, is {:?}", c.weight)));
     }
+    if c.norm_mean.is_some_and(|mean| !mean.is_finite()) {
+        problems.push(ConfigProblem::new(format!("{key}.norm_mean"), "must be finite"));
+    }
+    if c.norm_std.is_some_and(|std| !(std > 0.0 && std.is_finite())) {
+        problems.push(ConfigProblem::new(format!("{key}.norm_std"), "must be finite and above 0"));
+    }
     if c.kind == ComponentKind::Guard
         && config.combine.weights.get(&c.name).or(c.weight.as_ref()).is_some_and(|w| *w < 0.0)
     {
@@ -222,26 +210,29 @@ fn build_slot(
         problems.push(ConfigProblem::new(format!("{key}.weight"), message));
     }
     // A model's value may be a logit, which has no bounds.
-    let fine = |t: f32| if c.kind == ComponentKind::Model { t.is_finite() } else { (0.0..=1.0).contains(&t) };
+    let unbounded = matches!(c.kind, ComponentKind::Model | ComponentKind::Remote);
+    let fine = |t: f32| if unbounded { t.is_finite() } else { (0.0..=1.0).contains(&t) };
     if let Some(threshold) = c.threshold.filter(|t| !fine(*t)) {
-        let range = if c.kind == ComponentKind::Model { "be finite" } else { "be 0 to 1" };
+        let range = if unbounded { "be finite" } else { "be 0 to 1" };
         problems
             .push(ConfigProblem::new(format!("{key}.threshold"), format!("must {range}, is {threshold:?}")));
     }
     let component = match c.kind {
         ComponentKind::Model => build_model(config, c, key, weights, problems),
-        _ => build_component(c, key, problems),
+        _ => build_component(config, c, key, weights, problems),
     };
     Some(Slot { name: c.name.clone(), when: when?, role: part_role(config, c), component: component? })
 }
 
 fn part_role(config: &RewardConfig, c: &ComponentConfig) -> PartRole {
-    let weight = config.combine.weights.get(&c.name).copied().or(c.weight).unwrap_or(1.0);
+    let weight = combine::weight(config, c).unwrap_or(1.0);
     let threshold = c.threshold.unwrap_or(0.5);
     let is_gate = config.combine.gates.contains(&c.name);
     let guard = c.kind == ComponentKind::Guard;
     PartRole {
         factor: if guard { -weight } else { weight },
+        norm: (c.norm_mean.is_some() || c.norm_std.is_some())
+            .then_some((c.norm_mean.unwrap_or(0.0), c.norm_std.unwrap_or(1.0))),
         decides: c.kind == ComponentKind::Verifier && c.verifier != VerifierKind::Format,
         gate: is_gate.then_some(if guard { Gate::Above(threshold) } else { Gate::Below(threshold) }),
     }
@@ -274,14 +265,19 @@ fn build_model(
 }
 
 fn build_component(
+    config: &RewardConfig,
     c: &ComponentConfig,
     key: &str,
+    weights: Weights,
     problems: &mut Vec<ConfigProblem>,
 ) -> Option<Box<dyn Component>> {
     match c.kind {
         ComponentKind::Verifier => {
-            let built = Verifiers::new(c);
-            match built {
+            let sandbox = (c.verifier == VerifierKind::Code)
+                .then(|| build_sandbox(&config.sandbox, weights, problems))
+                .transpose()
+                .ok()?;
+            match Verifiers::new(c, sandbox.as_ref()) {
                 Ok(verifier) => Some(Box::new(verifier)),
                 Err(found) => {
                     problems.extend(
@@ -295,8 +291,28 @@ fn build_component(
         }
         ComponentKind::Model => unreachable!("build_slot builds models"),
         ComponentKind::Guard => build_guard(&c.category, c.role, key, problems),
+        ComponentKind::Refusal => Some(Box::new(Refusal::new())),
+        ComponentKind::Remote => {
+            let deadline = Duration::from_millis(config.deadline_ms);
+            match Remote::new(c, deadline) {
+                Ok(remote) => Some(Box::new(remote)),
+                Err(found) => {
+                    let named = |(field, message)| ConfigProblem::new(format!("{key}.{field}"), message);
+                    problems.extend(found.into_iter().map(named));
+                    None
+                }
+            }
+        }
+        ComponentKind::Rule if c.rule == RuleKind::Repetition => {
+            let ngram = c.ngram.unwrap_or(4);
+            if !(1..=64).contains(&ngram) {
+                problems
+                    .push(ConfigProblem::new(format!("{key}.ngram"), format!("must be 1 to 64, is {ngram}")));
+                return None;
+            }
+            Some(Box::new(Repetition { ngram }))
+        }
         ComponentKind::Rule => {
-            let RuleKind::Overlong = c.rule;
             let Some(max_tokens) = c.max_tokens.filter(|n| *n > 0) else {
                 let message =
                     "the overlong rule needs the length that costs the full penalty, at least 1 token";
@@ -312,6 +328,29 @@ fn build_component(
             Some(Box::new(Overlong { max_tokens, buffer_tokens }))
         }
     }
+}
+
+/// The sandbox, tried out unless nothing is to be loaded.
+fn build_sandbox(
+    config: &SandboxConfig,
+    weights: Weights,
+    problems: &mut Vec<ConfigProblem>,
+) -> Result<Sandbox, ()> {
+    let found = config.problems();
+    let unusable = !found.is_empty();
+    problems.extend(
+        found.into_iter().map(|(key, message)| ConfigProblem::new(format!("reward.sandbox.{key}"), message)),
+    );
+    let tried = Sandbox::new(config.clone()).and_then(|sandbox| {
+        if weights == Weights::Load && !unusable {
+            sandbox.probe()?;
+        }
+        Ok(sandbox)
+    });
+    tried.map_err(|error| {
+        let message = format!("code cannot be run safely on this machine: {error}");
+        problems.push(ConfigProblem::new("reward.sandbox", message));
+    })
 }
 
 fn build_guard(

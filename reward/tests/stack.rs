@@ -156,7 +156,7 @@ fn all_problems_are_reported_at_once_with_their_keys() {
         "reward.component[2].max_tokens",
         "reward.component[3].name",
         "reward.component[3].pattern",
-        "reward.combine.mode",
+        "reward.combine.tier",
         "reward.combine.weights",
         "reward.clip",
     ] {

@@ -3,9 +3,7 @@
 //! A payload is opened where it leaves the queue. One that cannot be opened is no error of the call: it goes on
 //! as a bad delivery, so that its rollout id is accounted for like any other.
 
-use freewheel_types::{
-    PromptId, RewardRecord, Rollout, RolloutId, ScoredRollout, TaskId, TypesError, Verdict, codec,
-};
+use freewheel_types::{PromptId, RewardRecord, Rollout, RolloutId, ScoredRollout, TaskId, TypesError, codec};
 
 use crate::{DeliveryBody, QueueError};
 
@@ -64,12 +62,7 @@ pub(crate) fn open_rollout(
     } else {
         return Ok(rollout);
     };
-    let reward = RewardRecord {
-        verdict: Verdict::Unscored { reason },
-        components: Vec::new(),
-        reward_version: String::new(),
-        latency_ms: 0.0,
-    };
+    let reward = RewardRecord::unscored(reason, "");
     Err(codec::encode_scored(&ScoredRollout { rollout, reward }).map_or_else(bad, ScoredEntry::Payload))
 }
 

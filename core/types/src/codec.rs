@@ -21,7 +21,7 @@ use crate::{
 /// Largest envelope accepted.
 pub const MAX_ENVELOPE_BYTES: usize = 16 << 20;
 /// Version of the layout; a reader refuses any other and names both.
-pub const SCHEMA_VERSION: u16 = 1;
+pub const SCHEMA_VERSION: u16 = 2;
 
 const MAGIC: [u8; 8] = *b"FWRL\r\n\x1a\n";
 /// In the kind's place: expert ids take one byte each.
@@ -102,6 +102,13 @@ pub fn encode_scored(scored: &ScoredRollout) -> Result<Vec<u8>, TypesError> {
 pub fn decode_scored(bytes: &[u8]) -> Result<ScoredRollout, TypesError> {
     let (rollout, reward) = decode(Kind::Scored, bytes)?;
     let reward = reward.ok_or_else(|| TypesError::Envelope("a scored rollout without a reward".into()))?;
+    if let Some(cost) = reward.costs.iter().find(|cost| cost.value.is_some_and(|c| !c.is_finite())) {
+        return Err(TypesError::OutOfRange {
+            field: "cost",
+            value: format!("{:?} for {:?}", cost.value, cost.name),
+            limit: "finite".into(),
+        });
+    }
     if reward.reward().is_some_and(|r| !r.is_finite()) {
         return Err(TypesError::OutOfRange {
             field: "reward",
@@ -303,6 +310,8 @@ mod tests {
             reward: RewardRecord {
                 verdict: Verdict::Scored { reward: 1.0, correct: Some(true), gated_by: None },
                 components: vec![],
+                costs: vec![],
+                tier: None,
                 reward_version: "r".into(),
                 latency_ms: 0.1,
             },

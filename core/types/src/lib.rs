@@ -30,6 +30,6 @@ pub use prompt::{ContentPart, ImagePart, MAX_IMAGE_BYTES, Message, MessageConten
 pub use random::CounterRng;
 pub use rollout::{ExpertTrace, FinishReason, Rollout, VersionSpan};
 pub use sampling::SamplingParams;
-pub use scored::{ComponentScore, RewardRecord, ScoredRollout, Verdict};
+pub use scored::{ComponentScore, CostScore, RewardRecord, ScoredRollout, TierHit, Verdict};
 pub use task::Task;
 pub use weights::{ChunkDigest, Digest, Manifest, TensorEntry, WeightsDtype, WeightsPayload};

@@ -29,6 +29,7 @@ use crate::batching::Overtaking;
 use crate::companions::CompanionState;
 use crate::consumed::IdSet;
 use crate::disk::Disk;
+use crate::dual::DualState;
 use crate::journal::Position;
 use crate::optim::Optimizer;
 use crate::report::StepReport;
@@ -89,6 +90,9 @@ pub struct TrainerState {
     /// What the loss keeps beside the policy.
     #[serde(default)]
     pub companions: CompanionState,
+    /// Multipliers of limited costs.
+    #[serde(default)]
+    pub duals: Vec<DualState>,
     /// Digest of the working weights, hex.
     pub weights: String,
     /// Digest of the tokenizer, hex.

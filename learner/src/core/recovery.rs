@@ -91,6 +91,7 @@ impl Learner {
         self.made_again.extend(state.report.clone());
         self.last_report = state.report.clone();
         self.rolled_back_to = state.rolled_back_to;
+        self.duals.restore(&state.duals);
         self.recent_outcomes = state.outcomes.iter().cloned().collect();
         self.new_outcomes = state.outcomes.clone();
         self.committed_step = Some(state.step);
@@ -184,7 +185,7 @@ impl Learner {
                 "group {missing} was trained on, but its rollouts are not in the journal before"
             )));
         }
-        let trained = self.train(&tasks)?;
+        let trained = self.train(&tasks, Some(&formed.costs))?;
         self.made_again.push(trained.report);
         if trained.record.weights != formed.weights {
             return Err(LearnerError::ReplayMismatch {

@@ -12,6 +12,7 @@ use crate::config::LearnerConfig;
 use crate::core::{Learner, LearnerParts, Replayed};
 use crate::critic::{Critic, TransformerCritic};
 use crate::disk::{Disk, SystemDisk};
+use crate::dual::DualConfig;
 use crate::fit::threads;
 use crate::metrics::NoMetrics;
 use crate::policy::Policy;
@@ -74,6 +75,7 @@ pub(super) fn parts(
         writer: Box::new(HuggingFaceWriter { model, options, disk: disk.clone() }),
         disk,
         curriculum: None,
+        duals: DualConfig::default(),
         metrics: Arc::new(NoMetrics),
     }
 }
@@ -92,16 +94,19 @@ pub fn replay(
 ) -> Result<Replayed, LearnerError> {
     let mut parts = parts(config, model, run_dir.to_owned(), Arc::new(SystemDisk));
     (parts.group_size, parts.max_new_tokens) = (shape.group_size, shape.max_new_tokens);
+    parts.duals = shape.duals;
     Learner::repeat_run(parts, until)
 }
 
 /// What of a run's config the learner needs besides its own section.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct RunShape {
     /// Rollouts in a group.
     pub group_size: u32,
     /// Longest completion the run allows, tokens.
     pub max_new_tokens: u64,
+    /// Costs that are kept under limits.
+    pub duals: DualConfig,
 }
 
 #[cfg(test)]

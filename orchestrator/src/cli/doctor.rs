@@ -7,10 +7,13 @@ use freewheel_kernels::gpu::{self, Gpus};
 use freewheel_kernels::measure;
 use freewheel_queue::Backend;
 use freewheel_queue::redis::managed::ManagedServer;
+use freewheel_reward::sandbox::attempt_escapes;
+use freewheel_reward::{Sandbox, SandboxConfig};
 use freewheel_types::WeightsDtype;
 use serde_json::{Map, Value, json};
 
 use super::ConfigArgs;
+use super::fail::Explain as _;
 use super::run::runtime;
 use super::table::{bytes, table};
 use crate::config::Loaded;
@@ -29,6 +32,9 @@ pub struct DoctorArgs {
     /// Measure memory bandwidth and compute peak (a second each).
     #[arg(long)]
     measure: bool,
+    /// Try the code sandbox with every program of the escape corpus; exit code 1 if one gets out.
+    #[arg(long)]
+    sandbox: bool,
     /// Print as JSON.
     #[arg(long)]
     json: bool,
@@ -44,21 +50,24 @@ struct Findings {
 impl DoctorArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let mut found = Findings::default();
+        let mut sandbox_config = SandboxConfig::default();
         machine(&mut found, self.measure);
         if let Some(config) = self.config {
             let loaded = ConfigArgs { config, overrides: self.overrides }.load()?;
             disk(&mut found, &loaded.run_dir());
             queue(&mut found, &loaded)?;
             plan(&mut found, &loaded)?;
+            sandbox_config = loaded.config.reward.sandbox;
         } else {
             disk(&mut found, Path::new("."));
         }
+        let escaped = if self.sandbox { sandbox(&mut found, &sandbox_config)? } else { 0 };
         if self.json {
             println!(
                 "{}",
                 serde_json::to_string_pretty(&json!({"facts": found.facts, "warnings": found.warnings}))?
             );
-            return Ok(());
+            return contained(escaped);
         }
         let rows: Vec<Vec<String>> = found
             .facts
@@ -76,8 +85,26 @@ impl DoctorArgs {
             .collect();
         print!("{}", table(&["what", "found"], &rows));
         found.warnings.iter().for_each(|warning| println!("warning: {warning}"));
-        Ok(())
+        contained(escaped)
     }
+}
+
+fn contained(escaped: usize) -> anyhow::Result<()> {
+    match escaped {
+        0 => Ok(()),
+        n => Err(anyhow::anyhow!("{n} programs got out of the sandbox")),
+    }
+}
+
+/// Runs the escape corpus; gives how many got out.
+fn sandbox(found: &mut Findings, config: &SandboxConfig) -> anyhow::Result<usize> {
+    let sandbox = Sandbox::new(config.clone())?;
+    sandbox.probe().hint("`freewheel doctor` without --sandbox looks at the rest of the machine")?;
+    let attempts = attempt_escapes(&sandbox)?;
+    let escaped: Vec<&str> = attempts.iter().filter(|a| a.escaped).map(|a| a.name).collect();
+    found.facts.insert("sandbox_escapes_tried".into(), json!(attempts.len()));
+    found.facts.insert("sandbox_escaped".into(), json!(escaped));
+    Ok(escaped.len())
 }
 
 fn machine(found: &mut Findings, measured: bool) {

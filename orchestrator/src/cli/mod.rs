@@ -1,12 +1,14 @@
 //! The command line: one file a command, each with an example in its `--help`.
 
 mod ablation;
+mod audit;
 mod bench;
 mod config;
 pub mod distill;
 mod doctor;
 pub mod dpo;
 mod eval;
+mod explain;
 pub mod fail;
 mod generate;
 mod jobs;
@@ -15,6 +17,8 @@ mod model;
 mod models;
 mod recipe;
 mod replay;
+mod reward_bench;
+mod reward_check;
 pub mod reward_model;
 mod run;
 mod score;
@@ -58,6 +62,8 @@ enum Command {
     Stop(status::StopArgs),
     Report(status::ReportArgs),
     Replay(replay::ReplayArgs),
+    Explain(explain::ExplainArgs),
+    Audit(audit::AuditArgs),
     Sft(sft::SftArgs),
     Dpo(dpo::DpoArgs),
     Distill(distill::DistillArgs),
@@ -105,6 +111,8 @@ pub fn main() -> ExitCode {
         Command::Stop(args) => args.run(),
         Command::Report(args) => args.run(),
         Command::Replay(args) => args.run(),
+        Command::Explain(args) => args.run(),
+        Command::Audit(args) => args.run(),
         Command::Sft(args) => args.run(),
         Command::Dpo(args) => args.run(),
         Command::Distill(args) => args.run(),

@@ -10,7 +10,7 @@ use serde_json::json;
 use super::fail::Explain as _;
 use super::table::table;
 use crate::folder::{RunFolder, names};
-use crate::run::prepare;
+use crate::run::{prepare, roles};
 
 /// Make the updates of a run again from its journal and compare the weights after each; writes nothing.
 ///
@@ -46,6 +46,7 @@ impl ReplayArgs {
         let shape = RunShape {
             group_size: loaded.config.prompts.group_size,
             max_new_tokens: loaded.config.actor.max_new_tokens as u64,
+            duals: roles::duals(&loaded.config.reward),
         };
         let began = Instant::now();
         let result = freewheel_learner::replay(config, model, folder.path(), shape, self.step);

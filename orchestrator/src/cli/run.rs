@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, Subcommand};
 use freewheel_actor::ActorMetrics;
 use freewheel_queue::QueueSecret;
 use tokio::sync::watch;
@@ -12,6 +12,8 @@ use tokio_util::sync::CancellationToken;
 use super::ConfigArgs;
 use super::fail::Explain as _;
 use super::recipe::Recipe;
+use super::reward_bench::RewardBenchArgs;
+use super::reward_check::RewardCheckArgs;
 use crate::config::Loaded;
 use crate::folder::{IfExists, names};
 use crate::prompts::PoolMetrics;
@@ -91,11 +93,23 @@ pub struct ActorArgs {
 /// One reward worker of a run: scores rollouts. Join and leave at will.
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example:\n  freewheel reward configs/quickstart.toml --queue redis://10.0.0.1:6379/0"
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    after_help = "Examples:\n  freewheel reward configs/quickstart.toml --queue redis://10.0.0.1:6379/0\n  \
+        freewheel reward check configs/quickstart.toml cases.jsonl"
 )]
 pub struct RewardArgs {
+    #[command(subcommand)]
+    tool: Option<RewardTool>,
     #[command(flatten)]
-    role: RoleArgs,
+    role: Option<RoleArgs>,
+}
+
+/// Tools around rewards that need no run.
+#[derive(Debug, Subcommand)]
+enum RewardTool {
+    Check(RewardCheckArgs),
+    Bench(RewardBenchArgs),
 }
 
 /// The learner of a run: one at a time; a second waits until the first is gone.
@@ -178,8 +192,16 @@ impl ActorArgs {
 
 impl RewardArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
+        let role = match (self.tool, self.role) {
+            (Some(RewardTool::Check(args)), _) => return args.run(),
+            (Some(RewardTool::Bench(args)), _) => return args.run(),
+            (None, Some(role)) => role,
+            (None, None) => {
+                return Err(anyhow::anyhow!("no config is given")).input_hint("freewheel reward CONFIG");
+            }
+        };
         runtime()?.block_on(async {
-            let Joined { loaded, links, name, shutdown } = self.role.join("reward").await?;
+            let Joined { loaded, links, name, shutdown } = role.join("reward").await?;
             roles::reward(&loaded, links, name, shutdown).await.map(drop)
         })
     }

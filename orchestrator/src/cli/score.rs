@@ -1,5 +1,6 @@
 //! `freewheel score`: the reward stack on recorded completions, with nothing else running.
 
+use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::PathBuf;
 
@@ -32,9 +33,10 @@ pub struct ScoreArgs {
     json: bool,
 }
 
+/// A completion with its prompt.
 #[derive(Debug, Deserialize)]
-struct Line {
-    id: Option<Value>,
+pub(super) struct Line {
+    pub(super) id: Option<Value>,
     completion: Option<String>,
     text: Option<String>,
     prompt: Option<String>,
@@ -56,12 +58,20 @@ struct Turn {
 }
 
 impl Line {
-    fn check(&self) -> Result<(), String> {
+    pub(super) fn check(&self) -> Result<(), String> {
         match (&self.completion, &self.text) {
             (None, None) => Err("holds neither `completion` nor `text`".into()),
             (Some(_), Some(_)) => Err("holds both `completion` and `text`".into()),
             _ => Ok(()),
         }
+    }
+
+    pub(super) fn score(&self, stack: &RewardStack) -> RewardRecord {
+        let prompt = self.prompt();
+        let tokens = self.tokens.or(self.output_ids.as_ref().map(Vec::len)).unwrap_or(0);
+        let completion =
+            Completion { prompt: &prompt, text: self.completion(), tokens, truncated: self.truncated };
+        stack.score(&completion)
     }
 
     fn completion(&self) -> &str {
@@ -99,13 +109,10 @@ impl ScoreArgs {
         let stack = RewardStack::new(&loaded.config.reward).map_err(RewardError::Config).input()?;
         let lines = lines::read(&self.input, Line::check)?;
         let mut out = std::io::BufWriter::new(std::io::stdout());
-        let mut rows = Vec::new();
+        let (mut rows, mut spread) = (Vec::new(), Spread::default());
         for (at, line) in &lines {
-            let prompt = line.prompt();
-            let tokens = line.tokens.or(line.output_ids.as_ref().map(Vec::len)).unwrap_or(0);
-            let completion =
-                Completion { prompt: &prompt, text: line.completion(), tokens, truncated: line.truncated };
-            let record = stack.score(&completion);
+            let record = line.score(&stack);
+            spread.add(&record);
             if self.json {
                 writeln!(out, "{}", json_row(*at, line, &record))?;
             } else {
@@ -116,9 +123,33 @@ impl ScoreArgs {
             let mut header = vec!["line", "reward", "correct", "why"];
             header.extend(stack.component_names());
             write!(out, "{}", table(&header, &rows))?;
+            write!(out, "\n{}", spread.table())?;
         }
         out.flush()?;
         Ok(())
+    }
+}
+
+/// Mean and deviation of every component's value: what `norm_mean` and `norm_std` take.
+#[derive(Default)]
+struct Spread(BTreeMap<String, Vec<f64>>);
+
+impl Spread {
+    fn add(&mut self, record: &RewardRecord) {
+        for part in &record.components {
+            self.0.entry(part.name.clone()).or_default().extend(part.value.map(f64::from));
+        }
+    }
+
+    fn table(&self) -> String {
+        let row = |(name, values): (&String, &Vec<f64>)| {
+            let n = values.len() as f64;
+            let mean = values.iter().sum::<f64>() / n;
+            let std = (values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / n).sqrt();
+            let shown = |x: f64| if values.is_empty() { "-".to_owned() } else { format!("{x:.4}") };
+            vec![name.clone(), values.len().to_string(), shown(mean), shown(std)]
+        };
+        table(&["component", "values", "mean", "std"], &self.0.iter().map(row).collect::<Vec<_>>())
     }
 }
 
@@ -141,10 +172,15 @@ pub fn reward_json(record: &RewardRecord) -> Value {
         .map(|part| {
             (
                 part.name.clone(),
-                json!({"value": part.value, "detail": part.detail, "latency_ms": part.latency_ms}),
+                json!({
+                    "value": part.value, "label": part.label, "detail": part.detail,
+                    "version": part.version, "latency_ms": part.latency_ms,
+                }),
             )
         })
         .collect();
+    let costs: serde_json::Map<String, Value> =
+        record.costs.iter().map(|cost| (cost.name.clone(), json!(cost.value))).collect();
     let (gated_by, unscored) = match &record.verdict {
         Verdict::Scored { gated_by, .. } => (gated_by.clone(), None),
         Verdict::Unscored { reason } => (None, Some(reason.clone())),
@@ -154,6 +190,8 @@ pub fn reward_json(record: &RewardRecord) -> Value {
         "correct": record.correct(),
         "gated_by": gated_by,
         "unscored": unscored,
+        "tier": record.tier.as_ref().map(|hit| &hit.name),
+        "costs": costs,
         "components": components,
         "reward_version": record.reward_version,
     })
@@ -164,7 +202,9 @@ fn table_row(at: usize, record: &RewardRecord) -> Vec<String> {
     let why = match &record.verdict {
         Verdict::Unscored { reason } => format!("unscored: {reason}"),
         Verdict::Scored { gated_by: Some(gate), .. } => format!("gate {gate}"),
-        Verdict::Scored { .. } => String::new(),
+        Verdict::Scored { .. } => {
+            record.tier.as_ref().map_or_else(String::new, |hit| format!("tier {}", hit.name))
+        }
     };
     let correct = record.correct().map_or("-", |yes| if yes { "yes" } else { "no" });
     let mut row = vec![at.to_string(), number(record.reward()), correct.to_owned(), why];

@@ -3,9 +3,11 @@
 //! ```text
 //! config.toml      resolved, no passwords     metrics.jsonl  a line a learner step    eval.jsonl   a line an evaluation
 //! run.json         who runs it, how to reach  rollouts/      samples, rotated         freewheel.log
+//! audit.jsonl      chained reward records
 //! journal/ checkpoints/  the learner's        events.out.tfevents.*  TensorBoard      report.html  at the end
 //! ```
 
+pub mod audit;
 mod samples;
 mod tensorboard;
 mod writer;
@@ -39,6 +41,8 @@ pub mod names {
     pub const CONTROL: &str = "control";
     /// Samples.
     pub const ROLLOUTS: &str = "rollouts";
+    /// Chained records of what was judged and decided.
+    pub const AUDIT: &str = "audit.jsonl";
     /// Checkpoints.
     pub const CHECKPOINTS: &str = "checkpoints";
 }

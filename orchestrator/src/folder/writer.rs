@@ -10,6 +10,7 @@ use freewheel_learner::metrics::MetricsSink;
 use freewheel_types::{GroupFate, PolicyVersion};
 use serde_json::{Map, Value, json};
 
+use super::audit::{AuditLog, group_record};
 use super::{EventWriter, SampleLog, names};
 
 /// One line of metrics.
@@ -31,6 +32,8 @@ pub struct RunMetrics {
 
 struct State {
     metrics: Option<File>,
+    /// `None` once it could not be written.
+    audit: Option<AuditLog>,
     /// Seconds of learning before this process began.
     wall_before: f64,
     events: Option<EventWriter>,
@@ -43,7 +46,8 @@ impl RunMetrics {
     /// If the disk refuses.
     pub fn new(dir: &Path, tensorboard: bool, extras: Extras) -> std::io::Result<Self> {
         let events = if tensorboard { Some(EventWriter::create(dir)?) } else { None };
-        let state = Mutex::new(State { metrics: None, wall_before: 0.0, events });
+        let audit = AuditLog::open(&dir.join(names::AUDIT)).map_err(std::io::Error::other)?;
+        let state = Mutex::new(State { metrics: None, audit: Some(audit), wall_before: 0.0, events });
         Ok(Self { dir: dir.to_owned(), samples: None, extras, state })
     }
 
@@ -84,6 +88,7 @@ impl MetricsSink for RunMetrics {
             report(write_line(file, &line), names::METRICS);
         }
         state.scalars(step, &line);
+        state.audit("step", Value::Object(line), true);
     }
 
     fn made_again(&self, line: &StepLine) {
@@ -94,12 +99,22 @@ impl MetricsSink for RunMetrics {
     }
 
     fn group(&self, version: PolicyVersion, group: &Group, fate: GroupFate) {
+        let record = group_record(version, group, fate);
+        self.state.lock().expect("no holder of the lock panics").audit("group", record, false);
         let Some(samples) = &self.samples else { return };
         group.judged().take(SAMPLES_OF_GROUP).for_each(|scored| samples.offer(version.step, scored, fate));
     }
 }
 
 impl State {
+    fn audit(&mut self, kind: &str, body: Value, sync: bool) {
+        let Some(log) = &mut self.audit else { return };
+        if let Err(error) = log.append(kind, body).and_then(|()| if sync { log.sync() } else { Ok(()) }) {
+            tracing::error!(%error, "the audit log ends here");
+            self.audit = None;
+        }
+    }
+
     fn scalars(&mut self, step: u64, line: &StepLine) {
         let Some(events) = &mut self.events else { return };
         let scalars = line

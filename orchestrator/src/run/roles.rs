@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use freewheel_actor::{ActorDeps, ActorMetrics};
+use freewheel_learner::dual::DualConfig;
 use freewheel_learner::{LearnerDeps, LearnerSummary};
 use freewheel_model::LoadedModel;
 use freewheel_queue::{PolicyStore, RolloutQueue};
-use freewheel_reward::{RewardDeps, RewardSummary};
+use freewheel_reward::{CombineMode, RewardConfig, RewardDeps, RewardSummary};
 use freewheel_types::{ActorId, Prompt, TaskId};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -105,6 +106,16 @@ pub fn issued_before(run_dir: &Path) -> anyhow::Result<Vec<(TaskId, u32)>> {
     Ok(issued.collect())
 }
 
+/// What the learner keeps under limits, as `[reward.combine.lagrangian]` says.
+pub fn duals(reward: &RewardConfig) -> DualConfig {
+    if reward.combine.mode != CombineMode::Lagrangian {
+        return DualConfig::default();
+    }
+    let l = &reward.combine.lagrangian;
+    let limits = l.costs.iter().map(|cost| (cost.name.clone(), cost.limit)).collect();
+    DualConfig { lr: l.lr, init: l.init, max: l.max, ema: l.ema, min_samples: l.min_samples, limits }
+}
+
 /// Runs the learner.
 ///
 /// # Errors
@@ -130,6 +141,7 @@ pub async fn learner(
         lease: Duration::from_secs_f64(config.queue.learner_lease_s),
         group_size: config.prompts.group_size,
         max_new_tokens: config.actor.max_new_tokens as u64,
+        duals: duals(&config.reward),
         curriculum: None,
         metrics,
         time_limit: config.run.time_limit_min.map(|minutes| Duration::from_secs_f64(minutes * 60.0)),

@@ -4,23 +4,32 @@
 //! parse, an unknown name) the rollout is unscored. All of them are bounded: text is cut to
 //! [`TEXT_BYTES_MAX`], patterns are linear-time, expressions have a depth and a length limit.
 
+mod choice;
+mod code;
 mod exact;
 mod format;
+mod instructions;
 pub mod math;
 mod number;
 mod pattern;
 mod ratio;
+mod schema;
 
+pub use choice::Choice;
+pub use code::Code;
 pub use exact::Exact;
 pub use format::Format;
+pub use instructions::Instructions;
 pub use math::Math;
 pub use number::Number;
 pub use pattern::Pattern;
+pub use schema::{JsonSchema, Schema};
 
 use regex::{Regex, RegexBuilder};
 use serde_json::Value;
 
 use crate::config::{ComponentConfig, VerifierKind};
+use crate::sandbox::Sandbox;
 use crate::stack::{Completion, Component, Judgement, Unscored};
 
 /// Only this much of the end of a completion is read for an answer.
@@ -47,7 +56,7 @@ pub trait Verifier: Send + Sync {
 
 /// Right or wrong, with what was read as the answer.
 pub(crate) fn judged(right: bool, detail: Option<String>) -> Judgement {
-    Judgement { value: f32::from(u8::from(right)), detail: detail.map(|text| excerpt(&text)) }
+    Judgement { value: f32::from(u8::from(right)), detail: detail.map(|text| excerpt(&text)), label: None }
 }
 
 fn excerpt(text: &str) -> String {
@@ -113,11 +122,17 @@ pub(crate) struct Verifiers {
     number: Number,
     pattern: Option<Pattern>,
     format: Option<Format>,
+    code: Option<Code>,
+    schema: JsonSchema,
+    instructions: Instructions,
 }
 
 impl Verifiers {
     /// Builds what the component needs; problems as (key, message).
-    pub(crate) fn new(c: &ComponentConfig) -> Result<Self, Vec<(&'static str, String)>> {
+    pub(crate) fn new(
+        c: &ComponentConfig,
+        sandbox: Option<&Sandbox>,
+    ) -> Result<Self, Vec<(&'static str, String)>> {
         let mut problems = Vec::new();
         if !(c.tolerance >= 0.0 && c.tolerance.is_finite()) {
             problems.push(("tolerance", format!("must be 0 or more, is {}", c.tolerance)));
@@ -138,11 +153,20 @@ impl Verifiers {
                 Format::default()
             }));
         }
+        let mut schema = None;
+        if let Some(text) = &c.schema {
+            let parsed = serde_json::from_str(text).map_err(|e| e.to_string()).and_then(Schema::new);
+            schema = parsed.map_err(|message| problems.push(("schema", message))).ok();
+        }
         if !problems.is_empty() {
             return Err(problems);
         }
         let pattern = compiled.map(|regex| Pattern { regex, compare: exact });
-        Ok(Self { kind: c.verifier, exact, number: Number { tolerance: c.tolerance }, pattern, format })
+        let number = Number { tolerance: c.tolerance };
+        let code = sandbox.map(|sandbox| Code { sandbox: sandbox.clone(), partial: c.partial });
+        let instructions = Instructions { partial: c.partial };
+        let schema = JsonSchema { schema };
+        Ok(Self { kind: c.verifier, exact, number, pattern, format, code, schema, instructions })
     }
 
     fn chosen(&self, completion: &Completion<'_>) -> Result<&dyn Verifier, Unscored> {
@@ -151,11 +175,17 @@ impl Verifiers {
             (VerifierKind::Math, _) | (VerifierKind::Auto, None | Some("math")) => &Math,
             (VerifierKind::Number, _) | (VerifierKind::Auto, Some("number")) => &self.number,
             (VerifierKind::Exact, _) | (VerifierKind::Auto, Some("exact")) => &self.exact,
+            (VerifierKind::Choice, _) | (VerifierKind::Auto, Some("choice")) => &Choice,
+            (VerifierKind::Schema, _) | (VerifierKind::Auto, Some("schema")) => &self.schema,
+            (VerifierKind::Instructions, _) | (VerifierKind::Auto, Some("instructions")) => {
+                &self.instructions
+            }
             (VerifierKind::Regex, _) => self.pattern.as_ref().expect("checked when it was built"),
             (VerifierKind::Format, _) => self.format.as_ref().expect("checked when it was built"),
+            (VerifierKind::Code, _) => self.code.as_ref().expect("checked when it was built"),
             (VerifierKind::Auto, Some(other)) => {
                 return Err(Unscored(format!(
-                    "the prompt names the verifier {other:?}; a prompt can name \"math\", \"number\" or \"exact\""
+                    "the prompt names the verifier {other:?}; a prompt can name \"math\", \"number\", \"exact\", \"choice\", \"schema\" or \"instructions\""
                 )));
             }
         })

@@ -207,6 +207,8 @@ pub fn scored(rollout: Rollout, reward: f32) -> ScoredRollout {
     let reward = RewardRecord {
         verdict: Verdict::Scored { reward, correct: Some(true), gated_by: None },
         components: Vec::new(),
+        costs: vec![],
+        tier: None,
         reward_version: "v".into(),
         latency_ms: 1.0,
     };
