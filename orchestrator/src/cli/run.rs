@@ -1,6 +1,6 @@
 //! `freewheel run`, and the single roles of a run for a cluster.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
@@ -69,6 +69,13 @@ pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 pub struct RoleArgs {
     #[command(flatten)]
     config: ConfigArgs,
+    #[command(flatten)]
+    place: PlaceArgs,
+}
+
+/// How a role reaches its run.
+#[derive(Debug, Args)]
+struct PlaceArgs {
     /// Redis of the run. Default: `queue.url` of the config, or the variable FREEWHEEL_QUEUE_URL.
     #[arg(long, value_name = "URL")]
     queue: Option<String>,
@@ -101,8 +108,14 @@ pub struct ActorArgs {
 pub struct RewardArgs {
     #[command(subcommand)]
     tool: Option<RewardTool>,
+    /// Config file (TOML).
+    #[arg(required = true)]
+    config: Option<PathBuf>,
+    /// Change one value: `--set learner.learning_rate=1e-4`. May be repeated.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
     #[command(flatten)]
-    role: Option<RoleArgs>,
+    place: PlaceArgs,
 }
 
 /// Tools around rewards that need no run.
@@ -144,7 +157,7 @@ struct Joined {
 impl RoleArgs {
     async fn join(self, role: &str) -> anyhow::Result<Joined> {
         let mut loaded = self.config.load()?;
-        if let Some(url) = self.queue {
+        if let Some(url) = self.place.queue {
             loaded.config.queue.url = QueueSecret(url);
         }
         let url = loaded.config.queue.url.clone();
@@ -157,10 +170,10 @@ impl RoleArgs {
         crate::logging::to_file(&dir.join(names::LOG), &loaded.config.log.level)?;
         let links = connect(&url, &loaded.run_id(), &loaded.config.queue).await?;
         let shutdown = Signals::listen()?.drain;
-        if let Some(parent) = self.parent {
+        if let Some(parent) = self.place.parent {
             end_with(parent, shutdown.clone());
         }
-        let name = self.name.unwrap_or_else(|| format!("{role}-{}", std::process::id()));
+        let name = self.place.name.unwrap_or_else(|| format!("{role}-{}", std::process::id()));
         tracing::info!(role, name, pid = std::process::id(), "joined");
         Ok(Joined { loaded, links, name, shutdown })
     }
@@ -192,14 +205,15 @@ impl ActorArgs {
 
 impl RewardArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let role = match (self.tool, self.role) {
+        let config = match (self.tool, self.config) {
             (Some(RewardTool::Check(args)), _) => return args.run(),
             (Some(RewardTool::Bench(args)), _) => return args.run(),
-            (None, Some(role)) => role,
+            (None, Some(config)) => ConfigArgs { config, overrides: self.overrides },
             (None, None) => {
                 return Err(anyhow::anyhow!("no config is given")).input_hint("freewheel reward CONFIG");
             }
         };
+        let role = RoleArgs { config, place: self.place };
         runtime()?.block_on(async {
             let Joined { loaded, links, name, shutdown } = role.join("reward").await?;
             roles::reward(&loaded, links, name, shutdown).await.map(drop)

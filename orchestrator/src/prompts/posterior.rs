@@ -16,7 +16,7 @@ pub struct Posterior {
     /// Right ones among the last samples, however old: what retires a prompt must not fade while nobody asks it.
     #[serde(default)]
     pub recent_right: f64,
-    /// How many samples that is, at most [`RECENT`].
+    /// How many samples that is, at most 64.
     #[serde(default)]
     pub recent: f64,
 }

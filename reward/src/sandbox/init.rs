@@ -127,12 +127,14 @@ fn run(job: &Job, config: &SandboxConfig, crew: &Crew, input: &str) -> Result<Fi
     crew.give(3, move || drop(sender.send(Event::Ended(child.wait()))))?;
     let mut watched = Watched { events, ended: None, open: 2, over: false };
     watched.until(begin + config.wall(), |seen| seen.ended.is_some() || seen.over);
+    // What ends from here on ends because it is cleared away.
+    let in_time = watched.ended.is_some();
     // With everything it started gone, its output ends, and all of it is here.
     let cleared = cleared();
     watched.until(Instant::now() + DRAINING, |seen| seen.open == 0 || seen.over);
     let outcome = match watched.ended {
         _ if watched.over => Outcome::Output,
-        Some(status) if cleared && watched.open == 0 => {
+        Some(status) if in_time && cleared && watched.open == 0 => {
             typed(status, cpu_ms().saturating_sub(cpu_before), config, &stderr)
         }
         _ => Outcome::Wall,
