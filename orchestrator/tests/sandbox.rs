@@ -51,11 +51,11 @@ fn programs_run_and_see_only_their_own_input() {
 fn what_a_program_leaves_behind_or_uses_up_does_not_reach_the_next_run() {
     // Ends well, with as many children as it may have, a full disk and its input unread.
     let program = "import os, sys, time
-if os.path.exists('/work/second'):
+if os.path.exists('/box/second'):
     print(sys.stdin.read())
     sys.exit(0)
-open('/work/second', 'w')
-for folder in ['/work', '/tmp']:
+open('/box/second', 'w')
+for folder in ['/box', '/tmp']:
     try:
         with open(folder + '/full', 'wb') as f:
             while True: f.write(b'x' * 65536)

@@ -11,7 +11,7 @@ use nix::unistd::pivot_root;
 use super::SandboxConfig;
 
 /// Where the program works; the only place it can write, with /tmp.
-pub(super) const WORK: &str = "/work";
+pub(super) const WORK: &str = "/box";
 const OLD: &str = "/oldroot";
 const DEVICES: [&str; 5] = ["null", "zero", "full", "random", "urandom"];
 
