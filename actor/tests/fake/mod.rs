@@ -1,6 +1,6 @@
 //! A policy small enough to check by hand, whose next token depends on every key it attends to: a page that is shared,
 //! copied, freed or rebuilt wrongly changes what is drawn. Beside it the same policy without pages or batches.
-#![allow(dead_code)] // Each test binary uses its part.
+#![allow(dead_code, reason = "each test binary uses its part")]
 
 use std::sync::Arc;
 

@@ -17,7 +17,7 @@
 //! Conventions: T packed tokens, D model width, H heads, F expert hidden width, E experts, K experts per token, V
 //! vocabulary; matrices are row-major. Lengths are checked at the door with `assert!`: a wrong length is a bug of the
 //! caller. The crate knows no model, allocates nothing beyond thread-local scratch, and logs nothing.
-#![allow(unsafe_code)] // The one crate of the workspace that may: each block says why it holds.
+#![allow(unsafe_code, reason = "the one crate of the workspace that may: each block says why it holds")]
 
 pub mod activation;
 pub mod attention;

@@ -14,7 +14,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::ConfigArgs;
-use super::jobs::{OutputSection, View, save};
+use super::jobs::{OutputSection, View, save, tell};
 use super::sft::{DataSection, check_data, examples_of};
 use crate::config::{Checks, Dtype, Loaded, ModelSection, Node, Problem};
 
@@ -123,15 +123,7 @@ impl DistillArgs {
             save(Path::new(folder), &teacher, None, &job.teacher.path)?;
         }
         view.finish(&output)?;
-        println!(
-            "{}: loss {:.4} after {} steps, {} tokens, {:.1} s",
-            output.display(),
-            summary.loss,
-            summary.steps,
-            summary.tokens,
-            began.elapsed().as_secs_f64()
-        );
-        println!("weights {}", student.params.digest());
+        tell(&output, &summary, &student, began);
         Ok(())
     }
 }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Instant;
 
+use freewheel_learner::fit::FitSummary;
 use freewheel_learner::metrics::MetricsSink;
 use freewheel_model::{Adapter, LoadedModel, SaveOptions};
 use freewheel_types::{Prompt, PromptBody, PromptId};
@@ -58,6 +59,19 @@ pub(super) fn save(
         adapter.save(&folder.join("adapter"), base)?;
     }
     Ok(())
+}
+
+/// Says what a job that began at `began` came to.
+pub(super) fn tell(output: &Path, summary: &FitSummary, model: &LoadedModel, began: Instant) {
+    println!(
+        "{}: loss {:.4} after {} steps, {} tokens, {:.1} s",
+        output.display(),
+        summary.loss,
+        summary.steps,
+        summary.tokens,
+        began.elapsed().as_secs_f64()
+    );
+    println!("weights {}", model.params.digest());
 }
 
 /// The prompt of a line of data; paths of images start at `folder`.

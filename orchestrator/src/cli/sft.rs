@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::ConfigArgs;
 use super::fail::Explain as _;
-use super::jobs::{OutputSection, View, prompt_of, save};
+use super::jobs::{OutputSection, View, prompt_of, save, tell};
 use crate::config::{Checks, Dtype, GeneratorKind, Loaded, ModelSection, Node, Problem};
 use crate::lines;
 use crate::prompts::{ArithmeticGenerator, ShapesGenerator, ShapesItem, Split, demonstration, is_worked};
@@ -172,15 +172,7 @@ pub(super) fn train(loaded: &Loaded<SftJob>, force: bool) -> anyhow::Result<()> 
     let summary = run_sft(&job.sft, &mut model, examples, &view)?;
     save(&output, &model, summary.adapter.as_ref(), &job.model.path)?;
     view.finish(&output)?;
-    println!(
-        "{}: loss {:.4} after {} steps, {} tokens, {:.1} s",
-        output.display(),
-        summary.loss,
-        summary.steps,
-        summary.tokens,
-        began.elapsed().as_secs_f64()
-    );
-    println!("weights {}", model.params.digest());
+    tell(&output, &summary, &model, began);
     Ok(())
 }
 
