@@ -15,7 +15,7 @@ pub(crate) enum Isa {
     Avx2,
     /// AVX-512 F, BW, VL, DQ.
     Avx512,
-    /// AVX-512 and AMX bf16 tiles, which the operating system has allowed us.
+    /// AVX-512 with BF16, and AMX bf16 tiles, which the operating system has allowed us.
     Amx,
 }
 
@@ -69,7 +69,7 @@ fn detect() -> Isa {
     if !(has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq")) {
         return Isa::Avx2;
     }
-    if amx_allowed() { Isa::Amx } else { Isa::Avx512 }
+    if has!("avx512bf16") && amx_allowed() { Isa::Amx } else { Isa::Avx512 }
 }
 
 /// Processor has AMX tiles with bf16, and Linux grants their state to this process.

@@ -10,6 +10,7 @@
 //!   math     exp, ln, sigmoid, sin/cos on those lanes, from fused multiply-adds only
 //!   gemm     x·Wᵀ with a packed weight (f32: one FMA chain; bf16: the AMX tile order)
 //!   norm layer_norm rope attention activation pointwise softmax router optim convert     one file an operation, forward and backward
+//!   threads  a team that parts of an operation are shared out to      pages   memory for large matrices
 //!   measure  what the machine reaches: bytes/s, flop/s
 //!   gpu      which GPUs there are (feature `cuda`; nothing runs on them yet)
 //! ```
@@ -30,6 +31,7 @@ mod math;
 pub mod measure;
 pub mod norm;
 pub mod optim;
+mod pages;
 pub mod pointwise;
 pub mod rope;
 pub mod router;
@@ -40,4 +42,5 @@ mod testing;
 pub mod threads;
 
 pub use gemm::{CodeBits, PackedMatrix, Precision, Quantisation};
+pub use pages::Pages;
 pub use threads::Threads;

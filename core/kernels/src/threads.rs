@@ -1,15 +1,23 @@
-//! A handle to a pool of compute threads, and the two ways work is split over it.
+//! A handle to a team of compute threads, and the ways work is split over it.
 //!
-//! A split only says who computes what: no kernel's result depends on it. The caller waits until every part is done.
+//! A split only says who computes what: no kernel's result depends on it. The caller works too, and waits until every
+//! part is done; parts are claimed one at a time, so a thread that the operating system holds up costs no more than the
+//! part it is at.
 
-use rayon::iter::{IndexedParallelIterator, IntoParallelIterator, ParallelIterator};
+mod team;
+
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A pool of compute threads; clones share it.
+use team::Team;
+
+/// Parts that work is cut into for each thread: threads that are slower for a while take fewer.
+const PARTS_PER_THREAD: usize = 4;
+
+/// A team of compute threads; clones share it.
 #[derive(Clone)]
 pub struct Threads {
-    pool: Option<Arc<rayon::ThreadPool>>,
+    team: Option<Arc<Team>>,
     count: usize,
 }
 
@@ -20,29 +28,21 @@ impl std::fmt::Debug for Threads {
 }
 
 impl Threads {
-    /// No pool: all work runs on the calling thread.
+    /// No team: all work runs on the calling thread.
     pub fn single() -> Self {
-        Threads { pool: None, count: 1 }
+        Threads { team: None, count: 1 }
     }
 
-    /// A pool of `count` threads (1 is [`Threads::single`]).
+    /// The calling thread and `count - 1` others (1 is [`Threads::single`]).
     ///
     /// # Panics
     /// When `count` is 0 or the operating system refuses to start a thread.
     pub fn new(count: usize) -> Self {
-        assert!(count > 0, "a compute pool needs at least one thread");
-        if count == 1 {
-            return Self::single();
-        }
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(count)
-            .thread_name(|i| format!("compute-{i}"))
-            .build()
-            .expect("the operating system starts compute threads");
-        Threads { pool: Some(Arc::new(pool)), count }
+        assert!(count > 0, "a compute team needs at least one thread");
+        Threads { team: (count > 1).then(|| Arc::new(Team::new(count - 1))), count }
     }
 
-    /// Number of threads.
+    /// Number of threads, the caller's included.
     pub fn count(&self) -> usize {
         self.count
     }
@@ -53,22 +53,18 @@ impl Threads {
         if items == 0 {
             return;
         }
-        let parts = self.count.min(items / min_chunk.max(1)).max(1);
-        match &self.pool {
-            Some(pool) if parts > 1 => {
-                let bound = |part: usize| items * part / parts;
-                pool.install(|| (0..parts).into_par_iter().for_each(|part| f(bound(part)..bound(part + 1))));
-            }
+        let parts = (PARTS_PER_THREAD * self.count).min(items / min_chunk.max(1)).max(1);
+        let bound = |part: usize| items * part / parts;
+        match &self.team {
+            Some(team) if parts > 1 => team.run(parts, &|part| f(bound(part)..bound(part + 1))),
             _ => f(0..items),
         }
     }
 
     /// Calls `f` once for each index in `0..items`; threads take indices as they become free, so uneven work balances.
     pub fn for_each(&self, items: usize, f: &(dyn Fn(usize) + Sync)) {
-        match &self.pool {
-            Some(pool) if items > 1 => {
-                pool.install(|| (0..items).into_par_iter().with_max_len(1).for_each(f));
-            }
+        match &self.team {
+            Some(team) if items > 1 => team.run(items, f),
             _ => (0..items).for_each(f),
         }
     }

@@ -5,10 +5,9 @@
 //! two is a multiple of 2^−(56+56+14)): nothing can be subnormal and the flushes are left out.
 
 use super::PackedMatrix;
-use super::pack::{Line, flush_bf16};
+use super::pack::{Line, round};
 use super::tile::Output;
 use crate::Threads;
-use crate::convert::bf16_bits;
 use crate::isa::{self, Isa};
 use crate::simd::{LANES, Lanes, simd};
 use std::cell::RefCell;
@@ -37,7 +36,7 @@ pub(super) fn with_rounded(threads: &Threads, x: &[f32], m: usize, k: usize, f: 
 simd! {
     fn round_row<S>(x: &[f32], out: &mut [f32]) {
         for (o, &x) in out.iter_mut().zip(x) {
-            *o = f32::from_bits(u32::from(flush_bf16(bf16_bits(x))) << 16);
+            *o = f32::from_bits(u32::from(round(x)) << 16);
         }
         out[x.len()..].fill(0.0);
     }
@@ -95,6 +94,7 @@ simd! {
                 _ => tile::<S, 1, false>(x, row, w, panel, out),
             };
         }
+        S::fence();
     }
 }
 
@@ -103,6 +103,7 @@ simd! {
         for row in rows {
             tile::<S, 1, true>(x, row, w, panel, out);
         }
+        S::fence();
     }
 }
 

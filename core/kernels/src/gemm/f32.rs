@@ -33,6 +33,7 @@ simd! {
             }
             panel += if two { 2 } else { 1 };
         }
+        S::fence();
     }
 }
 

@@ -8,7 +8,7 @@
 //!
 //! **Order of operations**, the same for every m, thread count and instruction set:
 //! - [`Precision::F32`]: each output element is one chain of fused multiply-adds over k ascending, from 0.0.
-//! - [`Precision::Bf16`]: x and W are rounded to bf16 (nearest even), then bf16 subnormals become zeros of their sign.
+//! - [`Precision::Bf16`]: subnormals of x and W become zeros of their sign, then both are rounded to bf16 (nearest even).
 //!   k is padded with zeros to a multiple of 32. For each block of 32: one FMA chain over the 16 even k from 0, one over
 //!   the 16 odd k from 0, their sum, which is added to the f32 accumulator. Every f32 result that is subnormal becomes
 //!   a zero of its sign. That is what the AMX instruction TDPBF16PS does (Intel SDM, volume 2); machines without AMX
@@ -107,6 +107,44 @@ const MIN_WORK_PER_THREAD: usize = 1 << 20;
 /// Row-blocks that threads or caches split m by; a multiple of every kernel's row count.
 const ROW_BLOCK: usize = 240;
 
+/// Neighbouring rows of x that meet a weight of their own.
+#[derive(Clone, Debug)]
+pub struct Group<'a> {
+    /// The rows.
+    pub rows: Range<usize>,
+    /// Their weight.
+    pub w: &'a PackedMatrix,
+}
+
+/// Computes `out[rows] = x[rows]·Wᵀ` for each group, `x [m,k]`, `out [m,n]`: the experts of a layer, each with the rows
+/// routed to it. Rows of no group are left as they are.
+///
+/// # Panics
+/// When a length does not fit the shapes, weights differ in shape or precision, or groups do not ascend.
+pub fn grouped_matmul(threads: &Threads, x: &[f32], groups: &[Group], out: &mut [f32]) {
+    let Some(Group { w: first, .. }) = groups.first() else { return };
+    let (n, k) = (first.rows(), first.inner());
+    let alike = |w: &PackedMatrix| (w.rows(), w.inner(), w.precision()) == (n, k, first.precision());
+    assert!(groups.iter().all(|group| alike(group.w)), "grouped_matmul: weights of one shape");
+    let ends = groups.iter().scan(0, |end, group| Some((std::mem::replace(end, group.rows.end), group)));
+    let mut ends = ends.map(|(end, group)| end <= group.rows.start && group.rows.start <= group.rows.end);
+    assert!(ends.all(|ascends| ascends), "grouped_matmul: groups ascend");
+    let m = groups.last().map_or(0, |group| group.rows.end);
+    assert!(x.len() >= m * k && out.len() >= m * n, "grouped_matmul: x is [m,k], out is [m,n]");
+    match (first.precision(), isa::current()) {
+        #[cfg(target_arch = "x86_64")]
+        (Precision::Bf16, isa::Isa::Amx) => {
+            amx::product(threads, x, k, groups, &Output::new(out, n, Store::Set));
+        }
+        _ => {
+            for Group { rows, w } in groups {
+                let (x, out) = (&x[rows.start * k..rows.end * k], &mut out[rows.start * n..rows.end * n]);
+                product(threads, x, rows.len(), w, out, Store::Set);
+            }
+        }
+    }
+}
+
 fn product(threads: &Threads, x: &[f32], m: usize, w: &PackedMatrix, out: &mut [f32], store: Store) {
     let (n, k) = (w.rows(), w.inner());
     assert_eq!(x.len(), m * k, "matmul: x is [m,k] = [{m},{k}]");
@@ -124,7 +162,7 @@ fn product(threads: &Threads, x: &[f32], m: usize, w: &PackedMatrix, out: &mut [
             });
         }
         #[cfg(target_arch = "x86_64")]
-        (Precision::Bf16, isa::Isa::Amx) => amx::product(threads, x, m, w, &out),
+        (Precision::Bf16, isa::Isa::Amx) => amx::product(threads, x, k, &[Group { rows: 0..m, w }], &out),
         (Precision::Bf16, _) => bf16::with_rounded(threads, x, m, k, |x| {
             split(threads, m, n, k, &|rows, panels| {
                 quant::in_full(w, panels, &mut |w, panels, first| {

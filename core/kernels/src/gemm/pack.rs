@@ -1,7 +1,9 @@
 //! Packed weights: layout, packing from either orientation, transposing.
 
+use crate::Pages;
 use crate::Threads;
 use crate::convert::bf16_bits;
+use crate::isa;
 use crate::simd::{LANES, Lanes, simd};
 use half::bf16;
 
@@ -37,7 +39,7 @@ pub struct PackedMatrix {
     pub(super) quantisation: Option<Quantisation>,
     pub(super) n: usize,
     pub(super) k: usize,
-    pub(super) lines: Vec<Line>,
+    pub(super) lines: Pages<Line>,
 }
 
 impl std::fmt::Debug for PackedMatrix {
@@ -76,7 +78,7 @@ impl PackedMatrix {
         packed
     }
 
-    /// A matrix of zeros, to be filled by one of the `repack_from` methods.
+    /// A matrix to be filled by one of the `repack_from` methods; zeros until then.
     pub fn zeros(precision: Precision, n: usize, k: usize) -> Self {
         let mut packed = Self::empty(precision);
         packed.reshape(precision, n, k);
@@ -84,13 +86,13 @@ impl PackedMatrix {
     }
 
     pub(super) fn empty(precision: Precision) -> Self {
-        PackedMatrix { precision, quantisation: None, n: 0, k: 0, lines: Vec::new() }
+        PackedMatrix { precision, quantisation: None, n: 0, k: 0, lines: Pages::new() }
     }
 
     /// Changes the shape, keeping the allocation where it is large enough; every value must then be filled in.
     pub(super) fn reshape(&mut self, precision: Precision, n: usize, k: usize) {
         (self.precision, self.n, self.k) = (precision, n, k);
-        self.lines.resize(n.div_ceil(LANES) * self.lines_per_panel(), Line([0; LANES]));
+        self.lines.reset(n.div_ceil(LANES) * self.lines_per_panel());
     }
 
     /// Replaces the values by `w [n,k]` in the same allocation.
@@ -142,7 +144,7 @@ impl PackedMatrix {
 
     /// Bytes that one product reads of it.
     pub fn bytes(&self) -> usize {
-        size_of_val(self.lines.as_slice())
+        size_of_val(&*self.lines)
     }
 
     /// Lines of one panel of sixteen columns.
@@ -156,8 +158,13 @@ impl PackedMatrix {
 
     /// The lines of panel `panel`.
     pub(super) fn panel(&self, panel: usize) -> &[Line] {
+        self.panels(panel, 1)
+    }
+
+    /// The lines of `count` panels from `first` on.
+    pub(super) fn panels(&self, first: usize, count: usize) -> &[Line] {
         let lines = self.lines_per_panel();
-        &self.lines[panel * lines..(panel + 1) * lines]
+        &self.lines[first * lines..(first + count) * lines]
     }
 
     fn fill<E: Element>(&mut self, threads: &Threads, w: &[E]) {
@@ -221,7 +228,7 @@ pub(super) trait Element: Weight {
 ///
 /// A pair of bf16 is one u32, low half first, which on a little-endian machine is the pair as it lies in memory.
 macro_rules! element {
-    ($t:ty, $bits_f32:expr, $bits_bf16:expr) => {
+    ($t:ty, $bits_f32:expr, $bits_bf16:expr, $columns_on_amx:expr) => {
         impl Element for $t {
             fn pack_panel(precision: Precision, rows: &[Self], k: usize, panel: &mut [Line]) {
                 match precision {
@@ -283,7 +290,11 @@ macro_rules! element {
                 column: usize,
                 panel: &mut [Line],
             ) {
+                let on_amx: Option<ColumnsToLines<$t>> = $columns_on_amx;
                 match precision {
+                    Precision::Bf16 if on_amx.is_some() && isa::current() == isa::Isa::Amx => {
+                        on_amx.expect("looked at above")(w_kn, n, column, panel);
+                    }
                     Precision::F32 => pack_columns_f32(w_kn, n, column, panel),
                     Precision::Bf16 => pack_columns_bf16(w_kn, n, column, panel),
                 }
@@ -332,12 +343,27 @@ macro_rules! element {
     };
 }
 
-element!(f32, |w: f32| w.to_bits(), |w: f32| flush_bf16(bf16_bits(w)));
-element!(bf16, |w: bf16| u32::from(w.to_bits()) << 16, |w: bf16| flush_bf16(w.to_bits()));
+/// Packs columns of a transpose `(w_kn [k,n], n, column)` into lines of bf16 pairs.
+type ColumnsToLines<T> = fn(&[T], usize, usize, &mut [Line]);
+
+#[cfg(target_arch = "x86_64")]
+const COLUMNS_ON_AMX: Option<ColumnsToLines<f32>> = Some(super::amx::columns_to_lines);
+#[cfg(not(target_arch = "x86_64"))]
+const COLUMNS_ON_AMX: Option<ColumnsToLines<f32>> = None;
+
+element!(f32, |w: f32| w.to_bits(), round, COLUMNS_ON_AMX);
+element!(bf16, |w: bf16| u32::from(w.to_bits()) << 16, |w: bf16| flush_bf16(w.to_bits()), None);
+
+/// The bits of the bf16 nearest to `x` (ties to even), where a subnormal `x` counts as a zero of its sign.
+#[inline(always)]
+pub(super) fn round(x: f32) -> u16 {
+    let sign = (x.to_bits() >> 16) as u16 & 0x8000;
+    if x.to_bits() & 0x7f80_0000 == 0 { sign } else { bf16_bits(x) }
+}
 
 /// bf16 bits with subnormals replaced by a zero of the same sign, as the tile instruction reads them.
 #[inline(always)]
-pub(super) fn flush_bf16(bits: u16) -> u16 {
+fn flush_bf16(bits: u16) -> u16 {
     if bits & 0x7f80 == 0 { bits & 0x8000 } else { bits }
 }
 

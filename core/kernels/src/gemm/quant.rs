@@ -322,12 +322,25 @@ impl PackedMatrix {
             let scales: &[[u16; LANES]] = bytemuck::cast_slice(scales);
             let tiles_per_group = quantisation.group() / TILE_K;
             match (quantisation.bits, of.precision()) {
-                (CodeBits::Eight, Precision::Bf16) => unfold_8_bf16(scales, codes, tiles_per_group, out),
-                (CodeBits::Four, Precision::Bf16) => unfold_4_bf16(scales, codes, tiles_per_group, out),
-                (CodeBits::Eight, Precision::F32) => unfold_8_f32(scales, codes, tiles_per_group, out),
-                (CodeBits::Four, Precision::F32) => unfold_4_f32(scales, codes, tiles_per_group, out),
+                (CodeBits::Eight, Precision::Bf16) => unfold_8_bf16(scales, codes, tiles_per_group, 0, out),
+                (CodeBits::Four, Precision::Bf16) => unfold_4_bf16(scales, codes, tiles_per_group, 0, out),
+                (CodeBits::Eight, Precision::F32) => unfold_8_f32(scales, codes, tiles_per_group, 0, out),
+                (CodeBits::Four, Precision::F32) => unfold_4_f32(scales, codes, tiles_per_group, 0, out),
             }
         }
+    }
+}
+
+/// The tiles of `panel` from tile `first` of k on, as bf16, as many as `out` holds.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn unfold_tiles(w: &PackedMatrix, panel: usize, first: usize, out: &mut [Line]) {
+    let quantisation = w.quantisation.expect("only a quantised matrix is unfolded");
+    let (scales, codes) = w.panel(panel).split_at(quantisation.scale_lines(w.k));
+    let scales: &[[u16; LANES]] = bytemuck::cast_slice(scales);
+    let tiles_per_group = quantisation.group() / TILE_K;
+    match quantisation.bits {
+        CodeBits::Eight => unfold_8_bf16(scales, codes, tiles_per_group, first, out),
+        CodeBits::Four => unfold_4_bf16(scales, codes, tiles_per_group, first, out),
     }
 }
 
@@ -384,12 +397,17 @@ fn write_codes(bits: CodeBits, columns: &[Column; TILE_K], lines: &mut [Line]) {
 macro_rules! unfold {
     ($name:ident, $codes:expr, $pair:ident, $lines:expr, $put:ident) => {
         simd! {
-            fn $name<S>(scales: &[[u16; LANES]], tiles: &[Line], tiles_per_group: usize, out: &mut [Line]) {
+            fn $name<S>(
+                scales: &[[u16; LANES]],
+                tiles: &[Line],
+                tiles_per_group: usize,
+                first: usize,
+                out: &mut [Line],
+            ) {
                 let code_lines = TILE_LINES * $codes / size_of::<Line>();
-                let groups = tiles.chunks(code_lines * tiles_per_group);
-                let outs = out.chunks_mut($lines * TILE_LINES * tiles_per_group);
-                for ((scale, codes), out) in scales.iter().zip(groups).zip(outs) {
-                    let scale = S::from_bf16(scale);
+                let tiles = tiles[first * code_lines..].chunks_exact(code_lines);
+                for (i, (codes, out)) in tiles.zip(out.chunks_mut($lines * TILE_LINES)).enumerate() {
+                    let scale = S::from_bf16(&scales[(first + i) / tiles_per_group]);
                     let codes = bytemuck::cast_slice::<Line, [u8; $codes]>(codes);
                     for (codes, out) in codes.iter().zip(out.chunks_mut($lines)) {
                         let (even, odd) = $pair::<S>(codes);

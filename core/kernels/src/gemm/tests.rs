@@ -32,7 +32,7 @@ fn fma_flush(a: f32, b: f32, c: f32) -> f32 {
 
 /// The definition of the bf16 product: TDPBF16PS by the Intel SDM's pseudo-code.
 fn scalar_bf16(x: &[f32], w: &[f32], m: usize, n: usize, k: usize) -> Vec<f32> {
-    let round = |x: &f32| flush(f32::from_bits(u32::from(bf16_bits(*x)) << 16));
+    let round = |x: &f32| f32::from_bits(u32::from(bf16_bits(flush(*x))) << 16);
     let (x, w): (Vec<f32>, Vec<f32>) = (x.iter().map(round).collect(), w.iter().map(round).collect());
     let element = |i: usize| {
         let (x, w) = (&x[i / n * k..][..k], &w[i % n * k..][..k]);

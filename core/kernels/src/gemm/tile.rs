@@ -20,17 +20,33 @@ pub(super) struct Output {
     pub(super) store: Store,
     /// Panel of the matrix that a kernel's panel 0 is.
     pub(super) first_panel: usize,
+    /// Row of the matrix that a kernel's row 0 is.
+    pub(super) first_row: usize,
+    /// Whether whole lines are written past the caches: what a second-level cache cannot keep anyway, on memory lines.
+    streams: bool,
 }
+
+/// Bytes of output from which it is written past the caches.
+const STREAM_BYTES: usize = 4 << 20;
 
 impl Output {
     /// The whole of `out`, rows of `n`.
     pub(super) fn new(out: &mut [f32], n: usize, store: Store) -> Self {
-        Self { base: SharedMut::new(out), n, store, first_panel: 0 }
+        let on_lines =
+            n.is_multiple_of(LANES) && out.as_ptr().addr().is_multiple_of(size_of::<[f32; LANES]>());
+        let streams = store == Store::Set && on_lines && size_of_val(out) >= STREAM_BYTES;
+        Self { base: SharedMut::new(out), n, store, first_panel: 0, first_row: 0, streams }
     }
 
     /// The same matrix for a kernel whose panel 0 is `first_panel`.
     pub(super) fn starting_at(self, first_panel: usize) -> Self {
         Self { first_panel, ..self }
+    }
+
+    /// The same matrix for a kernel whose row 0 is `first_row`.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn below(self, first_row: usize) -> Self {
+        Self { first_row: self.first_row + first_row, ..self }
     }
 
     /// Columns before panel `panel` of the kernel.
@@ -48,10 +64,10 @@ impl Output {
     pub(super) unsafe fn part(&self, row: usize, panel: usize) -> &mut [f32] {
         let column = self.column(panel);
         // SAFETY: the caller's promise.
-        unsafe { self.base.slice(row * self.n + column, LANES.min(self.n - column)) }
+        unsafe { self.base.slice((self.first_row + row) * self.n + column, LANES.min(self.n - column)) }
     }
 
-    /// Stores the sixteen values of one row and panel.
+    /// Stores the sixteen values of one row and panel. Before other threads read them, [`Lanes::fence`] must be passed.
     ///
     /// # Safety
     /// As [`Output::part`].
@@ -59,6 +75,11 @@ impl Output {
     pub(super) unsafe fn put<S: Lanes>(&self, row: usize, panel: usize, value: S) {
         // SAFETY: the caller's promise.
         let part = unsafe { self.part(row, panel) };
+        if self.streams
+            && let Some(line) = part.first_chunk_mut()
+        {
+            return value.stream(line);
+        }
         let value = if self.store == Store::Add { S::read(part, 0.0).add(value) } else { value };
         value.write(part);
     }

@@ -136,6 +136,17 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    fn stream(self, out: &mut [f32; LANES]) {
+        debug_assert!(out.as_ptr().addr().is_multiple_of(64));
+        unsafe { _mm512_stream_ps(out.as_mut_ptr(), self.0) }
+    }
+
+    #[inline(always)]
+    fn fence() {
+        unsafe { _mm_sfence() }
+    }
+
+    #[inline(always)]
     fn prefetch(x: &[f32], at: usize) {
         // A hint, which no address makes fault.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(x.as_ptr().wrapping_add(at).cast()) }

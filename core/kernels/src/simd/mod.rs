@@ -66,6 +66,17 @@ pub(crate) trait Lanes: Copy {
     /// Writes the upper halves of `even` and `odd` as bf16 pairs, even ones low.
     fn store_bf16_pairs(even: Self, odd: Self, out: &mut [u32; LANES]);
 
+    /// [`Lanes::store`] past the caches, where the processor can; `out` starts a line of memory. Other threads see it after
+    /// [`Lanes::fence`].
+    #[inline(always)]
+    fn stream(self, out: &mut [f32; LANES]) {
+        self.store(out);
+    }
+
+    /// Makes what was streamed visible.
+    #[inline(always)]
+    fn fence() {}
+
     /// Asks for the cache line that holds `x[at]`, if there is one; changes no result.
     #[inline(always)]
     fn prefetch(_x: &[f32], _at: usize) {}

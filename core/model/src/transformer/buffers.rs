@@ -6,16 +6,18 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use freewheel_kernels::Pages;
+
 /// A shared store of idle buffers.
 #[derive(Clone, Debug, Default)]
 pub(super) struct BufferPool {
-    idle: Arc<Mutex<Vec<Vec<f32>>>>,
+    idle: Arc<Mutex<Vec<Pages<f32>>>>,
 }
 
 /// A buffer that goes back to its pool when dropped.
 #[derive(Debug)]
 pub(super) struct Buf {
-    values: Vec<f32>,
+    values: Pages<f32>,
     pool: BufferPool,
 }
 
@@ -30,7 +32,7 @@ impl BufferPool {
             .filter(|(_, v)| v.capacity() >= len && v.capacity() <= 4 * len + 1024)
             .min_by_key(|(_, v)| v.capacity())
             .map(|(at, _)| at);
-        let outgrown = |values: &Vec<f32>| values.capacity() < len && values.capacity() >= len / 4;
+        let outgrown = |values: &Pages<f32>| values.capacity() < len && values.capacity() >= len / 4;
         let replaced = match best {
             Some(_) => None,
             None => idle.iter().position(outgrown).map(|at| idle.swap_remove(at)),
@@ -38,8 +40,8 @@ impl BufferPool {
         let found = best.map(|at| idle.swap_remove(at));
         drop(idle);
         drop(replaced);
-        let mut values = found.unwrap_or_else(|| Vec::with_capacity(class(len)));
-        values.resize(len, 0.0);
+        let mut values = found.unwrap_or_else(|| Pages::zeros(class(len)));
+        values.reset(len);
         Buf { values, pool: self.clone() }
     }
 
@@ -109,7 +111,7 @@ mod tests {
             let _step: Vec<Buf> = (0..4).map(|_| pool.take(rows * 128)).collect();
         }
         let idle = pool.idle.lock().unwrap();
-        let held: usize = idle.iter().map(Vec::capacity).sum();
+        let held: usize = idle.iter().map(Pages::capacity).sum();
         assert!(idle.len() <= 4 && held <= 4 * class(2000 * 128), "{} buffers of {held}", idle.len());
         assert!((1..5000).all(|len| class(len) >= len && class(len) <= len + len / 8 + 1));
     }

@@ -1,0 +1,198 @@
+//! The tile kernels, by inline assembly (the intrinsics are not stable).
+//!
+//! ```text
+//!   C tile += A tile · B tile, k ascending: 2×2 tiles in registers; 1×4 where there is one row of tiles
+//! ```
+//!
+//! What is used again soon should stay in the first-level cache: B where several rows of tiles pass by it, A where there is
+//! one row. The other of the two is loaded with the instruction's hint that it streams.
+
+use super::super::pack::Line;
+use super::TILE_LINES;
+use std::arch::asm;
+
+/// Operands of a kernel. C tiles lie one after the other, row of tiles by row of tiles.
+#[derive(Clone, Copy)]
+pub(super) struct Operands {
+    /// A tiles, one after the other along k.
+    pub a: *const Line,
+    /// Lines between rows of A tiles.
+    pub a_lines: usize,
+    /// B tiles, one after the other along k.
+    pub b: *const Line,
+    /// Lines between panels of B tiles.
+    pub b_lines: usize,
+    /// Tiles along k, at least 1.
+    pub k_tiles: usize,
+    /// C tiles.
+    pub c: *mut Line,
+    /// Whether C holds sums over earlier k, to go on from; else they start at zero.
+    pub go_on: bool,
+}
+
+/// # Safety
+/// AMX is granted and configured; the pointers are to as many tiles as the kernel reads and writes.
+pub(super) type Kernel = unsafe fn(&Operands);
+
+/// Defines a kernel: tmm0–3 are C tiles, tmm4–7 A and B tiles.
+macro_rules! kernel {
+    ($name:ident, zero: [$($zero:literal),*], load: [$($load:literal),*], step: [$($step:literal),*], store: [$($store:literal),*]) => {
+        /// # Safety
+        /// As [`Kernel`] says.
+        pub(super) unsafe fn $name(o: &Operands) {
+            // SAFETY: the caller's promise; every register written is declared.
+            unsafe {
+                asm!(
+                    "test {go_on}, {go_on}",
+                    "jnz 3f",
+                    $($zero,)*
+                    "jmp 2f",
+                    "3:",
+                    $($load,)*
+                    "2:",
+                    $($step,)*
+                    "add {a0}, 1024",
+                    "add {a1}, 1024",
+                    "add {b0}, 1024",
+                    "add {b1}, 1024",
+                    "add {b2}, 1024",
+                    "add {b3}, 1024",
+                    "dec {count}",
+                    "jnz 2b",
+                    $($store,)*
+                    a0 = inout(reg) o.a => _,
+                    a1 = inout(reg) o.a.wrapping_add(o.a_lines) => _,
+                    b0 = inout(reg) o.b => _,
+                    b1 = inout(reg) o.b.wrapping_add(o.b_lines) => _,
+                    b2 = inout(reg) o.b.wrapping_add(2 * o.b_lines) => _,
+                    b3 = inout(reg) o.b.wrapping_add(3 * o.b_lines) => _,
+                    count = inout(reg) o.k_tiles => _,
+                    s = in(reg) size_of::<Line>(),
+                    c = in(reg) o.c,
+                    go_on = in(reg) usize::from(o.go_on),
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
+    };
+}
+
+kernel!(kernel_2x2,
+    zero: ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
+    load: [
+        "tileloadd tmm0, [{c} + {s}*1]", "tileloadd tmm1, [{c} + {s}*1 + 1024]",
+        "tileloadd tmm2, [{c} + {s}*1 + 2048]", "tileloadd tmm3, [{c} + {s}*1 + 3072]"
+    ],
+    step: [
+        "tileloadd tmm6, [{b0} + {s}*1]",
+        "tileloaddt1 tmm4, [{a0} + {s}*1]",
+        "tdpbf16ps tmm0, tmm4, tmm6",
+        "tileloadd tmm7, [{b1} + {s}*1]",
+        "tdpbf16ps tmm1, tmm4, tmm7",
+        "tileloaddt1 tmm5, [{a1} + {s}*1]",
+        "tdpbf16ps tmm2, tmm5, tmm6",
+        "tdpbf16ps tmm3, tmm5, tmm7"
+    ],
+    store: [
+        "tilestored [{c} + {s}*1], tmm0", "tilestored [{c} + {s}*1 + 1024], tmm1",
+        "tilestored [{c} + {s}*1 + 2048], tmm2", "tilestored [{c} + {s}*1 + 3072], tmm3"
+    ]
+);
+
+kernel!(kernel_2x1,
+    zero: ["tilezero tmm0", "tilezero tmm1"],
+    load: ["tileloadd tmm0, [{c} + {s}*1]", "tileloadd tmm1, [{c} + {s}*1 + 1024]"],
+    step: [
+        "tileloadd tmm6, [{b0} + {s}*1]",
+        "tileloaddt1 tmm4, [{a0} + {s}*1]",
+        "tdpbf16ps tmm0, tmm4, tmm6",
+        "tileloaddt1 tmm5, [{a1} + {s}*1]",
+        "tdpbf16ps tmm1, tmm5, tmm6"
+    ],
+    store: ["tilestored [{c} + {s}*1], tmm0", "tilestored [{c} + {s}*1 + 1024], tmm1"]
+);
+
+kernel!(kernel_1x4,
+    zero: ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
+    load: [
+        "tileloadd tmm0, [{c} + {s}*1]", "tileloadd tmm1, [{c} + {s}*1 + 1024]",
+        "tileloadd tmm2, [{c} + {s}*1 + 2048]", "tileloadd tmm3, [{c} + {s}*1 + 3072]"
+    ],
+    step: [
+        "tileloadd tmm4, [{a0} + {s}*1]",
+        "tileloadd tmm6, [{b0} + {s}*1]",
+        "tdpbf16ps tmm0, tmm4, tmm6",
+        "tileloadd tmm7, [{b1} + {s}*1]",
+        "tdpbf16ps tmm1, tmm4, tmm7",
+        "tileloadd tmm5, [{b2} + {s}*1]",
+        "tdpbf16ps tmm2, tmm4, tmm5",
+        "tileloadd tmm6, [{b3} + {s}*1]",
+        "tdpbf16ps tmm3, tmm4, tmm6"
+    ],
+    store: [
+        "tilestored [{c} + {s}*1], tmm0", "tilestored [{c} + {s}*1 + 1024], tmm1",
+        "tilestored [{c} + {s}*1 + 2048], tmm2", "tilestored [{c} + {s}*1 + 3072], tmm3"
+    ]
+);
+
+kernel!(kernel_1x2,
+    zero: ["tilezero tmm0", "tilezero tmm1"],
+    load: ["tileloadd tmm0, [{c} + {s}*1]", "tileloadd tmm1, [{c} + {s}*1 + 1024]"],
+    step: [
+        "tileloadd tmm4, [{a0} + {s}*1]",
+        "tileloadd tmm6, [{b0} + {s}*1]",
+        "tdpbf16ps tmm0, tmm4, tmm6",
+        "tileloadd tmm7, [{b1} + {s}*1]",
+        "tdpbf16ps tmm1, tmm4, tmm7"
+    ],
+    store: ["tilestored [{c} + {s}*1], tmm0", "tilestored [{c} + {s}*1 + 1024], tmm1"]
+);
+
+kernel!(kernel_1x1,
+    zero: ["tilezero tmm0"],
+    load: ["tileloadd tmm0, [{c} + {s}*1]"],
+    step: [
+        "tileloadd tmm4, [{a0} + {s}*1]",
+        "tileloadd tmm6, [{b0} + {s}*1]",
+        "tdpbf16ps tmm0, tmm4, tmm6"
+    ],
+    store: ["tilestored [{c} + {s}*1], tmm0"]
+);
+
+/// The operand of LDTILECFG: palette 1, all eight tiles of sixteen rows of 64 bytes.
+#[repr(C, align(64))]
+struct TileConfig {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    bytes_per_row: [u16; 16],
+    rows: [u8; 16],
+}
+
+const _: () = assert!(size_of::<TileConfig>() == 64 && size_of::<Line>() * TILE_LINES == 1024);
+
+static CONFIG: TileConfig = TileConfig {
+    palette: 1,
+    start_row: 0,
+    reserved: [0; 14],
+    bytes_per_row: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
+    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
+};
+
+/// # Safety
+/// AMX is granted to this process.
+pub(super) unsafe fn configure() {
+    // SAFETY: the operand is 64 bytes of a valid configuration; tile registers are this module's own.
+    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, readonly)) };
+}
+
+/// Returns the tiles to their initial state, so that a switch of threads need not save them.
+///
+/// # Safety
+/// AMX is granted to this process.
+pub(super) unsafe fn release() {
+    // SAFETY: the caller's promise.
+    unsafe { asm!("tilerelease", options(nostack, nomem)) };
+}

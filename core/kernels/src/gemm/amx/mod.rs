@@ -1,0 +1,279 @@
+//! The bf16 kernel on AMX tiles.
+//!
+//! ```text
+//!   x  ──round──►  A tiles [m/16][k/32][16 rows][32]     1 KiB each, one after the other along k
+//!   W  (packed) =  B tiles [n/16][k/32][16 pairs][16][2]
+//!
+//!   task: a run of panels × a block of rows (A of it: second-level cache)
+//!     for two panels (four where there is one row of tiles)
+//!       for a block of k (B of it: first-level cache; quantised panels are unfolded here)
+//!         for two rows of tiles: C += A · B in registers, kept aside between blocks of k
+//! ```
+//!
+//! The blocks change no sum's order: each C tile goes through k ascending.
+//!
+//! Rows of A past m hold whatever an earlier call left there: row i of a C tile reads row i of A only, and the rows
+//! past m are not copied out.
+
+mod kernel;
+mod round;
+
+use super::pack::{Element, Line, Precision, transpose_lines};
+use super::quant;
+use super::tile::{Output, Store};
+use super::{Group, PackedMatrix};
+use crate::simd::{LANES, simd};
+use crate::{Pages, Threads};
+use kernel::{Kernel, Operands, kernel_1x1, kernel_1x2, kernel_1x4, kernel_2x1, kernel_2x2};
+use std::arch::x86_64::_mm_sfence;
+use std::cell::RefCell;
+use std::ops::Range;
+
+pub(super) use round::columns_to_lines;
+
+/// Rows (and columns) of a tile.
+const TILE: usize = 16;
+/// Values of k in a tile.
+const TILE_K: usize = 32;
+/// Lines of a tile.
+const TILE_LINES: usize = 16;
+/// Bytes of A tiles that are gone through before the next panels: what a second-level cache holds beside B.
+const A_BLOCK_BYTES: usize = 1 << 20;
+/// B tiles of a block of k, in all its panels: what a first-level cache holds beside C.
+const B_BLOCK_TILES: usize = 40;
+/// The same where the tiles are unfolded from codes.
+const UNFOLDED_TILES: usize = 32;
+/// Multiply-adds a task should have to be worth sharing out.
+const MIN_WORK: usize = 1 << 20;
+/// Tasks for each thread, where there is work for them.
+const TASKS_PER_THREAD: usize = 4;
+
+#[derive(Default)]
+struct Scratch {
+    c: Vec<Line>,
+    unfolded: Vec<Line>,
+}
+
+thread_local! {
+    static A_TILES: RefCell<Pages<Line>> = RefCell::new(Pages::new());
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// Computes the products of each group's rows of `x [m,k]` with its weight into the same rows of `out`.
+pub(super) fn product(threads: &Threads, x: &[f32], k: usize, groups: &[Group], out: &Output) {
+    let mut tile_rows = Vec::with_capacity(x.len() / (TILE * k.max(1)) + groups.len());
+    for group in groups {
+        tile_rows.extend(group.rows.clone().step_by(TILE).map(|row| row..group.rows.end.min(row + TILE)));
+    }
+    with_a_tiles(tile_rows.len(), k, |a| {
+        let lines = lines_of_row(k).max(1);
+        threads.for_each_row_chunk(a, lines, (1 << 16) / (TILE * k.max(1)) + 1, |first, block| {
+            for (rows, tiles) in tile_rows[first..].iter().zip(block.chunks_exact_mut(lines)) {
+                round::rows_to_tiles(&x[rows.start * k..rows.end * k], k, tiles);
+            }
+        });
+        let mut rest: &[Line] = a;
+        let parts = groups.iter().map(|group| {
+            let (tiles, after) = rest.split_at(group.rows.len().div_ceil(TILE) * lines_of_row(k));
+            rest = after;
+            Part { a: tiles, w: group.w, m: group.rows.len(), out: out.below(group.rows.start) }
+        });
+        multiply(threads, &parts.collect::<Vec<_>>());
+    });
+}
+
+/// Computes the product with the transpose `x_km [k,m]` into `out`.
+pub(super) fn product_transposed(threads: &Threads, x_km: &[f32], m: usize, w: &PackedMatrix, out: &Output) {
+    if m == 0 || w.rows() == 0 {
+        return;
+    }
+    let k = w.inner();
+    with_a_tiles(m.div_ceil(TILE), k, |a| {
+        let lines = lines_of_row(k).max(1);
+        threads.for_each_row_chunk(a, lines, (1 << 15) / (TILE * k.max(1)) + 1, |first, block| {
+            for (i, tiles) in block.chunks_exact_mut(lines).enumerate() {
+                // Lines of pairs of k for sixteen m, as a panel of B has them; transposed, a tile of A.
+                f32::pack_panel_transposed(Precision::Bf16, x_km, m, (first + i) * TILE, tiles);
+                transpose_tiles(tiles);
+            }
+        });
+        multiply(threads, &[Part { a, w, m, out: *out }]);
+    });
+}
+
+simd! {
+    fn transpose_tiles<S>(tiles: &mut [Line]) {
+        for tile in tiles.chunks_exact_mut(TILE_LINES) {
+            let mut a = [[0; LANES]; LANES];
+            for (a, line) in a.iter_mut().zip(tile.iter()) {
+                *a = line.0;
+            }
+            transpose_lines::<S>(&a, tile);
+        }
+    }
+}
+
+/// Lines of a row of A tiles, or of a panel of B tiles.
+fn lines_of_row(k: usize) -> usize {
+    k.div_ceil(TILE_K) * TILE_LINES
+}
+
+/// Calls `f` with room for rows of A tiles.
+fn with_a_tiles(tile_rows: usize, k: usize, f: impl FnOnce(&mut [Line])) {
+    // Taken, not borrowed: what `f` runs on this thread may be a product too.
+    let mut a = A_TILES.take();
+    let len = tile_rows * lines_of_row(k);
+    a.reset(len);
+    f(&mut a);
+    A_TILES.set(a);
+}
+
+/// A product of rows that share a weight.
+struct Part<'a> {
+    a: &'a [Line],
+    w: &'a PackedMatrix,
+    m: usize,
+    out: Output,
+}
+
+/// Some rows (in tiles) and panels of a part.
+struct Task<'a> {
+    part: &'a Part<'a>,
+    rows: Range<usize>,
+    panels: Range<usize>,
+}
+
+fn multiply(threads: &Threads, parts: &[Part]) {
+    let work =
+        |part: &Part| part.m.div_ceil(TILE) * part.w.rows().div_ceil(LANES) * lines_of_row(part.w.inner());
+    let total: usize = parts.iter().map(work).sum();
+    // A line of B meets a line of A in 512 multiply-adds.
+    let least = (MIN_WORK / 512).max(total / (TASKS_PER_THREAD * threads.count()));
+    let mut tasks = Vec::new();
+    for part in parts.iter().filter(|part| part.m > 0 && part.w.rows() > 0) {
+        let (m_tiles, panels) = (part.m.div_ceil(TILE), part.w.rows().div_ceil(LANES));
+        let lines = lines_of_row(part.w.inner()).max(1);
+        let block = (A_BLOCK_BYTES / (lines * size_of::<Line>())).max(2) & !1;
+        let blocks = m_tiles.div_ceil(block);
+        let block = m_tiles.div_ceil(blocks).next_multiple_of(2);
+        // Runs of panels as wide as the kernels take them.
+        let run = least.div_ceil(block.min(m_tiles) * lines).next_multiple_of(4).min(panels.max(1));
+        let run = panels.div_ceil(panels.div_ceil(run)).next_multiple_of(2);
+        for rows in (0..m_tiles).step_by(block).map(|row| row..m_tiles.min(row + block)) {
+            let runs = (0..panels).step_by(run).map(|panel| panel..panels.min(panel + run));
+            tasks.extend(runs.map(|panels| Task { part, rows: rows.clone(), panels }));
+        }
+    }
+    threads.for_each(tasks.len(), &|i| tasks[i].run());
+}
+
+impl Task<'_> {
+    fn run(&self) {
+        if self.part.w.inner() == 0 {
+            return self.no_inner();
+        }
+        // SAFETY: this module is reached only where `isa` found AMX and was granted its state.
+        unsafe { kernel::configure() };
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut panel = self.panels.start;
+            while panel < self.panels.end {
+                panel += match (self.rows.len(), self.panels.end - panel) {
+                    (1, 4..) => self.strip::<4>(panel, kernel_1x4, kernel_1x4, scratch),
+                    (_, 2..) => self.strip::<2>(panel, kernel_2x2, kernel_1x2, scratch),
+                    _ => self.strip::<1>(panel, kernel_2x1, kernel_1x1, scratch),
+                };
+            }
+        });
+        // SAFETY: as above; the fence makes streamed lines visible before the task counts as done.
+        unsafe {
+            kernel::release();
+            _mm_sfence();
+        }
+    }
+
+    /// A product over an empty k is zero.
+    fn no_inner(&self) {
+        let Part { m, out, .. } = self.part;
+        for panel in self.panels.clone() {
+            for row in self.rows.start * TILE..(*m).min(self.rows.end * TILE) {
+                if out.store == Store::Set {
+                    // SAFETY: each tile belongs to one task.
+                    unsafe { out.part(row, panel) }.fill(0.0);
+                }
+            }
+        }
+    }
+
+    /// All rows of `PANELS` panels, two rows of tiles at a time by `pair`, a last one by `single`; returns `PANELS`.
+    #[inline(always)]
+    fn strip<const PANELS: usize>(
+        &self,
+        panel: usize,
+        pair: Kernel,
+        single: Kernel,
+        scratch: &mut Scratch,
+    ) -> usize {
+        let Part { a, w, m, out } = self.part;
+        let (k_tiles, lines) = (w.inner().div_ceil(TILE_K), lines_of_row(w.inner()));
+        let quantised = w.quantisation().is_some();
+        let most = match (quantised, self.rows.len()) {
+            (true, _) => UNFOLDED_TILES / PANELS,
+            // B passes by once: nothing is gained by keeping it.
+            (false, 1..=2) => k_tiles,
+            (false, _) => B_BLOCK_TILES / PANELS,
+        };
+        let block = k_tiles.div_ceil(k_tiles.div_ceil(most));
+        let aside = if block < k_tiles { self.rows.len().div_ceil(2) } else { 1 } * 2 * PANELS * TILE_LINES;
+        scratch.c.resize(aside.max(scratch.c.len()), Line([0; LANES]));
+        for k in (0..k_tiles).step_by(block) {
+            let end = k_tiles.min(k + block);
+            let (b, b_lines) = if quantised {
+                let b_lines = (end - k) * TILE_LINES;
+                scratch.unfolded.resize(UNFOLDED_TILES.max(PANELS * block) * TILE_LINES, Line([0; LANES]));
+                for (i, tiles) in scratch.unfolded.chunks_exact_mut(b_lines).take(PANELS).enumerate() {
+                    quant::unfold_tiles(w, panel + i, k, tiles);
+                }
+                (scratch.unfolded.as_ptr(), b_lines)
+            } else {
+                (w.panels(panel, PANELS)[k * TILE_LINES..].as_ptr(), lines)
+            };
+            for (i, row) in self.rows.clone().step_by(2).enumerate() {
+                let two = row + 2 <= self.rows.end;
+                let rows = if two { 2 } else { 1 };
+                let at = if block < k_tiles { i * 2 * PANELS * TILE_LINES } else { 0 };
+                let c = &mut scratch.c[at..][..rows * PANELS * TILE_LINES];
+                let operands = Operands {
+                    a: a[row * lines..(row + rows) * lines][k * TILE_LINES..].as_ptr(),
+                    a_lines: lines,
+                    b,
+                    b_lines,
+                    k_tiles: end - k,
+                    c: c.as_mut_ptr(),
+                    go_on: k > 0,
+                };
+                // SAFETY: AMX is configured; A has `rows` rows of tiles from `row` on, B `PANELS` panels, both from tile
+                // `k` to `end` of each; C has room for their tiles.
+                unsafe { if two { pair(&operands) } else { single(&operands) } };
+                if end == k_tiles {
+                    put_tiles(c, PANELS, row * TILE, *m, panel, out);
+                }
+            }
+        }
+        PANELS
+    }
+}
+
+simd! {
+    /// Stores C tiles, `panels` a row of tiles, from row `first` and panel `panel` on.
+    fn put_tiles<S>(c: &[Line], panels: usize, first: usize, m: usize, panel: usize, out: &Output) {
+        for (i, tiles) in c.chunks_exact(panels * TILE_LINES).enumerate() {
+            let first = first + i * TILE;
+            for r in 0..TILE.min(m - first) {
+                for p in 0..panels {
+                    // SAFETY: each tile belongs to one task.
+                    unsafe { out.put(first + r, panel + p, S::load(bytemuck::cast_ref(&tiles[p * TILE_LINES + r].0))) };
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! Memory for large matrices, in large pages where the operating system has them.
+//!
+//! A weight or a layer's activations take megabytes. In pages of 4 KiB their addresses overflow the processor's tables, and
+//! their places in the second-level cache collide at random; in pages of 2 MiB neither happens, and a first touch costs one fault
+//! in five hundred.
+
+use memmap2::MmapMut;
+use std::ops::{Deref, DerefMut};
+
+/// Bytes from which memory is asked of the operating system directly.
+const LARGE: usize = 1 << 20;
+
+/// A vector of plain numbers that start as zeros.
+pub struct Pages<T> {
+    memory: Memory<T>,
+    len: usize,
+}
+
+enum Memory<T> {
+    Small(Vec<T>),
+    /// As many `T` as fit.
+    Large(MmapMut),
+}
+
+impl<T: bytemuck::Pod> Pages<T> {
+    /// Nothing.
+    pub fn new() -> Self {
+        Self { memory: Memory::Small(Vec::new()), len: 0 }
+    }
+
+    /// `len` zeros.
+    ///
+    /// # Panics
+    /// When there is no memory left, as `Vec` does.
+    pub fn zeros(len: usize) -> Self {
+        let bytes = len.checked_mul(size_of::<T>()).expect("a length that fits the address space");
+        let memory = if bytes < LARGE {
+            Memory::Small(vec![T::zeroed(); len])
+        } else {
+            let map = MmapMut::map_anon(bytes).unwrap_or_else(|e| panic!("{bytes} bytes of memory: {e}"));
+            // A wish: without large pages, small ones serve.
+            #[cfg(target_os = "linux")]
+            let _ = map.advise(memmap2::Advice::HugePage);
+            Memory::Large(map)
+        };
+        Self { memory, len }
+    }
+
+    /// Values that fit without another allocation.
+    pub fn capacity(&self) -> usize {
+        match &self.memory {
+            Memory::Small(values) => values.len(),
+            Memory::Large(map) => map.len() / size_of::<T>(),
+        }
+    }
+
+    /// Becomes `len` values of unspecified content: old ones or zeros.
+    pub fn reset(&mut self, len: usize) {
+        if len > self.capacity() {
+            *self = Self::zeros(len);
+        }
+        self.len = len;
+    }
+}
+
+impl<T: bytemuck::Pod> Default for Pages<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<T: bytemuck::Pod> Clone for Pages<T> {
+    fn clone(&self) -> Self {
+        let mut copy = Self::zeros(self.len);
+        copy.copy_from_slice(self);
+        copy
+    }
+}
+
+impl<T> std::fmt::Debug for Pages<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pages").field("len", &self.len).finish_non_exhaustive()
+    }
+}
+
+impl<T: bytemuck::Pod> Deref for Pages<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        match &self.memory {
+            Memory::Small(values) => &values[..self.len],
+            Memory::Large(map) => bytemuck::cast_slice(&map[..self.len * size_of::<T>()]),
+        }
+    }
+}
+
+impl<T: bytemuck::Pod> DerefMut for Pages<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        match &mut self.memory {
+            Memory::Small(values) => &mut values[..self.len],
+            Memory::Large(map) => bytemuck::cast_slice_mut(&mut map[..self.len * size_of::<T>()]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_and_large_hold_what_is_written() {
+        for len in [0, 1, 1000, LARGE / 4 - 1, LARGE / 4, 3 * LARGE / 4 + 5] {
+            let mut pages = Pages::<f32>::zeros(len);
+            assert!(pages.len() == len && pages.capacity() >= len && pages.iter().all(|x| *x == 0.0));
+            pages.iter_mut().enumerate().for_each(|(i, x)| *x = i as f32);
+            let copy = pages.clone();
+            assert!(copy.iter().enumerate().all(|(i, x)| *x == i as f32), "{len}");
+            let before = pages.as_ptr();
+            pages.reset(len / 2);
+            assert_eq!((pages.len(), pages.as_ptr()), (len / 2, before), "room that is there is kept");
+            pages.reset(2 * len + 1);
+            assert_eq!(pages.len(), 2 * len + 1);
+        }
+    }
+}
