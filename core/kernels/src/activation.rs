@@ -1,8 +1,9 @@
 //! Gated activations: `out = act(gate) · up`, forward and backward; and the logistic sigmoid.
 //!
-//! Elementwise, hence batch-invariant. gelu_tanh is x·sigmoid(2u) with u = √(2/π)·(x + 0.044715·x³), which equals
+//! Elementwise, hence batch-invariant; threads take rows. gelu_tanh is x·sigmoid(2u) with u = √(2/π)·(x + 0.044715·x³), which equals
 //! x/2·(1 + tanh u). gpt-oss's clamped SwiGLU bounds gate and up, takes them alternating, and multiplies by up + 1.
 
+use crate::Threads;
 use crate::math::sigmoid as sigmoid_lanes;
 use crate::simd::{LANES, Lanes, simd};
 
@@ -28,21 +29,28 @@ pub enum Activation {
 ///
 /// # Panics
 /// When a length does not fit `width` (F).
-pub fn gated(activation: Activation, gate_up: &[f32], width: usize, out: &mut [f32]) {
+pub fn gated(threads: &Threads, activation: Activation, gate_up: &[f32], width: usize, out: &mut [f32]) {
     assert!(width > 0 && out.len().is_multiple_of(width), "gated: out is [T,F], F = {width}");
     assert_eq!(gate_up.len(), 2 * out.len(), "gated: gate_up is [T,2F]");
-    match activation {
-        Activation::Silu => silu_rows(gate_up, width, out),
-        Activation::GeluTanh => gelu_rows(gate_up, width, out),
-        Activation::ClampedSwiglu { alpha, limit } => clamped(gate_up, alpha, limit, out),
-    }
+    threads.for_each_row_chunk(out, width, MIN_VALUES / width + 1, |first, out| {
+        let gate_up = &gate_up[2 * first * width..][..2 * out.len()];
+        match activation {
+            Activation::Silu => silu_rows(gate_up, width, out),
+            Activation::GeluTanh => gelu_rows(gate_up, width, out),
+            Activation::ClampedSwiglu { alpha, limit } => clamped(gate_up, alpha, limit, out),
+        }
+    });
 }
+
+/// Values of a part of an operation that is worth sharing out.
+const MIN_VALUES: usize = 1 << 14;
 
 /// Gradient of [`gated`]: `dgate_up [T,2F]` is overwritten.
 ///
 /// # Panics
 /// When a length does not fit `width` (F).
 pub fn gated_backward(
+    threads: &Threads,
     activation: Activation,
     gate_up: &[f32],
     width: usize,
@@ -52,31 +60,17 @@ pub fn gated_backward(
     assert!(width > 0 && dy.len().is_multiple_of(width), "gated_backward: dy is [T,F], F = {width}");
     assert_eq!(gate_up.len(), 2 * dy.len(), "gated_backward: gate_up is [T,2F]");
     assert_eq!(gate_up.len(), dgate_up.len(), "gated_backward: dgate_up is [T,2F]");
-    match activation {
-        Activation::Silu => silu_rows_backward(gate_up, width, dy, dgate_up),
-        Activation::GeluTanh => gelu_rows_backward(gate_up, width, dy, dgate_up),
-        Activation::ClampedSwiglu { alpha, limit } => clamped_backward(gate_up, alpha, limit, dy, dgate_up),
-    }
-}
-
-/// [`gated`] with [`Activation::Silu`].
-pub fn silu_mul(gate_up: &[f32], width: usize, out: &mut [f32]) {
-    gated(Activation::Silu, gate_up, width, out);
-}
-
-/// [`gated_backward`] with [`Activation::Silu`].
-pub fn silu_mul_backward(gate_up: &[f32], width: usize, dy: &[f32], dgate_up: &mut [f32]) {
-    gated_backward(Activation::Silu, gate_up, width, dy, dgate_up);
-}
-
-/// [`gated`] with [`Activation::GeluTanh`].
-pub fn gelu_tanh_mul(gate_up: &[f32], width: usize, out: &mut [f32]) {
-    gated(Activation::GeluTanh, gate_up, width, out);
-}
-
-/// [`gated_backward`] with [`Activation::GeluTanh`].
-pub fn gelu_tanh_mul_backward(gate_up: &[f32], width: usize, dy: &[f32], dgate_up: &mut [f32]) {
-    gated_backward(Activation::GeluTanh, gate_up, width, dy, dgate_up);
+    threads.for_each_row_chunk(dgate_up, 2 * width, MIN_VALUES / width + 1, |first, dgate_up| {
+        let gate_up = &gate_up[2 * first * width..][..dgate_up.len()];
+        let dy = &dy[first * width..][..dgate_up.len() / 2];
+        match activation {
+            Activation::Silu => silu_rows_backward(gate_up, width, dy, dgate_up),
+            Activation::GeluTanh => gelu_rows_backward(gate_up, width, dy, dgate_up),
+            Activation::ClampedSwiglu { alpha, limit } => {
+                clamped_backward(gate_up, alpha, limit, dy, dgate_up)
+            }
+        }
+    });
 }
 
 simd! {
@@ -267,14 +261,14 @@ mod tests {
                 let dy = random.vec(2 * width);
                 let out = assert_all_agree("gated", || {
                     let mut out = vec![f32::NAN; 2 * width];
-                    gated(activation, &gate_up, width, &mut out);
+                    gated(&Threads::new(2), activation, &gate_up, width, &mut out);
                     out
                 });
                 let wide_in = wide(&gate_up);
                 assert_close(&out, &gated_f64(activation, &wide_in, width), 1e-6, "gated");
                 let dgate_up = assert_all_agree("gated_backward", || {
                     let mut dgate_up = vec![f32::NAN; 4 * width];
-                    gated_backward(activation, &gate_up, width, &dy, &mut dgate_up);
+                    gated_backward(&Threads::new(2), activation, &gate_up, width, &dy, &mut dgate_up);
                     dgate_up
                 });
                 let loss = |x: &[f64]| -> f64 {
@@ -286,6 +280,21 @@ mod tests {
     }
 
     #[test]
+    fn threads_change_no_bit() {
+        let (width, mut random) = (61, Random(3));
+        let rows = 3 * MIN_VALUES / width;
+        let (gate_up, dy) = (random.vec(2 * rows * width), random.vec(rows * width));
+        let run = |threads: &Threads| {
+            let (mut out, mut d) = (vec![0.0; dy.len()], vec![0.0; gate_up.len()]);
+            gated(threads, Activation::Silu, &gate_up, width, &mut out);
+            gated_backward(threads, Activation::Silu, &gate_up, width, &dy, &mut d);
+            out.extend(d);
+            out
+        };
+        assert_same_bits(&run(&Threads::single()), &run(&Threads::new(3)), "gated");
+    }
+
+    #[test]
     fn awkward_values_agree() {
         let mut random = Random(2);
         for activation in ALL {
@@ -293,8 +302,8 @@ mod tests {
             let dy = random.vec(61);
             let out = assert_all_agree("gated", || {
                 let (mut out, mut dgate_up) = (vec![0.0; 61], vec![0.0; 122]);
-                gated(activation, &gate_up, 61, &mut out);
-                gated_backward(activation, &gate_up, 61, &dy, &mut dgate_up);
+                gated(&Threads::new(2), activation, &gate_up, 61, &mut out);
+                gated_backward(&Threads::new(2), activation, &gate_up, 61, &dy, &mut dgate_up);
                 out.extend(dgate_up);
                 out
             });
@@ -312,8 +321,8 @@ mod tests {
         // Gate above, up above, up below; then both at their bounds.
         let gate_up = [9.0, 1.0, 2.0, 8.0, 2.0, -8.0, 7.0, 7.0];
         let (mut out, mut d) = ([0.0; 4], [f32::NAN; 8]);
-        gated(activation, &gate_up, 4, &mut out);
-        gated_backward(activation, &gate_up, 4, &[1.0; 4], &mut d);
+        gated(&Threads::new(2), activation, &gate_up, 4, &mut out);
+        gated_backward(&Threads::new(2), activation, &gate_up, 4, &[1.0; 4], &mut d);
         let glu = |g: f64| g / (1.0 + (-1.702 * g).exp());
         assert_close(&out, &[glu(7.0) * 2.0, glu(2.0) * 8.0, glu(2.0) * -6.0, glu(7.0) * 8.0], 1e-6, "out");
         assert_eq!([d[0], d[3], d[5]], [0.0; 3], "clamped inputs have no gradient");

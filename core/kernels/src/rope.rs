@@ -1,9 +1,11 @@
 //! Rotary position embedding (Su et al. 2021): rotation of pairs of a head's dimensions by an angle of the position.
 //!
 //! As transformers computes it: angle = position · inv_freq in f32, its cosine and sine rounded to f32, both times a
-//! scale (1, or YaRN's attention factor). Batch-invariant.
+//! scale (1, or YaRN's attention factor). Batch-invariant; threads take rows.
 
+use crate::Threads;
 use crate::math::sin_cos;
+use crate::simd::simd;
 
 /// Which dimensions form a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,6 +106,7 @@ fn compute(inv_freq: &[f32], scale: f32, position: usize, rows: &mut Vec<(f32, f
 /// # Panics
 /// When a length does not fit the shapes or a position is not in the table.
 pub fn rope(
+    threads: &Threads,
     table: &RopeTable,
     style: RopeStyle,
     x: &mut [f32],
@@ -111,7 +114,7 @@ pub fn rope(
     head_dim: usize,
     positions: &[u32],
 ) {
-    rotate(table, style, x, heads, head_dim, positions, 1.0);
+    rotate(threads, table, style, x, heads, head_dim, positions, 1.0);
 }
 
 /// Gradient of [`rope`], in place: the transposed rotation.
@@ -119,6 +122,7 @@ pub fn rope(
 /// # Panics
 /// As [`rope`].
 pub fn rope_backward(
+    threads: &Threads,
     table: &RopeTable,
     style: RopeStyle,
     dx: &mut [f32],
@@ -126,10 +130,12 @@ pub fn rope_backward(
     head_dim: usize,
     positions: &[u32],
 ) {
-    rotate(table, style, dx, heads, head_dim, positions, -1.0);
+    rotate(threads, table, style, dx, heads, head_dim, positions, -1.0);
 }
 
+#[expect(clippy::too_many_arguments, reason = "the operands of one op")]
 fn rotate(
+    threads: &Threads,
     table: &RopeTable,
     style: RopeStyle,
     x: &mut [f32],
@@ -144,27 +150,35 @@ fn rotate(
     if x.is_empty() || pairs == 0 {
         return;
     }
-    let mut scratch = Vec::new();
-    for (row, &position) in x.chunks_exact_mut(heads * head_dim).zip(positions) {
-        assert!(
-            (position as usize) < table.positions(),
-            "rope: position {position} in a table of {}",
-            table.positions()
-        );
-        let angles = table.row(position, &mut scratch);
-        for head in row.chunks_exact_mut(head_dim) {
-            let head = &mut head[first..first + 2 * pairs];
-            match style {
-                RopeStyle::Half => {
-                    let (low, high) = head.split_at_mut(pairs);
-                    rotate_pairs(low.iter_mut().zip(high), angles, direction);
-                }
-                RopeStyle::Interleaved => {
-                    let (both, _) = head.as_chunks_mut::<2>();
-                    rotate_pairs(both.iter_mut().map(|[a, b]| (a, b)), angles, direction);
+    let (known, width) = (table.positions(), heads * head_dim);
+    if let Some(position) = positions.iter().find(|position| **position as usize >= known) {
+        panic!("rope: position {position} in a table of {known}");
+    }
+    threads.for_each_row_chunk(x, width, MIN_VALUES / width + 1, |first_row, x| {
+        let mut scratch = Vec::new();
+        for (row, &position) in x.chunks_exact_mut(width).zip(&positions[first_row..]) {
+            let angles = table.row(position, &mut scratch);
+            for head in row.chunks_exact_mut(head_dim) {
+                let head = &mut head[first..first + 2 * pairs];
+                match style {
+                    RopeStyle::Half => rotate_halves(head, angles, direction),
+                    RopeStyle::Interleaved => {
+                        let (both, _) = head.as_chunks_mut::<2>();
+                        rotate_pairs(both.iter_mut().map(|[a, b]| (a, b)), angles, direction);
+                    }
                 }
             }
         }
+    });
+}
+
+/// Values of a part of an operation that is worth sharing out.
+const MIN_VALUES: usize = 1 << 14;
+
+simd! {
+    fn rotate_halves<S>(head: &mut [f32], angles: &[(f32, f32)], direction: f32) {
+        let (low, high) = head.split_at_mut(angles.len());
+        rotate_pairs(low.iter_mut().zip(high), angles, direction);
     }
 }
 
@@ -199,8 +213,8 @@ mod tests {
         assert_eq!(by_angle.positions(), 9);
         let x: Vec<f32> = (0..2 * 2 * 6).map(|i| i as f32 * 0.37 - 3.0).collect();
         let (mut a, mut b) = (x.clone(), x);
-        rope(&by_angle, RopeStyle::Interleaved, &mut a, 2, 6, &[8, 3]);
-        rope(&by_frequency, RopeStyle::Interleaved, &mut b, 2, 6, &[8, 3]);
+        rope(&Threads::single(), &by_angle, RopeStyle::Interleaved, &mut a, 2, 6, &[8, 3]);
+        rope(&Threads::single(), &by_frequency, RopeStyle::Interleaved, &mut b, 2, 6, &[8, 3]);
         assert_eq!(a, b);
     }
 
@@ -211,7 +225,7 @@ mod tests {
         let (c, s) = ([1f64.cos(), 0.5f64.cos()], [1f64.sin(), 0.5f64.sin()]);
         let x = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
         let mut half = x;
-        rope(&table, RopeStyle::Half, &mut half, 1, 6, &[1]);
+        rope(&Threads::single(), &table, RopeStyle::Half, &mut half, 1, 6, &[1]);
         let want = [
             c[0] - 3.0 * s[0],
             2.0 * c[1] - 4.0 * s[1],
@@ -222,7 +236,7 @@ mod tests {
         ];
         assert_close(&half, &want, 1e-6, "half");
         let mut pairs = x;
-        rope(&table, RopeStyle::Interleaved, &mut pairs, 1, 6, &[1]);
+        rope(&Threads::single(), &table, RopeStyle::Interleaved, &mut pairs, 1, 6, &[1]);
         let want = [
             c[0] - 2.0 * s[0],
             2.0 * c[0] + s[0],
@@ -235,9 +249,9 @@ mod tests {
         for style in [RopeStyle::Half, RopeStyle::Interleaved] {
             let late = table.clone().starting_at(2);
             let mut whole = x;
-            rope(&late, style, &mut whole, 1, 6, &[1]);
+            rope(&Threads::single(), &late, style, &mut whole, 1, 6, &[1]);
             let mut tail = [3.0, 4.0, 5.0, 6.0];
-            rope(&table, style, &mut tail, 1, 4, &[1]);
+            rope(&Threads::single(), &table, style, &mut tail, 1, 4, &[1]);
             assert_same_bits(&whole, &[&x[..2], &tail].concat(), "the dimensions after the first two");
         }
     }
@@ -248,9 +262,9 @@ mod tests {
         let x = random.vec(2 * 3 * 8);
         for style in [RopeStyle::Half, RopeStyle::Interleaved] {
             let mut y = x.clone();
-            rope(&RopeTable::new(&frequencies(4), 1.0, 1), style, &mut y, 3, 8, &[0, 0]);
+            rope(&Threads::single(), &RopeTable::new(&frequencies(4), 1.0, 1), style, &mut y, 3, 8, &[0, 0]);
             assert_same_bits(&y, &x, "position 0");
-            rope(&RopeTable::new(&frequencies(4), 2.0, 1), style, &mut y, 3, 8, &[0, 0]);
+            rope(&Threads::single(), &RopeTable::new(&frequencies(4), 2.0, 1), style, &mut y, 3, 8, &[0, 0]);
             assert!(y.iter().zip(&x).all(|(y, x)| *y == 2.0 * x));
         }
     }
@@ -264,8 +278,8 @@ mod tests {
         for style in [RopeStyle::Half, RopeStyle::Interleaved] {
             let (x, y) = (random.vec(3 * 20), random.vec(3 * 20));
             let (mut forward, mut backward) = (x.clone(), y.clone());
-            rope(&table, style, &mut forward, heads, head_dim, &positions);
-            rope_backward(&table, style, &mut backward, heads, head_dim, &positions);
+            rope(&Threads::single(), &table, style, &mut forward, heads, head_dim, &positions);
+            rope_backward(&Threads::single(), &table, style, &mut backward, heads, head_dim, &positions);
             let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
             assert!((dot(&forward, &y) - dot(&x, &backward)).abs() <= 1e-5, "{style:?}");
             assert!((dot(&forward, &y) - dot(&x, &y)).abs() > 1e-3, "{style:?}: it did rotate");
@@ -290,7 +304,7 @@ mod tests {
         let x = Random(3).vec(2 * pairs);
         for position in [KEPT as u32 / 64 - 1, KEPT as u32 / 64, 9_999_999] {
             let mut found = x.clone();
-            rope(&table, RopeStyle::Half, &mut found, 1, 2 * pairs, &[position]);
+            rope(&Threads::single(), &table, RopeStyle::Half, &mut found, 1, 2 * pairs, &[position]);
             let angles: Vec<f32> = table.inv_freq.iter().map(|f| position as f32 * f).collect();
             let scaled = |x: f32, y: f32, angle: f32| {
                 let (sin, cos) = sin_cos(angle);

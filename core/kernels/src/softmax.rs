@@ -30,6 +30,38 @@ simd! {
     }
 }
 
+simd! {
+    /// `out` = the probabilities of a row of logits.
+    ///
+    /// # Panics
+    /// When the lengths differ.
+    pub fn probabilities<S>(logits: &[f32], stats: &RowStats, inv_temperature: f32, out: &mut [f32]) {
+        assert_eq!(logits.len(), out.len(), "probabilities: lengths");
+        let (max, log_sum) = (S::splat(stats.max), S::splat(stats.log_sum));
+        for (logits, out) in logits.chunks(LANES).zip(out.chunks_mut(LANES)) {
+            let z = S::read(logits, f32::NEG_INFINITY).mul(S::splat(inv_temperature));
+            exp(z.sub(max).sub(log_sum)).write(out);
+        }
+    }
+}
+
+simd! {
+    /// Sum in f64 of a few values: eight lanes (value i in lane i mod 8, ascending), then the lanes in order.
+    pub fn sum_of_block<S>(x: &[f32]) -> f64 {
+        let mut lanes = [0.0f64; 8];
+        let (whole, rest) = x.as_chunks::<8>();
+        for x in whole {
+            for i in 0..8 {
+                lanes[i] += f64::from(x[i]);
+            }
+        }
+        for (lane, &x) in lanes.iter_mut().zip(rest) {
+            *lane += f64::from(x);
+        }
+        lanes.iter().sum()
+    }
+}
+
 /// Statistics of one row of `logits · inv_temperature`. NaN in a row gives NaN; a row of −∞ gives NaN.
 ///
 /// # Panics
@@ -195,6 +227,25 @@ mod tests {
             .iter()
             .map(|l| if *l > -700.0 { l.exp() * l } else { 0.0 })
             .sum::<f64>()
+    }
+
+    #[test]
+    fn probabilities_and_their_sums_agree() {
+        let mut random = Random(19);
+        for len in [1, 7, 16, 63, 64, 100] {
+            let logits = random.vec(len);
+            let stats = row_stats(&logits, 0.7);
+            let p = assert_all_agree("probabilities", || {
+                let mut p = vec![f32::NAN; len];
+                probabilities(&logits, &stats, 0.7, &mut p);
+                p.push(sum_of_block(&p) as f32);
+                p
+            });
+            assert!((p[len] - 1.0).abs() <= 1e-5, "{len}: {}", p[len]);
+            for (p, logit) in p.iter().zip(&logits) {
+                assert!((p - log_prob(&stats, *logit, 0.7).exp()).abs() <= 1e-6);
+            }
+        }
     }
 
     #[test]

@@ -120,24 +120,32 @@ fn inverse_temperature(params: &SamplingParams) -> f32 {
     if params.temperature == 0.0 { 1.0 } else { 1.0 / params.temperature }
 }
 
-/// First index whose cumulative probability exceeds `uniform`; sums run in f64 in index order.
+/// Values whose probabilities are added up before they join the cumulative sum.
+const BLOCK: usize = 64;
+
+/// First index whose cumulative probability exceeds `uniform`. Sums are in f64: over blocks of 64 by
+/// [`softmax::sum_of_block`], over blocks in order, and within the block that holds the index in order.
 fn invert(logits: &[f32], stats: &RowStats, inv_t: f32, uniform: f64, probs: &mut Vec<f32>) -> usize {
-    probs.clear();
-    probs.extend(logits.iter().map(|&x| softmax::log_prob(stats, x, inv_t)));
-    let shifted = std::mem::take(probs);
-    probs.resize(shifted.len(), 0.0);
-    softmax::exp_slice(&shifted, probs);
-    let total: f64 = probs.iter().map(|&p| f64::from(p)).sum();
-    let mut left = uniform * total;
+    probs.resize(logits.len(), 0.0);
+    softmax::probabilities(logits, stats, inv_t, probs);
+    let sums: Vec<f64> = probs.chunks(BLOCK).map(softmax::sum_of_block).collect();
+    let mut left = uniform * sums.iter().sum::<f64>();
     let mut last = 0;
-    for (at, &p) in probs.iter().enumerate() {
-        if p > 0.0 {
-            left -= f64::from(p);
-            last = at;
-            if left < 0.0 {
-                return at;
-            }
+    for (block, (probs, sum)) in probs.chunks(BLOCK).zip(sums).enumerate() {
+        if let Some(at) = probs.iter().rposition(|&p| p > 0.0) {
+            last = block * BLOCK + at;
         }
+        if left < sum {
+            for (at, &p) in probs.iter().enumerate() {
+                left -= f64::from(p);
+                if p > 0.0 && left < 0.0 {
+                    return block * BLOCK + at;
+                }
+            }
+            // Rounding apart, the sum of the block was more than what was left.
+            return last;
+        }
+        left -= sum;
     }
     last
 }

@@ -23,6 +23,8 @@ pub use backward::attention_backward;
 pub use forward::attention;
 pub use sinks::{add_sinks, sinks_backward};
 
+use crate::Threads;
+use crate::threads::SharedMut;
 use std::ops::Range;
 
 /// Positions per page.
@@ -162,6 +164,7 @@ pub struct AttentionSeq<'a> {
 /// # Panics
 /// When a length does not fit the shapes, or a page id is past the pages.
 pub fn kv_write(
+    threads: &Threads,
     shape: &AttentionShape,
     k: &[f32],
     v: &[f32],
@@ -176,19 +179,29 @@ pub fn kv_write(
         "kv_write: k is [T, kv_heads*head_dim], v is [T, kv_heads*value_dim]"
     );
     shape.check(seqs, rows, k_pages, v_pages);
-    for seq in seqs {
-        for row in 0..seq.rows {
-            let (page, lane) = ((seq.position + row) / KV_BLOCK, (seq.position + row) % KV_BLOCK);
-            let (page, source) = (seq.pages[page] as usize, seq.first_row + row);
-            let k_page = &mut k_pages[page * shape.k_page_len()..][..shape.k_page_len()];
-            for (slot, &value) in k_page.chunks_exact_mut(KV_BLOCK).zip(&k[source * k_width..][..k_width]) {
-                slot[lane] = value;
-            }
-            let v_page = &mut v_pages[page * shape.v_page_len()..][..shape.v_page_len()];
-            for (head, value) in v[source * v_width..][..v_width].chunks_exact(shape.value_dim).enumerate() {
-                let at = (head * KV_BLOCK + lane) * shape.value_dim;
-                v_page[at..at + shape.value_dim].copy_from_slice(value);
+    let (k_pages, v_pages) = (SharedMut::new(k_pages), SharedMut::new(v_pages));
+    // Threads take heads: those of a page lie apart.
+    let write = |heads: Range<usize>| {
+        for seq in seqs {
+            for row in 0..seq.rows {
+                let (page, lane) = ((seq.position + row) / KV_BLOCK, (seq.position + row) % KV_BLOCK);
+                let (page, source) = (seq.pages[page] as usize, seq.first_row + row);
+                for head in heads.clone() {
+                    let at = source * k_width + head * shape.head_dim;
+                    let len = shape.head_dim * KV_BLOCK;
+                    // SAFETY: a head belongs to one thread; the pages are borrowed until all are done.
+                    let slots = unsafe { k_pages.slice(page * shape.k_page_len() + head * len, len) };
+                    for (slot, &value) in slots.chunks_exact_mut(KV_BLOCK).zip(&k[at..at + shape.head_dim]) {
+                        slot[lane] = value;
+                    }
+                    let at = source * v_width + head * shape.value_dim;
+                    let to = page * shape.v_page_len() + (head * KV_BLOCK + lane) * shape.value_dim;
+                    // SAFETY: as above.
+                    let slot = unsafe { v_pages.slice(to, shape.value_dim) };
+                    slot.copy_from_slice(&v[at..at + shape.value_dim]);
+                }
             }
         }
-    }
+    };
+    threads.for_each_chunk(shape.kv_heads, (1 << 13) * shape.kv_heads / (rows * k_width).max(1) + 1, &write);
 }

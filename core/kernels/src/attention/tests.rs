@@ -96,7 +96,7 @@ fn prefill_matches_plain_attention() {
                 let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[3, 0, 2, 1] }];
                 let got = assert_all_agree("attention", || {
                     let (mut k_pages, mut v_pages) = dirty_pages(&shape, 4);
-                    kv_write(&shape, &k, &v, &seqs, &mut k_pages, &mut v_pages);
+                    kv_write(&Threads::new(2), &shape, &k, &v, &seqs, &mut k_pages, &mut v_pages);
                     let (mut out, mut lse) =
                         (vec![f32::NAN; rows * heads * value_dim], vec![f32::NAN; rows * heads]);
                     let threads = Threads::single();
@@ -131,7 +131,7 @@ fn decode_and_chunked_prefill_give_the_bits_of_prefill() {
                 let (from, to) = (cut[0], cut[1]);
                 let seqs = [AttentionSeq { first_row: 0, rows: to - from, position: from, pages: &pages }];
                 let kv = from * kv_width..to * kv_width;
-                kv_write(&shape, &k[kv.clone()], &v[kv], &seqs, &mut k_pages, &mut v_pages);
+                kv_write(&Threads::new(2), &shape, &k[kv.clone()], &v[kv], &seqs, &mut k_pages, &mut v_pages);
                 let (part, lse) = (from * q_width..to * q_width, &mut lse[from * 6..to * 6]);
                 let out = &mut out[part.clone()];
                 attention(threads, &shape, &q[part], &k_pages, &v_pages, &seqs, out, Some(lse));
@@ -160,7 +160,7 @@ fn a_sequence_knows_nothing_of_the_others_nor_of_threads() {
         first_row += rows;
     }
     let (mut k_pages, mut v_pages) = dirty_pages(&shape, 32);
-    kv_write(&shape, &k, &v, &seqs, &mut k_pages, &mut v_pages);
+    kv_write(&Threads::new(2), &shape, &k, &v, &seqs, &mut k_pages, &mut v_pages);
     let dout = random.vec(q.len());
     let run = |threads: &Threads, seqs: &[AttentionSeq]| {
         let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; total * 4]);
@@ -195,7 +195,7 @@ fn backward_is_the_derivative() {
             let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[1, 2, 0] }];
             let got = assert_all_agree("attention_backward", || {
                 let (mut k_pages, mut v_pages) = dirty_pages(&shape, 3);
-                kv_write(&shape, &k, &v, &seqs, &mut k_pages, &mut v_pages);
+                kv_write(&Threads::new(2), &shape, &k, &v, &seqs, &mut k_pages, &mut v_pages);
                 let (mut out, mut lse) = (vec![0.0; dout.len()], vec![0.0; rows * heads]);
                 let threads = Threads::single();
                 attention(&threads, &shape, &q, &k_pages, &v_pages, &seqs, &mut out, Some(&mut lse));
@@ -244,7 +244,7 @@ fn branches_of_a_trunk_give_the_gradients_of_whole_sequences() {
                    seqs: &[AttentionSeq],
                    writes: &[AttentionSeq]| {
             let (mut k_pages, mut v_pages) = dirty_pages(&shape, 10);
-            kv_write(&shape, k, v, writes, &mut k_pages, &mut v_pages);
+            kv_write(&Threads::new(2), &shape, k, v, writes, &mut k_pages, &mut v_pages);
             let threads = Threads::new(2);
             let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; q.len() / 24]);
             attention(&threads, &shape, q, &k_pages, &v_pages, seqs, &mut out, Some(&mut lse));
@@ -327,7 +327,7 @@ fn sinks_take_their_share_forward_and_backward() {
             let before = 0.25;
             let got = assert_all_agree("sinks", || {
                 let (mut k_pages, mut v_pages) = dirty_pages(&shape, 3);
-                kv_write(&shape, &k, &v, &seqs, &mut k_pages, &mut v_pages);
+                kv_write(&Threads::new(2), &shape, &k, &v, &seqs, &mut k_pages, &mut v_pages);
                 let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; rows * heads]);
                 let threads = Threads::single();
                 attention(&threads, &shape, &q, &k_pages, &v_pages, &seqs, &mut out, Some(&mut lse));

@@ -122,6 +122,18 @@ pub struct Group<'a> {
 /// # Panics
 /// When a length does not fit the shapes, weights differ in shape or precision, or groups do not ascend.
 pub fn grouped_matmul(threads: &Threads, x: &[f32], groups: &[Group], out: &mut [f32]) {
+    grouped_product(threads, x, groups, out, Store::Set);
+}
+
+/// As [`grouped_matmul`], added to `out`: each product is computed in full, then added once.
+///
+/// # Panics
+/// As [`grouped_matmul`].
+pub fn grouped_matmul_add(threads: &Threads, x: &[f32], groups: &[Group], out: &mut [f32]) {
+    grouped_product(threads, x, groups, out, Store::Add);
+}
+
+fn grouped_product(threads: &Threads, x: &[f32], groups: &[Group], out: &mut [f32], store: Store) {
     let Some(Group { w: first, .. }) = groups.first() else { return };
     let (n, k) = (first.rows(), first.inner());
     let alike = |w: &PackedMatrix| (w.rows(), w.inner(), w.precision()) == (n, k, first.precision());
@@ -134,12 +146,12 @@ pub fn grouped_matmul(threads: &Threads, x: &[f32], groups: &[Group], out: &mut 
     match (first.precision(), isa::current()) {
         #[cfg(target_arch = "x86_64")]
         (Precision::Bf16, isa::Isa::Amx) => {
-            amx::product(threads, x, k, groups, &Output::new(out, n, Store::Set));
+            amx::product(threads, x, k, groups, &Output::new(out, n, store));
         }
         _ => {
             for Group { rows, w } in groups {
                 let (x, out) = (&x[rows.start * k..rows.end * k], &mut out[rows.start * n..rows.end * n]);
-                product(threads, x, rows.len(), w, out, Store::Set);
+                product(threads, x, rows.len(), w, out, store);
             }
         }
     }

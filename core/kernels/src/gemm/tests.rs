@@ -408,3 +408,48 @@ fn quantisation_errs_by_half_a_step() {
         assert!(worst <= limit, "{bits:?}/{group} errs by {worst}");
     }
 }
+
+#[test]
+fn groups_give_what_each_product_gives() {
+    let mut random = Random(77);
+    let (n, k, ends) = (70, 45, [3usize, 3, 21, 60]);
+    let m = ends[3];
+    let x = random.vec(m * k);
+    let matrices: Vec<Vec<f32>> = ends.iter().map(|_| random.vec(n * k)).collect();
+    for precision in [Precision::F32, Precision::Bf16] {
+        let packed: Vec<_> = matrices.iter().map(|w| PackedMatrix::from_f32(precision, w, n, k)).collect();
+        let starts = [0, 3, 3, 21];
+        let groups: Vec<_> =
+            packed.iter().enumerate().map(|(i, w)| Group { rows: starts[i]..ends[i], w }).collect();
+        for (isa, (set, added)) in under_each(|| {
+            let (mut set, mut added) = (vec![f32::NAN; m * n], vec![1.0; m * n]);
+            grouped_matmul(&Threads::new(2), &x, &groups, &mut set);
+            grouped_matmul_add(&Threads::new(2), &x, &groups, &mut added);
+            (set, added)
+        }) {
+            for (group, w) in groups.iter().zip(&matrices) {
+                let rows = group.rows.clone();
+                let want = scalar(precision, &x[rows.start * k..rows.end * k], w, rows.len(), n, k);
+                assert_same_bits(&set[rows.start * n..rows.end * n], &want, isa.name());
+                let want: Vec<f32> = want.iter().map(|x| 1.0 + x).collect();
+                assert_same_bits(&added[rows.start * n..rows.end * n], &want, isa.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn outputs_past_the_caches_hold_the_same_bits() {
+    let mut random = Random(78);
+    let (m, n, k) = (70, 16 * 1024, 33);
+    let (x, w) = (random.vec(m * k), random.vec(n * k));
+    let packed = PackedMatrix::from_f32(Precision::Bf16, &w, n, k);
+    // On a line of memory and four bytes past one.
+    let mut out = crate::Pages::<f32>::zeros(m * n + 1);
+    let threads = Threads::new(2);
+    matmul(&threads, &x, m, &packed, &mut out[1..]);
+    let want = out[1..].to_vec();
+    matmul(&threads, &x, m, &packed, &mut out[..m * n]);
+    assert_same_bits(&out[..m * n], &want, "streamed");
+    assert_same_bits(&want[..n], &scalar(Precision::Bf16, &x[..k], &w, 1, n, k), "a row");
+}

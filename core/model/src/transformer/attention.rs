@@ -5,7 +5,7 @@ use freewheel_kernels::attention::{
 };
 use freewheel_kernels::gemm::{matmul, matmul_add};
 use freewheel_kernels::norm::{NormScale, rms_norm, rms_norm_backward};
-use freewheel_kernels::optim::add_assign;
+use freewheel_kernels::optim::axpy;
 use freewheel_kernels::rope::{self, RopeTable, rope, rope_backward};
 
 use super::bindings::LayerBinding;
@@ -14,6 +14,9 @@ use super::mlp::{Context, add_bias, add_bias_grad};
 use super::residual::{OutNorm, add_block, add_block_backward};
 use super::weights::LayerWeights;
 use crate::spec::{AttentionSpec, QkNorm, RopeStyle, TemperatureTuning};
+
+/// Values of a part of a copy that is worth sharing out.
+const MIN_VALUES: usize = 1 << 14;
 
 /// One attention layer with everything it reads but the rows.
 pub(super) struct AttentionLayer<'a> {
@@ -103,7 +106,7 @@ impl AttentionLayer<'_> {
         let latent = latent.filter(|_| save);
         let before_norm = self.position(cx, &mut q, &mut k, rows, save);
         for seqs in [rows.seqs, rows.copies] {
-            kv_write(&self.shape(), &k, &v, seqs, k_pages, v_pages);
+            kv_write(cx.threads, &self.shape(), &k, &v, seqs, k_pages, v_pages);
         }
         let mut out = cx.pool.take(t * self.spec.out_width());
         let mut lse = (save || self.spec.sinks).then(|| cx.pool.take(t * self.spec.heads));
@@ -219,8 +222,8 @@ impl AttentionLayer<'_> {
         }
         if let Some(table) = self.rope {
             let style = self.rope_style();
-            rope(table, style, q, self.spec.heads, self.spec.head_dim, rows.positions);
-            rope(table, style, k, self.spec.kv_heads, self.spec.head_dim, rows.positions);
+            rope(cx.threads, table, style, q, self.spec.heads, self.spec.head_dim, rows.positions);
+            rope(cx.threads, table, style, k, self.spec.kv_heads, self.spec.head_dim, rows.positions);
         }
         if self.spec.qk_norm == QkNorm::WeightlessAfterRope {
             before_norm = Some(self.normalise(cx, q, k, None));
@@ -244,8 +247,16 @@ impl AttentionLayer<'_> {
         }
         if let Some(table) = self.rope {
             let style = self.rope_style();
-            rope_backward(table, style, dq, self.spec.heads, self.spec.head_dim, rows.positions);
-            rope_backward(table, style, dk, self.spec.kv_heads, self.spec.head_dim, rows.positions);
+            rope_backward(cx.threads, table, style, dq, self.spec.heads, self.spec.head_dim, rows.positions);
+            rope_backward(
+                cx.threads,
+                table,
+                style,
+                dk,
+                self.spec.kv_heads,
+                self.spec.head_dim,
+                rows.positions,
+            );
         }
         if self.weights.q_norm.is_some() {
             self.normalise_backward(cx, saved, dq, dk, grads);
@@ -323,7 +334,7 @@ pub(super) fn norm_backward(
         None => (NormScale::None, None),
     };
     rms_norm_backward(cx.threads, x, width, scale, eps, dy, &mut d, d_weight);
-    add_assign(dx, &d);
+    axpy(cx.threads, 1.0, &d, dx);
 }
 
 /// The columns of `x`, cut into matrices of these widths.
@@ -332,9 +343,11 @@ pub(super) fn split<const N: usize>(cx: &Context, x: &[f32], widths: [usize; N])
     let mut first = 0;
     widths.map(|width| {
         let mut part = cx.pool.take(x.len() / total * width);
-        for (part, x) in part.chunks_exact_mut(width).zip(x.chunks_exact(total)) {
-            part.copy_from_slice(&x[first..first + width]);
-        }
+        cx.threads.for_each_row_chunk(&mut part, width, MIN_VALUES / width + 1, |row, part| {
+            for (part, x) in part.chunks_exact_mut(width).zip(x[row * total..].chunks_exact(total)) {
+                part.copy_from_slice(&x[first..first + width]);
+            }
+        });
         first += width;
         part
     })
@@ -344,12 +357,14 @@ pub(super) fn split<const N: usize>(cx: &Context, x: &[f32], widths: [usize; N])
 pub(super) fn join(cx: &Context, parts: &[&[f32]], widths: &[usize], t: usize) -> Buf {
     let total: usize = widths.iter().sum();
     let mut joined = cx.pool.take(t * total);
-    for (row, out) in joined.chunks_exact_mut(total).enumerate() {
-        let mut at = 0;
-        for (part, &width) in parts.iter().zip(widths) {
-            out[at..at + width].copy_from_slice(&part[row * width..][..width]);
-            at += width;
+    cx.threads.for_each_row_chunk(&mut joined, total, MIN_VALUES / total + 1, |first, joined| {
+        for (row, out) in (first..).zip(joined.chunks_exact_mut(total)) {
+            let mut at = 0;
+            for (part, &width) in parts.iter().zip(widths) {
+                out[at..at + width].copy_from_slice(&part[row * width..][..width]);
+                at += width;
+            }
         }
-    }
+    });
     joined
 }

@@ -9,7 +9,7 @@ use super::bindings::FfnBinding;
 use super::buffers::Buf;
 use super::cache::KvCache;
 use super::head;
-use super::mlp::{self, Context};
+use super::mlp::{self, Context, Part};
 use super::moe::{MoeLayer, Routing};
 use super::residual::{OutNorm, add_block};
 use super::vision::TileRows;
@@ -142,7 +142,7 @@ impl PolicyWeights {
         let block = |x_td: &mut [f32]| match (&self.model.bindings.layers[layer].ffn, &self.layers[layer].ffn)
         {
             (FfnBinding::Dense(at), FfnWeights::Dense(weights)) => {
-                mlp::forward(cx, at, weights, &normed_td, rows, x_td, true);
+                mlp::forward(cx, &Part::whole(at, weights, rows), &normed_td, x_td, true);
                 None
             }
             _ => {

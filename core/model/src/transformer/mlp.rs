@@ -1,11 +1,12 @@
-//! Gated MLP: `down(act(gate·x) ⊙ up·x)`; the dense feed-forward, a shared expert and one routed expert alike.
+//! Gated MLP: `down(act(gate·x) ⊙ up·x)`; the dense feed-forward, a shared expert and the routed experts alike: each is a part
+//! of the rows.
 
 use std::ops::Range;
 
 use freewheel_kernels::activation::{self, Activation as KernelActivation};
-use freewheel_kernels::gemm::{matmul, matmul_add, weight_grad};
+use freewheel_kernels::gemm::{Group, grouped_matmul, grouped_matmul_add, weight_grad};
 use freewheel_kernels::optim::add_assign;
-use freewheel_kernels::{Precision, Threads};
+use freewheel_kernels::{PackedMatrix, Precision, Threads};
 
 use super::bindings::{Linear, MlpBinding};
 use super::buffers::{Buf, BufferPool};
@@ -63,54 +64,93 @@ pub(super) fn add_bias_grad(dy: &[f32], at: &Option<Range<usize>>, grads: &mut [
     }
 }
 
-/// `out (+)= mlp(x)`. Returns gate and up `[T, 2F]`, which the backward needs.
-pub(super) fn forward(
-    cx: &Context,
-    at: &MlpBinding,
-    weights: &MlpWeights,
-    x_td: &[f32],
-    rows: usize,
-    out_td: &mut [f32],
-    add: bool,
-) -> Buf {
+/// An MLP and the rows that go through it.
+pub(super) struct Part<'a> {
+    pub at: &'a MlpBinding,
+    pub weights: &'a MlpWeights,
+    pub rows: Range<usize>,
+}
+
+impl<'a> Part<'a> {
+    /// `rows` rows that all go through one MLP.
+    pub fn whole(at: &'a MlpBinding, weights: &'a MlpWeights, rows: usize) -> [Self; 1] {
+        [Self { at, weights, rows: 0..rows }]
+    }
+}
+
+/// Groups of a product with one of each part's weights.
+fn groups<'a>(parts: &'a [Part], weight: impl Fn(&'a MlpWeights) -> &'a PackedMatrix) -> Vec<Group<'a>> {
+    parts.iter().map(|part| Group { rows: part.rows.clone(), w: weight(part.weights) }).collect()
+}
+
+/// Adds each part's bias, if it has one, to its rows of `width` values.
+fn add_biases<'a>(
+    parts: &'a [Part],
+    x: &mut [f32],
+    width: usize,
+    bias: impl Fn(&'a MlpWeights) -> Option<&'a [f32]>,
+) {
+    for part in parts {
+        add_bias(&mut x[part.rows.start * width..part.rows.end * width], bias(part.weights));
+    }
+}
+
+/// `out (+)= mlp(x)`, `x` and `out` `[T, D]`: parts of one shape, their rows ascending, all rows in some part. Returns gate and
+/// up `[T, 2F]`, which the backward needs.
+pub(super) fn forward(cx: &Context, parts: &[Part], x_td: &[f32], out_td: &mut [f32], add: bool) -> Buf {
+    let Some(Part { at, .. }) = parts.first() else { return cx.pool.take(0) };
+    let (d, rows) = (at.gate_up.k, parts.last().map_or(0, |part| part.rows.end));
     let mut gate_up_tf = cx.pool.take(rows * 2 * at.width);
-    matmul(cx.threads, x_td, rows, &weights.gate_up.forward, &mut gate_up_tf);
-    add_bias(&mut gate_up_tf, weights.gate_up_bias.as_deref());
-    let act_tf = activate(cx, at, &gate_up_tf, rows);
-    let down = if add { matmul_add } else { matmul };
-    down(cx.threads, &act_tf, rows, &weights.down.forward, out_td);
-    add_bias(out_td, weights.down_bias.as_deref());
+    grouped_matmul(cx.threads, x_td, &groups(parts, |w| &w.gate_up.forward), &mut gate_up_tf);
+    add_biases(parts, &mut gate_up_tf, 2 * at.width, |w| w.gate_up_bias.as_deref());
+    let act_tf = activate(cx, at, &gate_up_tf);
+    let down = if add { grouped_matmul_add } else { grouped_matmul };
+    down(cx.threads, &act_tf, &groups(parts, |w| &w.down.forward), out_td);
+    add_biases(parts, out_td, d, |w| w.down_bias.as_deref());
     gate_up_tf
 }
 
-fn activate(cx: &Context, at: &MlpBinding, gate_up_tf: &[f32], rows: usize) -> Buf {
-    let mut act_tf = cx.pool.take(rows * at.width);
-    activation::gated(kernel(at.activation), gate_up_tf, at.width, &mut act_tf);
+fn activate(cx: &Context, at: &MlpBinding, gate_up_tf: &[f32]) -> Buf {
+    let mut act_tf = cx.pool.take(gate_up_tf.len() / 2);
+    activation::gated(cx.threads, kernel(at.activation), gate_up_tf, at.width, &mut act_tf);
     act_tf
 }
 
 /// Adds the weight gradients and returns the gradient with respect to `x`.
-#[expect(clippy::too_many_arguments, reason = "the mirror of forward, plus its gradients")]
 pub(super) fn backward(
     cx: &Context,
-    at: &MlpBinding,
-    weights: &MlpWeights,
+    parts: &[Part],
     x_td: &[f32],
     gate_up_tf: &[f32],
     dy_td: &[f32],
-    rows: usize,
     grads: &mut [f32],
 ) -> Buf {
-    let act_tf = activate(cx, at, gate_up_tf, rows);
-    cx.accumulate(cx.precision, &at.down, dy_td, &act_tf, rows, grads);
-    add_bias_grad(dy_td, &at.down_bias, grads);
-    let mut d_act_tf = act_tf;
-    matmul(cx.threads, dy_td, rows, weights.down.transpose(), &mut d_act_tf);
-    let mut d_gate_up_tf = cx.pool.take(rows * 2 * at.width);
-    activation::gated_backward(kernel(at.activation), gate_up_tf, at.width, &d_act_tf, &mut d_gate_up_tf);
-    cx.accumulate(cx.precision, &at.gate_up, &d_gate_up_tf, x_td, rows, grads);
-    add_bias_grad(&d_gate_up_tf, &at.gate_up_bias, grads);
     let mut dx_td = cx.pool.take(x_td.len());
-    matmul(cx.threads, &d_gate_up_tf, rows, weights.gate_up.transpose(), &mut dx_td);
+    let Some(Part { at, .. }) = parts.first() else { return dx_td };
+    let (d, width) = (at.gate_up.k, at.width);
+    let act_tf = activate(cx, at, gate_up_tf);
+    for Part { at, rows, .. } in parts {
+        let (dy, act) = (&dy_td[rows.start * d..rows.end * d], &act_tf[rows.start * width..rows.end * width]);
+        cx.accumulate(cx.precision, &at.down, dy, act, rows.len(), grads);
+        add_bias_grad(dy, &at.down_bias, grads);
+    }
+    let mut d_act_tf = act_tf;
+    grouped_matmul(cx.threads, dy_td, &groups(parts, |w| w.down.transpose()), &mut d_act_tf);
+    let mut d_gate_up_tf = cx.pool.take(gate_up_tf.len());
+    let activation = kernel(at.activation);
+    activation::gated_backward(cx.threads, activation, gate_up_tf, width, &d_act_tf, &mut d_gate_up_tf);
+    for Part { at, rows, .. } in parts {
+        let d_gate_up = &d_gate_up_tf[rows.start * 2 * width..rows.end * 2 * width];
+        cx.accumulate(
+            cx.precision,
+            &at.gate_up,
+            d_gate_up,
+            &x_td[rows.start * d..rows.end * d],
+            rows.len(),
+            grads,
+        );
+        add_bias_grad(d_gate_up, &at.gate_up_bias, grads);
+    }
+    grouped_matmul(cx.threads, &d_gate_up_tf, &groups(parts, |w| w.gate_up.transpose()), &mut dx_td);
     dx_td
 }

@@ -7,13 +7,16 @@
 use freewheel_kernels::gemm::matmul;
 use freewheel_kernels::optim::{add_assign, axpy, dot};
 use freewheel_kernels::softmax::{row_stats, softmax_row};
-use freewheel_kernels::{Precision, router};
+use freewheel_kernels::{Precision, Threads, router};
 
 use super::bindings::MoeBinding;
 use super::buffers::Buf;
 use super::mlp::{self, Context};
 use super::weights::MoeWeights;
 use crate::spec::{MoeSpec, RouterKind};
+
+/// Values of a part of an operation that is worth sharing out.
+const MIN_VALUES: usize = 1 << 14;
 
 /// One MoE layer with everything it reads but the rows.
 pub(super) struct MoeLayer<'a> {
@@ -42,7 +45,8 @@ pub(super) struct Routing {
 pub(super) struct Saved {
     pub routing: Routing,
     logits_te: Buf,
-    gate_up: Vec<Option<Buf>>,
+    /// Gate and up of every sorted slot `[T·K, 2F]`.
+    gate_up: Buf,
     shared_gate_up: Option<Buf>,
     /// Expert outputs per sorted slot `[T·K, D]`.
     y_sd: Buf,
@@ -85,30 +89,54 @@ impl MoeLayer<'_> {
         let (routing, logits_te) = self.route(cx, normed_td, rows, replay);
         let xs_sd = self.gather(cx, normed_td, &routing, d);
         let mut y_sd = cx.pool.take(xs_sd.len());
-        let mut gate_up = Vec::new();
-        for (e, (at, weights)) in self.at.experts.iter().zip(&self.weights.experts).enumerate() {
-            let span = routing.starts[e]..routing.starts[e + 1];
-            let (rows, span) = (span.len(), span.start * d..span.end * d);
-            let kept = (rows > 0)
-                .then(|| mlp::forward(cx, at, weights, &xs_sd[span.clone()], rows, &mut y_sd[span], false));
-            gate_up.push(kept.filter(|_| save));
-        }
-        let shared_gate_up = self
-            .at
-            .shared
-            .as_ref()
-            .zip(self.weights.shared.as_ref())
-            .map(|(at, weights)| mlp::forward(cx, at, weights, normed_td, rows, x_td, true));
+        let gate_up = mlp::forward(cx, &self.parts(&routing), &xs_sd, &mut y_sd, false);
+        let shared_gate_up = self.shared(rows).map(|part| mlp::forward(cx, &part, normed_td, x_td, true));
         let on_input = self.spec.router == RouterKind::SigmoidOnInput;
-        for (t, x) in x_td.chunks_exact_mut(d).enumerate() {
-            for slot in t * self.spec.top_k..(t + 1) * self.spec.top_k {
-                let weight = if on_input { 1.0 } else { routing.weights[slot] };
-                let y = &y_sd[routing.place[slot] as usize * d..][..d];
-                axpy(cx.threads, weight, y, x);
-            }
-        }
+        self.add_by_rank(
+            cx,
+            &routing,
+            &y_sd,
+            x_td,
+            |slot| if on_input { 1.0 } else { routing.weights[slot] },
+        );
         let parts = save.then(|| Parts { logits_te, gate_up, shared_gate_up, y_sd });
         (routing, parts)
+    }
+
+    /// The experts that have rows, with their slots.
+    fn parts(&self, routing: &Routing) -> Vec<mlp::Part<'_>> {
+        let experts = self.at.experts.iter().zip(&self.weights.experts).enumerate();
+        let parts = experts.map(|(e, (at, weights))| mlp::Part {
+            at,
+            weights,
+            rows: routing.starts[e]..routing.starts[e + 1],
+        });
+        parts.filter(|part| !part.rows.is_empty()).collect()
+    }
+
+    /// The shared expert with all rows, where there is one.
+    fn shared(&self, rows: usize) -> Option<[mlp::Part<'_>; 1]> {
+        let (at, weights) = self.at.shared.as_ref().zip(self.weights.shared.as_ref())?;
+        Some(mlp::Part::whole(at, weights, rows))
+    }
+
+    /// Adds the values of each token's slots to the token, in the order of their rank.
+    fn add_by_rank(
+        &self,
+        cx: &Context,
+        routing: &Routing,
+        values_sd: &[f32],
+        x_td: &mut [f32],
+        weight: impl Fn(usize) -> f32 + Sync,
+    ) {
+        let (d, k, single) = (self.at.router.k, self.spec.top_k, Threads::single());
+        cx.threads.for_each_row_chunk(x_td, d, MIN_VALUES / (d * k) + 1, |first, x_td| {
+            for (t, x) in x_td.chunks_exact_mut(d).enumerate() {
+                for slot in (first + t) * k..(first + t + 1) * k {
+                    axpy(&single, weight(slot), &values_sd[routing.place[slot] as usize * d..][..d], x);
+                }
+            }
+        });
     }
 
     fn route(&self, cx: &Context, normed_td: &[f32], rows: usize, replay: Option<&[u16]>) -> (Routing, Buf) {
@@ -158,16 +186,18 @@ impl MoeLayer<'_> {
     fn gather(&self, cx: &Context, normed_td: &[f32], routing: &Routing, d: usize) -> Buf {
         let mut xs_sd = cx.pool.take(routing.order.len() * d);
         let on_input = self.spec.router == RouterKind::SigmoidOnInput;
-        for (xs, &slot) in xs_sd.chunks_exact_mut(d).zip(&routing.order) {
-            let slot = slot as usize;
-            let x = &normed_td[slot / self.spec.top_k * d..][..d];
-            if on_input {
-                let weight = routing.weights[slot];
-                xs.iter_mut().zip(x).for_each(|(xs, x)| *xs = x * weight);
-            } else {
-                xs.copy_from_slice(x);
+        cx.threads.for_each_row_chunk(&mut xs_sd, d, MIN_VALUES / d + 1, |first, xs_sd| {
+            for (xs, &slot) in xs_sd.chunks_exact_mut(d).zip(&routing.order[first..]) {
+                let slot = slot as usize;
+                let x = &normed_td[slot / self.spec.top_k * d..][..d];
+                if on_input {
+                    let weight = routing.weights[slot];
+                    xs.iter_mut().zip(x).for_each(|(xs, x)| *xs = x * weight);
+                } else {
+                    xs.copy_from_slice(x);
+                }
             }
-        }
+        });
         xs_sd
     }
 
@@ -185,99 +215,61 @@ impl MoeLayer<'_> {
     ) -> Buf {
         let d = self.at.router.k;
         let routing = &saved.routing;
-        let mut dx_td = match (&self.at.shared, &self.weights.shared, &saved.shared_gate_up) {
-            (Some(at), Some(weights), Some(gate_up)) => {
-                mlp::backward(cx, at, weights, normed_td, gate_up, dy_td, rows, grads)
-            }
+        let mut dx_td = match (self.shared(rows), &saved.shared_gate_up) {
+            (Some(part), Some(gate_up)) => mlp::backward(cx, &part, normed_td, gate_up, dy_td, grads),
             _ => cx.pool.zeros(rows * d),
         };
-        let mut d_weights = vec![0.0; routing.ids.len()];
-        let dys_sd = self.scatter_gradient(cx, saved, dy_td, d, &mut d_weights);
-        let dxs_sd = self.experts_backward(cx, saved, normed_td, &dys_sd, d, grads);
-        self.gather_backward(cx, routing, normed_td, &dxs_sd, d, &mut d_weights, &mut dx_td);
+        let on_input = self.spec.router == RouterKind::SigmoidOnInput;
+        let dys_sd = self.scatter_gradient(cx, routing, dy_td, d);
+        let xs_sd = self.gather(cx, normed_td, routing, d);
+        let dxs_sd = mlp::backward(cx, &self.parts(routing), &xs_sd, &saved.gate_up, &dys_sd, grads);
+        self.add_by_rank(cx, routing, &dxs_sd, &mut dx_td, |slot| {
+            if on_input { routing.weights[slot] } else { 1.0 }
+        });
+        let d_weights = match on_input {
+            true => self.dots_of_slots(cx, routing, normed_td, &dxs_sd),
+            false => self.dots_of_slots(cx, routing, dy_td, &saved.y_sd),
+        };
         self.router_backward(cx, saved, normed_td, &d_weights, rows, losses, &mut dx_td, grads);
         dx_td
     }
 
-    /// Gradient at each expert's output, and (output-weighted routers) at the weights.
-    fn scatter_gradient(
-        &self,
-        cx: &Context,
-        saved: &Saved,
-        dy_td: &[f32],
-        d: usize,
-        d_weights: &mut [f32],
-    ) -> Buf {
-        let routing = &saved.routing;
-        let on_input = self.spec.router == RouterKind::SigmoidOnInput;
+    /// Gradient at each expert's output `[T·K, D]`.
+    fn scatter_gradient(&self, cx: &Context, routing: &Routing, dy_td: &[f32], d: usize) -> Buf {
         let mut dys_sd = cx.pool.take(routing.order.len() * d);
-        for (at, (dys, &slot)) in dys_sd.chunks_exact_mut(d).zip(&routing.order).enumerate() {
-            let slot = slot as usize;
-            let dy = &dy_td[slot / self.spec.top_k * d..][..d];
-            if on_input {
-                dys.copy_from_slice(dy);
-            } else {
-                let weight = routing.weights[slot];
-                dys.iter_mut().zip(dy).for_each(|(dys, dy)| *dys = dy * weight);
-                d_weights[slot] = dot(dy, &saved.y_sd[at * d..][..d]);
+        let on_input = self.spec.router == RouterKind::SigmoidOnInput;
+        cx.threads.for_each_row_chunk(&mut dys_sd, d, MIN_VALUES / d + 1, |first, dys_sd| {
+            for (dys, &slot) in dys_sd.chunks_exact_mut(d).zip(&routing.order[first..]) {
+                let slot = slot as usize;
+                let dy = &dy_td[slot / self.spec.top_k * d..][..d];
+                if on_input {
+                    dys.copy_from_slice(dy);
+                } else {
+                    let weight = routing.weights[slot];
+                    dys.iter_mut().zip(dy).for_each(|(dys, dy)| *dys = dy * weight);
+                }
             }
-        }
+        });
         dys_sd
     }
 
-    fn experts_backward(
-        &self,
-        cx: &Context,
-        saved: &Saved,
-        normed_td: &[f32],
-        dys_sd: &[f32],
-        d: usize,
-        grads: &mut [f32],
-    ) -> Buf {
-        let routing = &saved.routing;
-        let xs_sd = self.gather(cx, normed_td, routing, d);
-        let mut dxs_sd = cx.pool.take(xs_sd.len());
-        for (e, (at, weights)) in self.at.experts.iter().zip(&self.weights.experts).enumerate() {
-            let Some(gate_up) = &saved.gate_up[e] else { continue };
-            let span = routing.starts[e]..routing.starts[e + 1];
-            let (rows, span) = (span.len(), span.start * d..span.end * d);
-            let dx = mlp::backward(
-                cx,
-                at,
-                weights,
-                &xs_sd[span.clone()],
-                gate_up,
-                &dys_sd[span.clone()],
-                rows,
-                grads,
-            );
-            dxs_sd[span].copy_from_slice(&dx);
-        }
-        dxs_sd
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "one step of the backward, called from one place")]
-    fn gather_backward(
+    /// Gradient at the router's weights `[T, K]`: each slot's values times its token's.
+    fn dots_of_slots(
         &self,
         cx: &Context,
         routing: &Routing,
-        normed_td: &[f32],
-        dxs_sd: &[f32],
-        d: usize,
-        d_weights: &mut [f32],
-        dx_td: &mut [f32],
-    ) {
-        let on_input = self.spec.router == RouterKind::SigmoidOnInput;
-        for (t, dx) in dx_td.chunks_exact_mut(d).enumerate() {
-            for slot in t * self.spec.top_k..(t + 1) * self.spec.top_k {
-                let dxs = &dxs_sd[routing.place[slot] as usize * d..][..d];
-                let weight = if on_input { routing.weights[slot] } else { 1.0 };
-                axpy(cx.threads, weight, dxs, dx);
-                if on_input {
-                    d_weights[slot] = dot(dxs, &normed_td[t * d..][..d]);
-                }
+        tokens_td: &[f32],
+        slots_sd: &[f32],
+    ) -> Vec<f32> {
+        let (d, k) = (self.at.router.k, self.spec.top_k);
+        let mut dots = vec![0.0; routing.ids.len()];
+        cx.threads.for_each_row_chunk(&mut dots, 1, MIN_VALUES / d + 1, |first, dots| {
+            for (slot, value) in (first..).zip(dots) {
+                let of_slot = &slots_sd[routing.place[slot] as usize * d..][..d];
+                *value = dot(&tokens_td[slot / k * d..][..d], of_slot);
             }
-        }
+        });
+        dots
     }
 
     #[expect(clippy::too_many_arguments, reason = "one step of the backward, called from one place")]
@@ -340,7 +332,8 @@ impl MoeLayer<'_> {
 #[derive(Debug)]
 pub(super) struct Parts {
     logits_te: Buf,
-    gate_up: Vec<Option<Buf>>,
+    /// Gate and up of every sorted slot `[T·K, 2F]`.
+    gate_up: Buf,
     shared_gate_up: Option<Buf>,
     y_sd: Buf,
 }
@@ -353,8 +346,8 @@ impl Saved {
 
     /// Values of its buffers.
     pub fn held_values(&self) -> usize {
-        let experts = self.gate_up.iter().chain([&self.shared_gate_up]).flatten().map(|buf| buf.len());
-        self.logits_te.len() + self.y_sd.len() + experts.sum::<usize>()
+        let shared = self.shared_gate_up.as_ref().map_or(0, |buf| buf.len());
+        self.logits_te.len() + self.y_sd.len() + self.gate_up.len() + shared
     }
 }
 

@@ -15,14 +15,17 @@ use super::bindings::FfnBinding;
 use super::buffers::Buf;
 use super::head::{CHUNK, HeadRows};
 use super::inference::interleave;
-use super::mlp::{self, Context};
+use super::mlp::{self, Context, Part};
 use super::moe::Saved as SavedMoe;
 use super::places::Places;
 use super::residual::{add_block, add_block_backward};
 use super::vision::{ShownTiles, TileRows};
 use super::weights::{FfnWeights, PolicyWeights};
-use crate::sampling::{self, SampleScratch};
+use crate::sampling::{self, SampleScratch, TokenStats};
 use crate::spec::OutputHead;
+
+/// Logits of a part of a row-wise operation that is worth sharing out.
+const MIN_VALUES: usize = 1 << 14;
 
 /// One sequence of a batch, or what one adds to the sequence it branches off from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,7 +178,7 @@ impl PolicyWeights {
         let block = |x_td: &mut [f32]| match (&self.model.bindings.layers[layer].ffn, &self.layers[layer].ffn)
         {
             (FfnBinding::Dense(at), FfnWeights::Dense(weights)) => {
-                SavedFfn::Dense(mlp::forward(cx, at, weights, &normed_td, rows, x_td, true))
+                SavedFfn::Dense(mlp::forward(cx, &Part::whole(at, weights, rows), &normed_td, x_td, true))
             }
             _ => {
                 let moe = self.moe_layer(layer).expect("weights are made from the same bindings");
@@ -242,17 +245,21 @@ impl Tape {
     ) -> LogProbs {
         let cx = weights.context(threads);
         let v = vocabulary(weights);
-        let mut scratch = SampleScratch::default();
         let mut result = LogProbs::default();
         for chunk in targets.chunks(CHUNK) {
             let rows = HeadRows::gather(weights, &cx, &self.x_td, chunk.iter().map(|t| t.row));
             let mut logits = cx.pool.take(chunk.len() * v);
             rows.logits(weights, &cx, &mut logits);
-            for (target, row) in chunk.iter().zip(logits.chunks_exact(v)) {
-                let stats = sampling::log_prob_of(row, sampling, target.token, &mut scratch);
-                result.logprobs.push(stats.logprob);
-                result.entropies.push(stats.entropy);
-            }
+            let mut stats = vec![TokenStats { logprob: 0.0, entropy: 0.0 }; chunk.len()];
+            threads.for_each_row_chunk(&mut stats, 1, MIN_VALUES / v + 1, |first, stats| {
+                let mut scratch = SampleScratch::default();
+                for (row, stats) in (first..).zip(stats) {
+                    let logits = &logits[row * v..][..v];
+                    *stats = sampling::log_prob_of(logits, sampling, chunk[row].token, &mut scratch);
+                }
+            });
+            result.logprobs.extend(stats.iter().map(|stats| stats.logprob));
+            result.entropies.extend(stats.iter().map(|stats| stats.entropy));
         }
         result
     }
@@ -365,23 +372,18 @@ impl Tape {
         grads: &mut [f32],
     ) {
         let (v, d) = (vocabulary(weights), weights.model.spec().hidden);
-        let mut scratch = SampleScratch::default();
         let rows = HeadRows::gather(weights, cx, &self.x_td, chunk.iter().map(|(t, ..)| t.row));
         let mut logits = cx.pool.take(chunk.len() * v);
         rows.logits(weights, cx, &mut logits);
         let mut d_logits = cx.pool.take(chunk.len() * v);
-        let each = logits.chunks_exact(v).zip(d_logits.chunks_exact_mut(v));
-        for ((target, d_logprob, d_entropy), (logits, d_logits)) in chunk.iter().zip(each) {
-            sampling::backward(
-                logits,
-                sampling,
-                target.token,
-                *d_logprob,
-                *d_entropy,
-                &mut scratch,
-                d_logits,
-            );
-        }
+        cx.threads.for_each_row_chunk(&mut d_logits, v, MIN_VALUES / v + 1, |first, d_logits| {
+            let mut scratch = SampleScratch::default();
+            for (row, d_logits) in (first..).zip(d_logits.chunks_exact_mut(v)) {
+                let ((target, d_logprob, d_entropy), logits) = (&chunk[row], &logits[row * v..][..v]);
+                let token = target.token;
+                sampling::backward(logits, sampling, token, *d_logprob, *d_entropy, &mut scratch, d_logits);
+            }
+        });
         let dx = rows.backward(weights, cx, &d_logits, grads);
         for ((target, ..), dx) in chunk.iter().zip(dx.chunks_exact(d)) {
             let row = &mut dx_td[target.row * d..][..d];
@@ -409,7 +411,7 @@ impl PolicyWeights {
         let dy_td: &[f32] = d_raw_td.as_deref().unwrap_or(dx_td);
         let d_normed_td = match (&binding.ffn, &self.layers[layer].ffn, &saved.ffn) {
             (FfnBinding::Dense(at), FfnWeights::Dense(weights), SavedFfn::Dense(gate_up)) => {
-                mlp::backward(cx, at, weights, &normed_td, gate_up, dy_td, t, grads)
+                mlp::backward(cx, &Part::whole(at, weights, t), &normed_td, gate_up, dy_td, grads)
             }
             (_, _, SavedFfn::Moe(moe)) => {
                 let layer = self.moe_layer(layer).expect("weights are made from the same bindings");

@@ -93,12 +93,12 @@ impl Layer<'_> {
         let qkv = affine(&self.at.qkv, &self.weights.qkv).forward(cx, &normed, t);
         let [mut q, mut k, v] = self.split(cx, &qkv);
         let (heads, head_dim) = (self.spec.heads, self.spec.head_dim());
-        rope(self.rope, RopeStyle::Interleaved, &mut q, heads, head_dim, &tiles.positions);
-        rope(self.rope, RopeStyle::Interleaved, &mut k, heads, head_dim, &tiles.positions);
+        rope(cx.threads, self.rope, RopeStyle::Interleaved, &mut q, heads, head_dim, &tiles.positions);
+        rope(cx.threads, self.rope, RopeStyle::Interleaved, &mut k, heads, head_dim, &tiles.positions);
         let page_values = tiles.pages.len() * self.shape().k_page_len();
         let (mut k_pages, mut v_pages) = (cx.pool.zeros(page_values), cx.pool.zeros(page_values));
         let seqs = tiles.seqs();
-        kv_write(&self.shape(), &k, &v, &seqs, &mut k_pages, &mut v_pages);
+        kv_write(cx.threads, &self.shape(), &k, &v, &seqs, &mut k_pages, &mut v_pages);
         let (mut out, mut lse) = (like(cx, &q), cx.pool.take(t * heads));
         attention(cx.threads, &self.shape(), &q, &k_pages, &v_pages, &seqs, &mut out, Some(&mut lse));
         affine(&self.at.out, &self.weights.out).forward_add(cx, &out, t, x);
@@ -144,8 +144,24 @@ impl Layer<'_> {
             &mut dv,
         );
         let (h, heads, head_dim) = (self.spec.hidden, self.spec.heads, self.spec.head_dim());
-        rope_backward(self.rope, RopeStyle::Interleaved, &mut dq, heads, head_dim, &tiles.positions);
-        rope_backward(self.rope, RopeStyle::Interleaved, &mut dk, heads, head_dim, &tiles.positions);
+        rope_backward(
+            cx.threads,
+            self.rope,
+            RopeStyle::Interleaved,
+            &mut dq,
+            heads,
+            head_dim,
+            &tiles.positions,
+        );
+        rope_backward(
+            cx.threads,
+            self.rope,
+            RopeStyle::Interleaved,
+            &mut dk,
+            heads,
+            head_dim,
+            &tiles.positions,
+        );
         let d_qkv = join(cx, &[&dq, &dk, &dv], &[h, h, h], t);
         let input_norm = norm(&self.at.input_norm, &self.weights.input_norm, self.spec.norm_eps);
         let normed = input_norm.forward(cx, &saved.x);
