@@ -256,8 +256,8 @@ fn queries<S: Lanes, const N: usize>(
         q_rows[i] = &input.q[index[i] * head_dim..][..head_dim];
         douts[i] = &input.dout[index[i] * value_dim..][..value_dim];
     }
-    let mut p: [S; N] = scores::<S, N>(&q_rows, keys, scale);
-    let mut ds: [S; N] = scores::<S, N>(&douts, &scratch.values, 1.0);
+    let [mut p] = scores::<S, N, 1>(&q_rows, &[keys], scale);
+    let [mut ds] = scores::<S, N, 1>(&douts, &[&scratch.values], 1.0);
     let mut ds_lanes = [[0.0; LANES]; N];
     for i in 0..N {
         p[i] = hide(exp(p[i].sub(S::splat(input.lse[index[i]]))), lanes[i], 0.0);

@@ -73,21 +73,26 @@ simd! {
         let group = input.shape.group();
         let (mut i, end) = (rows.start * group, rows.end * group);
         while i < end {
+            // As many as a decoded token has heads to a key-value head, if it can be: each key is then read once.
             i += match end - i {
-                8.. => queries::<S, 8>(input, seq, kv_head, i, output),
-                4.. => queries::<S, 4>(input, seq, kv_head, i, output),
-                2.. => queries::<S, 2>(input, seq, kv_head, i, output),
-                _ => queries::<S, 1>(input, seq, kv_head, i, output),
+                8.. => queries::<S, 8, 1>(input, seq, kv_head, i, output),
+                7 => queries::<S, 7, 1>(input, seq, kv_head, i, output),
+                5.. => queries::<S, 5, 2>(input, seq, kv_head, i, output),
+                4 => queries::<S, 4, 2>(input, seq, kv_head, i, output),
+                3 => queries::<S, 3, 3>(input, seq, kv_head, i, output),
+                2 => queries::<S, 2, 4>(input, seq, kv_head, i, output),
+                _ => queries::<S, 1, 6>(input, seq, kv_head, i, output),
             };
         }
     }
 }
 
 /// Computes queries `first..first + N` of a sequence (counted by row, then head of the group) together, so that each
-/// key and value is read once for all; returns `N`. Plain loops, not closures: those might be compiled apart, without
+/// key and value is read once for all; returns `N`. Scores of `AHEAD` blocks are computed at a time: each is a chain of
+/// dependent operations, and a processor has room for about eight. Plain loops, not closures: those might be compiled apart, without
 /// the instruction set.
 #[inline(always)]
-fn queries<S: Lanes, const N: usize>(
+fn queries<S: Lanes, const N: usize, const AHEAD: usize>(
     input: &Input,
     seq: &AttentionSeq,
     kv_head: usize,
@@ -110,7 +115,9 @@ fn queries<S: Lanes, const N: usize>(
     let (mut max, mut sum) = ([f32::NEG_INFINITY; N], [0.0f32; N]);
     let end = seq.position + seq.rows;
     let last = (mask.end_visible(positions[N - 1], end) - 1) / KV_BLOCK;
-    for block in mask.first_visible(positions[0]) / KV_BLOCK..=last {
+    let first_block = mask.first_visible(positions[0]) / KV_BLOCK;
+    let mut ahead = [[S::splat(0.0); N]; AHEAD];
+    for block in first_block..=last {
         let page = seq.pages[block];
         if block < last {
             // Each page starts a stream that the processor's own prefetcher does not foresee.
@@ -122,7 +129,14 @@ fn queries<S: Lanes, const N: usize>(
                 S::prefetch(input.shape.value_page(input.v_pages, next, kv_head), at);
             }
         }
-        let scores = scores::<S, N>(&q_rows, input.shape.key_page(input.k_pages, page, kv_head), scale);
+        if (block - first_block).is_multiple_of(AHEAD) {
+            let mut keys: [&[f32]; AHEAD] = [&[]; AHEAD];
+            for (j, keys) in keys.iter_mut().enumerate() {
+                *keys = input.shape.key_page(input.k_pages, seq.pages[last.min(block + j)], kv_head);
+            }
+            ahead = scores::<S, N, AHEAD>(&q_rows, &keys, scale);
+        }
+        let scores = ahead[(block - first_block) % AHEAD];
         let mut lanes = [(0, 0); N];
         let mut p = [[0.0f32; LANES]; N];
         let mut rescale = [0.0f32; LANES];
@@ -176,20 +190,28 @@ fn queries<S: Lanes, const N: usize>(
     N
 }
 
-/// Scores of `N` queries against the sixteen keys of a page `[head_dim][16]`.
+/// Scores of `N` queries against the sixteen keys of each page `[head_dim][16]`.
 #[inline(always)]
-pub(super) fn scores<S: Lanes, const N: usize>(q_rows: &[&[f32]; N], keys: &[f32], scale: f32) -> [S; N] {
-    let (keys, _) = keys.as_chunks::<KV_BLOCK>();
-    assert!(q_rows.iter().all(|q_row| q_row.len() == keys.len()));
-    let mut sums = [S::splat(0.0); N];
-    for (d, key) in keys.iter().enumerate() {
-        let key = S::load(key);
-        for i in 0..N {
-            // SAFETY: every row is as long as there are key rows, by the assertion.
-            sums[i] = S::splat(unsafe { *q_rows[i].get_unchecked(d) }).fma(key, sums[i]);
+pub(super) fn scores<S: Lanes, const N: usize, const PAGES: usize>(
+    q_rows: &[&[f32]; N],
+    pages: &[&[f32]; PAGES],
+    scale: f32,
+) -> [[S; N]; PAGES] {
+    let dims = pages[0].len() / KV_BLOCK;
+    assert!(pages.iter().all(|keys| keys.len() == dims * KV_BLOCK));
+    assert!(q_rows.iter().all(|q_row| q_row.len() == dims));
+    let mut sums = [[S::splat(0.0); N]; PAGES];
+    for d in 0..dims {
+        for (keys, sums) in pages.iter().zip(&mut sums) {
+            // SAFETY: `d < dims`, and pages and rows have that many keys and values, by the assertions.
+            let key = S::read(unsafe { keys.get_unchecked(d * KV_BLOCK..(d + 1) * KV_BLOCK) }, 0.0);
+            for i in 0..N {
+                // SAFETY: as above.
+                sums[i] = S::splat(unsafe { *q_rows[i].get_unchecked(d) }).fma(key, sums[i]);
+            }
         }
     }
-    for sum in &mut sums {
+    for sum in sums.as_flattened_mut() {
         *sum = sum.mul(S::splat(scale));
     }
     sums

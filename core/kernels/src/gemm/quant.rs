@@ -311,6 +311,13 @@ impl PackedMatrix {
         });
     }
 
+    /// The scales of each group of a panel's sixteen rows, and its codes tile by tile.
+    pub(super) fn scales_and_codes(&self, panel: usize) -> (&[[u16; LANES]], &[Line]) {
+        let quantisation = self.quantisation.expect("only a quantised matrix has codes");
+        let (scales, codes) = self.panel(panel).split_at(quantisation.scale_lines(self.k));
+        (bytemuck::cast_slice(scales), codes)
+    }
+
     /// Becomes the panels `panels` of the quantised matrix `of`, in full precision.
     pub(super) fn unfold(&mut self, of: &PackedMatrix, panels: Range<usize>) {
         let quantisation = of.quantisation.expect("only a quantised matrix is unfolded");
@@ -318,29 +325,15 @@ impl PackedMatrix {
         self.reshape(of.precision(), columns, of.k);
         let lines = self.lines_per_panel();
         for (panel, out) in panels.zip(self.lines.chunks_exact_mut(lines.max(1))) {
-            let (scales, codes) = of.panel(panel).split_at(quantisation.scale_lines(of.k));
-            let scales: &[[u16; LANES]] = bytemuck::cast_slice(scales);
+            let (scales, codes) = of.scales_and_codes(panel);
             let tiles_per_group = quantisation.group() / TILE_K;
             match (quantisation.bits, of.precision()) {
-                (CodeBits::Eight, Precision::Bf16) => unfold_8_bf16(scales, codes, tiles_per_group, 0, out),
-                (CodeBits::Four, Precision::Bf16) => unfold_4_bf16(scales, codes, tiles_per_group, 0, out),
-                (CodeBits::Eight, Precision::F32) => unfold_8_f32(scales, codes, tiles_per_group, 0, out),
-                (CodeBits::Four, Precision::F32) => unfold_4_f32(scales, codes, tiles_per_group, 0, out),
+                (CodeBits::Eight, Precision::Bf16) => unfold_8_bf16(scales, codes, tiles_per_group, out),
+                (CodeBits::Four, Precision::Bf16) => unfold_4_bf16(scales, codes, tiles_per_group, out),
+                (CodeBits::Eight, Precision::F32) => unfold_8_f32(scales, codes, tiles_per_group, out),
+                (CodeBits::Four, Precision::F32) => unfold_4_f32(scales, codes, tiles_per_group, out),
             }
         }
-    }
-}
-
-/// The tiles of `panel` from tile `first` of k on, as bf16, as many as `out` holds.
-#[cfg(target_arch = "x86_64")]
-pub(super) fn unfold_tiles(w: &PackedMatrix, panel: usize, first: usize, out: &mut [Line]) {
-    let quantisation = w.quantisation.expect("only a quantised matrix is unfolded");
-    let (scales, codes) = w.panel(panel).split_at(quantisation.scale_lines(w.k));
-    let scales: &[[u16; LANES]] = bytemuck::cast_slice(scales);
-    let tiles_per_group = quantisation.group() / TILE_K;
-    match quantisation.bits {
-        CodeBits::Eight => unfold_8_bf16(scales, codes, tiles_per_group, first, out),
-        CodeBits::Four => unfold_4_bf16(scales, codes, tiles_per_group, first, out),
     }
 }
 
@@ -401,13 +394,12 @@ macro_rules! unfold {
                 scales: &[[u16; LANES]],
                 tiles: &[Line],
                 tiles_per_group: usize,
-                first: usize,
                 out: &mut [Line],
             ) {
                 let code_lines = TILE_LINES * $codes / size_of::<Line>();
-                let tiles = tiles[first * code_lines..].chunks_exact(code_lines);
+                let tiles = tiles.chunks_exact(code_lines);
                 for (i, (codes, out)) in tiles.zip(out.chunks_mut($lines * TILE_LINES)).enumerate() {
-                    let scale = S::from_bf16(&scales[(first + i) / tiles_per_group]);
+                    let scale = S::from_bf16(&scales[i / tiles_per_group]);
                     let codes = bytemuck::cast_slice::<Line, [u8; $codes]>(codes);
                     for (codes, out) in codes.iter().zip(out.chunks_mut($lines)) {
                         let (even, odd) = $pair::<S>(codes);

@@ -17,9 +17,9 @@
 
 mod kernel;
 mod round;
+mod unfold;
 
 use super::pack::{Element, Line, Precision, transpose_lines};
-use super::quant;
 use super::tile::{Output, Store};
 use super::{Group, PackedMatrix};
 use crate::simd::{LANES, simd};
@@ -231,7 +231,7 @@ impl Task<'_> {
                 let b_lines = (end - k) * TILE_LINES;
                 scratch.unfolded.resize(UNFOLDED_TILES.max(PANELS * block) * TILE_LINES, Line([0; LANES]));
                 for (i, tiles) in scratch.unfolded.chunks_exact_mut(b_lines).take(PANELS).enumerate() {
-                    quant::unfold_tiles(w, panel + i, k, tiles);
+                    unfold::unfold(w, panel + i, k, tiles);
                 }
                 (scratch.unfolded.as_ptr(), b_lines)
             } else {
