@@ -53,7 +53,7 @@ pub use spec::{
 pub use template::RenderOptions;
 pub use tokenizer::{ChatIds, DecodeStream, Framed, Tokenizer};
 pub use transformer::{
-    BatchSeq, ForwardBatch, ForwardOutput, KvCache, LogProbs, PolicyWeights, Purpose, Tape, Target, TileRows,
-    TrainBatch, TrainOptions, TrainSeq, Transformer,
+    BatchSeq, ForwardBatch, ForwardOutput, KvCache, LogProbs, PolicyWeights, ProductShape, Purpose, Tape,
+    Target, TileRows, TrainBatch, TrainOptions, TrainSeq, Transformer,
 };
 pub use upcycle::{UpcycleOptions, upcycle};

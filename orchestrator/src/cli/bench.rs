@@ -1,21 +1,21 @@
-//! `freewheel bench decode | prefill | train | objectives`: how fast, and how near to what this machine can do, measured in the same run.
+//! `freewheel bench decode | prefill | train | gemm | objectives`: how fast, and how near to what this machine can do, measured in
+//! the same run.
 
+mod decode;
+mod gemm;
 mod prefill;
+mod roofline;
+mod train;
 
 use std::time::Instant;
 
-use anyhow::Context as _;
 use clap::{Args, Subcommand};
-use freewheel_actor::{EngineConfig, Finished, Request, SampleSpec, StopSpec};
 use freewheel_kernels::{Precision, Threads, measure};
-use freewheel_model::{LoadedModel, PolicyWeights, Purpose, Target, TrainBatch, TrainSeq};
-use freewheel_types::{CounterRng, PolicyVersion, SamplingParams, TaskId, WeightsDtype};
+use freewheel_model::{LoadedModel, ProductShape};
+use freewheel_types::{CounterRng, WeightsDtype};
 use serde_json::{Value, json};
 
 use super::fail::Explain as _;
-use super::model::ModelArgs;
-use super::table::table;
-use crate::cost::Cost;
 
 /// Measure speed, beside the machine's own limits.
 #[derive(Debug, Args)]
@@ -28,100 +28,132 @@ pub struct BenchCommand {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Tokens a second when decoding, by batch size.
-    #[command(after_help = "Example:\n  freewheel bench decode --model assets/sprout --batch 1,8,32 --json")]
-    Decode(BenchArgs),
+    /// Tokens a second when decoding, by batch size, beside the roofline.
+    #[command(
+        after_help = "Example:\n  freewheel bench decode --model assets/sprout --batch 1,8,32 --json\n  \
+        freewheel bench decode --model assets/sprout --svg roofline.svg"
+    )]
+    Decode(decode::DecodeArgs),
     /// Cost of a prompt's tokens, by its length.
     #[command(
         after_help = "Example:\n  freewheel bench prefill --model assets/sprout --length 64,128,256,512 --json"
     )]
     Prefill(prefill::PrefillArgs),
-    /// Tokens a second of a forward and backward pass, by sequences in the batch.
+    /// Tokens a second of an update: forward pass, backward pass, AdamW, new weights; by sequences in the batch.
     #[command(after_help = "Example:\n  freewheel bench train --model assets/sprout --batch 8 --length 128")]
-    Train(BenchArgs),
+    Train(train::TrainArgs),
+    /// Speed of the products of a model, each by itself, by rows.
+    #[command(after_help = "Example:\n  freewheel bench gemm --model assets/sprout --rows 1,32,512 --cold")]
+    Gemm(gemm::GemmArgs),
     Objectives(super::ablation::AblationArgs),
-}
-
-#[derive(Debug, Args)]
-struct BenchArgs {
-    #[command(flatten)]
-    model: ModelArgs,
-    /// Sequences at once; several sizes, separated by commas.
-    #[arg(long, value_delimiter = ',', default_values_t = [1usize, 8, 32])]
-    batch: Vec<usize>,
-    /// Tokens of a sequence: decoded after a prompt of 16, or trained on.
-    #[arg(long, default_value_t = 64)]
-    length: usize,
-    /// Print as JSON.
-    #[arg(long)]
-    json: bool,
-}
-
-/// Tokens of the prompt before decoding starts.
-const PROMPT: usize = 16;
-/// Each row is measured at least this long.
-const SECONDS: f64 = 1.0;
-
-struct Machine {
-    threads: usize,
-    precision: Precision,
-    read_bytes_per_s: f64,
-    peak_flops_per_s: f64,
 }
 
 impl BenchCommand {
     pub(super) fn run(self) -> anyhow::Result<()> {
         match self.what {
-            What::Decode(args) => args.run("decode", decode),
+            What::Decode(args) => args.run(),
             What::Prefill(args) => args.run(),
-            What::Train(args) => args.run("train", train),
+            What::Train(args) => args.run(),
+            What::Gemm(args) => args.run(),
             What::Objectives(args) => args.run(),
         }
     }
 }
 
-impl BenchArgs {
-    fn run(
-        &self,
-        what: &str,
-        measure_row: fn(&Self, &LoadedModel, &Threads, &Machine, usize) -> anyhow::Result<Value>,
-    ) -> anyhow::Result<()> {
-        let loaded = self.model.open()?;
-        let context = loaded.model.spec().max_positions;
-        if self.length == 0
-            || PROMPT + self.length > context
-            || self.batch.iter().any(|b| *b == 0 || *b > 4096)
-        {
-            return Err(anyhow::anyhow!(
-                "--length {} or --batch {:?} is out of range",
-                self.length,
-                self.batch
-            ))
-            .input_hint(format!("--length 1 to {}, --batch 1 to 4096", context.saturating_sub(PROMPT)));
+/// How often a row is measured, and what of it is printed.
+#[derive(Clone, Debug, Args)]
+struct Sampling {
+    /// Times each row is measured; the median counts.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: u32,
+    /// Print as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// A row is measured at least this long.
+const SECONDS: f64 = 1.0;
+
+impl Sampling {
+    /// Rates (work over seconds) of at least `rounds` calls, and of as many as fit in [`SECONDS`]. A call gives what it did and
+    /// how long that took; the first, which warms up, does not count.
+    fn rates(&self, mut call: impl FnMut() -> anyhow::Result<(f64, f64)>) -> anyhow::Result<Rates> {
+        call()?;
+        let (began, mut rates) = (Instant::now(), Vec::new());
+        while rates.len() < self.rounds as usize || began.elapsed().as_secs_f64() < SECONDS {
+            let (work, seconds) = call()?;
+            rates.push(work / seconds);
         }
-        let threads = self.model.threads();
-        let machine = Machine::measure(&loaded, &threads);
-        let rows = self
-            .batch
-            .iter()
-            .map(|batch| measure_row(self, &loaded, &threads, &machine, *batch))
-            .collect::<anyhow::Result<Vec<_>>>()?;
-        machine.print(what, &loaded, rows, self.json, text)
+        rates.sort_by(f64::total_cmp);
+        Ok(Rates(rates))
     }
 }
 
+/// Rates of several rounds, rising.
+#[derive(Clone, Debug)]
+struct Rates(Vec<f64>);
+
+impl Rates {
+    fn median(&self) -> f64 {
+        median(&self.0)
+    }
+
+    /// Lowest and highest.
+    fn extremes(&self) -> [f64; 2] {
+        [self.0[0], self.0[self.0.len() - 1]]
+    }
+}
+
+/// The middle of values that rise, or between the two in the middle.
+fn median(rising: &[f64]) -> f64 {
+    (rising[(rising.len() - 1) / 2] + rising[rising.len() / 2]) / 2.0
+}
+
+/// What this machine reaches, as far as a model's speed hangs on it.
+#[derive(Clone, Copy, Debug)]
+struct Machine {
+    threads: usize,
+    precision: Precision,
+    /// Bytes that reading was measured over: those of the model's weights.
+    read_bytes: usize,
+    /// Bytes a second when as many are read again and again as the model has weights.
+    read_bytes_per_s: f64,
+    /// Bytes a second from memory, over far more than caches hold.
+    memory_bytes_per_s: f64,
+    /// Operations a second of a large product, by the kernels.
+    gemm_flops_per_s: f64,
+    /// Operations a second on registers.
+    peak_flops_per_s: f64,
+}
+
+/// Many times the caches.
+const MEMORY_BYTES: usize = 512 << 20;
+
 impl Machine {
     fn measure(loaded: &LoadedModel, threads: &Threads) -> Self {
-        let precision = match loaded.params.dtype() {
-            WeightsDtype::Bf16 => Precision::Bf16,
-            WeightsDtype::F32 => Precision::F32,
-        };
+        let precision = precision(loaded);
+        let products = loaded.model.products(loaded.params.dtype());
+        let weights: f64 = products.iter().map(|p| p.count as f64 * p.bytes()).sum();
+        let read_bytes = (weights as usize).min(MEMORY_BYTES);
         Self {
             threads: threads.count(),
             precision,
-            read_bytes_per_s: measure::read_bandwidth(threads),
+            read_bytes,
+            read_bytes_per_s: measure::read_bandwidth(threads, read_bytes),
+            memory_bytes_per_s: measure::read_bandwidth(threads, MEMORY_BYTES),
+            gemm_flops_per_s: measure::gemm_flops(threads, precision),
             peak_flops_per_s: measure::peak_flops(threads, precision),
         }
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "threads": self.threads, "features": measure::cpu_features().used,
+            "precision": format!("{:?}", self.precision).to_lowercase(),
+            "read_bytes": self.read_bytes, "read_bytes_per_s": self.read_bytes_per_s,
+            "memory_bytes_per_s": self.memory_bytes_per_s,
+            "gemm_flops_per_s": self.gemm_flops_per_s, "peak_flops_per_s": self.peak_flops_per_s,
+        })
     }
 
     /// Prints what was measured, as JSON or as a table.
@@ -129,19 +161,14 @@ impl Machine {
         &self,
         what: &str,
         loaded: &LoadedModel,
-        rows: Vec<Value>,
+        rows: &[Value],
         as_json: bool,
         text: fn(&[Value]) -> String,
     ) -> anyhow::Result<()> {
-        let features = measure::cpu_features();
         if as_json {
             let result = json!({
                 "what": what,
-                "machine": {
-                    "threads": self.threads, "features": features.used,
-                    "read_bytes_per_s": self.read_bytes_per_s, "peak_flops_per_s": self.peak_flops_per_s,
-                    "precision": format!("{:?}", self.precision).to_lowercase(),
-                },
+                "machine": self.json(),
                 "model": {"path": loaded.source, "parameters": loaded.model.layout().total},
                 "rows": rows,
             });
@@ -149,15 +176,39 @@ impl Machine {
             return Ok(());
         }
         println!(
-            "{} on {} threads: reads {:.1} GB/s, computes {:.0} GFLOP/s",
-            features.used,
+            "{} on {} threads: reads {:.1} GB/s ({:.1} over {} MiB, as many as the weights), multiplies {:.0} GFLOP/s, \
+             {:.0} at most",
+            measure::cpu_features().used,
             self.threads,
+            self.memory_bytes_per_s / 1e9,
             self.read_bytes_per_s / 1e9,
-            self.peak_flops_per_s / 1e9
+            self.read_bytes >> 20,
+            self.gemm_flops_per_s / 1e9,
+            self.peak_flops_per_s / 1e9,
         );
-        print!("{}", text(&rows));
+        print!("{}", text(rows));
         Ok(())
     }
+}
+
+/// The numbers products are computed in.
+fn precision(loaded: &LoadedModel) -> Precision {
+    match loaded.params.dtype() {
+        WeightsDtype::Bf16 => Precision::Bf16,
+        WeightsDtype::F32 => Precision::F32,
+    }
+}
+
+/// Bytes of weights that a forward pass reads when it touches `coverage` of the routed experts.
+fn weight_bytes(products: &[ProductShape], coverage: f64) -> f64 {
+    let touched = |product: &ProductShape| if product.routed.is_some() { coverage } else { 1.0 };
+    products.iter().map(|product| product.count as f64 * product.bytes() * touched(product)).sum()
+}
+
+/// Operations of a token's products with weights (a multiply-add counts two).
+fn token_flops(products: &[ProductShape]) -> f64 {
+    let of = |p: &ProductShape| 2.0 * (p.count * p.n * p.k) as f64 * p.token_share();
+    products.iter().map(of).sum()
 }
 
 /// A number of a row for a table; `-` where there is none.
@@ -165,159 +216,43 @@ fn number(row: &Value, key: &str, scale: f64, digits: usize) -> String {
     row[key].as_f64().map_or_else(|| "-".into(), |x| format!("{:.digits$}", x * scale))
 }
 
-fn text(rows: &[Value]) -> String {
-    let cells: Vec<Vec<String>> = rows
-        .iter()
-        .map(|row| {
-            vec![
-                number(row, "batch", 1.0, 0),
-                number(row, "tokens_per_s", 1.0, 1),
-                number(row, "bytes_per_s", 1e-9, 2),
-                number(row, "bandwidth_fraction", 100.0, 1),
-                number(row, "flops_per_s", 1e-9, 1),
-                number(row, "peak_fraction", 100.0, 1),
-                number(row, "expert_coverage", 1.0, 3),
-            ]
-        })
-        .collect();
-    table(&["batch", "tokens/s", "GB/s", "% of reads", "GFLOP/s", "% of peak", "experts read"], &cells)
-}
-
 fn ids(loaded: &LoadedModel, stream: u64, n: usize) -> Vec<u32> {
     let rng = CounterRng::new(1, stream);
     (0..n as u64).map(|i| rng.below(i, loaded.model.spec().vocab_size as u64) as u32).collect()
 }
 
-fn decode(
-    args: &BenchArgs,
-    loaded: &LoadedModel,
-    threads: &Threads,
-    machine: &Machine,
-    batch: usize,
-) -> anyhow::Result<Value> {
-    // One row a token: what is measured is a step, not how often one is saved.
-    let config = EngineConfig {
-        max_live: batch,
-        kv_bytes: 8 << 30,
-        prefill_tokens: 4096,
-        prefix_cache: false,
-        draft_tokens: 0,
-        ..EngineConfig::default()
-    };
-    let mut engine = crate::policy::engine(loaded, threads, config)?;
-    let (mut seconds, mut tokens, mut steps) = (0.0, 0u64, 0u64);
-    let mut finished = Vec::new();
-    let mut round = 0;
-    while seconds < SECONDS {
-        for index in 0..batch as u64 {
-            let task = TaskId(round * batch as u64 + index);
-            engine.submit(Request {
-                id: index,
-                prompt_ids: ids(loaded, index, PROMPT),
-                tiles: Vec::new(),
-                samples: vec![SampleSpec { rollout: task.rollout(0) }],
-                seed: 0,
-                sampling: SamplingParams::default(),
-                max_new_tokens: args.length,
-                stop: StopSpec::default(),
-            })?;
-        }
-        finished.clear();
-        // The prompts are read in the first step: it is not decoding.
-        while engine.stats().live < batch && !engine.is_idle() {
-            finished.extend(engine.step());
-        }
-        let (began, before) = (Instant::now(), engine.stats());
-        while !engine.is_idle() {
-            finished.extend(engine.step());
-        }
-        let after = engine.stats();
-        seconds += began.elapsed().as_secs_f64();
-        tokens += after.tokens - before.tokens;
-        steps += after.steps - before.steps;
-        round += 1;
+/// Refuses batches or lengths that cannot be measured: each batch 1 to 4096, `length` within `lengths`.
+fn check_sizes(
+    batch: &[usize],
+    length: usize,
+    lengths: std::ops::RangeInclusive<usize>,
+) -> anyhow::Result<()> {
+    if lengths.contains(&length) && !batch.is_empty() && batch.iter().all(|b| (1..=4096).contains(b)) {
+        return Ok(());
     }
-    let cost = Cost::of(&loaded.model);
-    let coverage = coverage(loaded, &finished);
-    let context = PROMPT as f64 + args.length as f64 / 2.0;
-    let weight = loaded.model.weight_bytes(loaded.params.dtype());
-    let bytes = cost.decode_bytes(weight, batch, context, coverage.unwrap_or(1.0)) * steps as f64;
-    let flops = cost.forward_flops() * tokens as f64;
-    Ok(json!({
-        "what": "decode", "batch": batch,
-        "tokens_per_s": tokens as f64 / seconds,
-        "bytes_per_s": bytes / seconds, "bandwidth_fraction": bytes / seconds / machine.read_bytes_per_s,
-        "flops_per_s": flops / seconds, "peak_fraction": flops / seconds / machine.peak_flops_per_s,
-        "expert_coverage": coverage, "seconds": seconds, "length": args.length,
-    }))
+    Err(anyhow::anyhow!("--length {length} or --batch {batch:?} is out of range")).input_hint(format!(
+        "--length {} to {}, --batch 1 to 4096",
+        lengths.start(),
+        lengths.end()
+    ))
 }
 
-/// Mean share of a layer's experts that one decode step touches, counted from what the router chose; `None` for dense models.
-fn coverage(loaded: &LoadedModel, finished: &[Finished]) -> Option<f64> {
-    let spec = loaded.model.spec();
-    let experts = spec.layers.iter().find_map(|(_, ffn)| match ffn {
-        freewheel_model::FfnSpec::Moe(moe) => Some(moe.experts),
-        freewheel_model::FfnSpec::Dense { .. } => None,
-    })?;
-    let (layers, top_k) = (spec.moe_layers(), spec.top_k());
-    let row = layers * top_k;
-    let rows = finished.iter().map(|done| done.experts.ids.len() / row).min()?;
-    let (mut touched, mut counted) = (0usize, 0usize);
-    for position in PROMPT..rows {
-        for layer in 0..layers {
-            let mut seen = vec![false; experts];
-            for done in finished {
-                let at = position * row + layer * top_k;
-                done.experts.ids[at..at + top_k].iter().for_each(|id| seen[usize::from(*id)] = true);
-            }
-            touched += seen.iter().filter(|seen| **seen).count();
-            counted += experts;
-        }
-    }
-    (counted > 0).then(|| touched as f64 / counted as f64)
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-fn train(
-    args: &BenchArgs,
-    loaded: &LoadedModel,
-    threads: &Threads,
-    machine: &Machine,
-    batch: usize,
-) -> anyhow::Result<Value> {
-    let version = PolicyVersion::default();
-    let weights = PolicyWeights::pack(&loaded.model, &loaded.params, version, Purpose::Training, threads);
-    let tokens = ids(loaded, 0, batch * args.length);
-    let seqs = vec![TrainSeq::whole(args.length); batch];
-    let targets: Vec<Target> = (0..tokens.len())
-        .filter(|row| (row + 1) % args.length != 0)
-        .map(|row| Target { row, token: tokens[row + 1] })
-        .collect();
-    let sampling = SamplingParams::default();
-    let gradient = vec![-1.0 / targets.len().max(1) as f32; targets.len()];
-    let mut grads = vec![0.0; loaded.model.layout().total];
-    let mut once = || {
-        let tape = weights
-            .forward_train(threads, &TrainBatch { tokens: &tokens, seqs: &seqs, replay: None, tiles: &[] });
-        let found = tape.log_probs(threads, &weights, &targets, &sampling);
-        tape.backward(threads, &weights, &targets, &sampling, &gradient, None, &mut grads);
-        found.logprobs.first().copied()
-    };
-    once().context("--length must be at least 2 to train")?;
-    let began = Instant::now();
-    let mut rounds = 0u32;
-    while began.elapsed().as_secs_f64() < SECONDS {
-        once();
-        rounds += 1;
+    #[test]
+    fn the_median_is_in_the_middle() {
+        assert_eq!(median(&[1.0, 2.0, 9.0]), 2.0);
+        assert_eq!(median(&[1.0, 2.0, 4.0, 9.0]), 3.0);
+        let sampling = Sampling { rounds: 3, json: false };
+        let mut call = 0.0;
+        let rates = sampling.rates(|| {
+            call += 1.0;
+            std::thread::sleep(std::time::Duration::from_millis(500));
+            Ok((call, 1.0))
+        });
+        let rates = rates.unwrap();
+        assert_eq!((rates.median(), rates.extremes()), (3.0, [2.0, 4.0]), "the first only warms up");
     }
-    let seconds = began.elapsed().as_secs_f64();
-    let done = f64::from(rounds) * tokens.len() as f64;
-    // Backward computes two products for each of the forward pass.
-    let flops = 3.0 * Cost::of(&loaded.model).forward_flops() * done;
-    Ok(json!({
-        "what": "train", "batch": batch, "length": args.length,
-        "tokens_per_s": done / seconds,
-        "bytes_per_s": Value::Null, "bandwidth_fraction": Value::Null,
-        "flops_per_s": flops / seconds, "peak_fraction": flops / seconds / machine.peak_flops_per_s,
-        "expert_coverage": Value::Null, "seconds": seconds,
-    }))
 }

@@ -130,11 +130,10 @@ fn machine(found: &mut Findings, measured: bool) {
     }
     if measured {
         let threads = crate::policy::threads(0);
-        found
-            .facts
-            .insert("read_gb_per_s".into(), json!((measure::read_bandwidth(&threads) / 1e8).round() / 10.0));
-        let peak = measure::peak_flops(&threads, freewheel_kernels::Precision::Bf16);
-        found.facts.insert("bf16_gflop_per_s".into(), json!((peak / 1e9).round()));
+        let read = measure::read_bandwidth(&threads, 256 << 20);
+        found.facts.insert("read_gb_per_s".into(), json!((read / 1e8).round() / 10.0));
+        let product = measure::gemm_flops(&threads, freewheel_kernels::Precision::Bf16);
+        found.facts.insert("bf16_gflop_per_s".into(), json!((product / 1e9).round()));
     }
 }
 

@@ -5,6 +5,7 @@
 //! attention  mlp  moe  head      one block each: forward, and the backward that mirrors it; latent is MLA's part of it
 //! cache      keys and values, in pages
 //! inference  rows + KV pages → logits                        tape      sequences → log-probs → gradients
+//! products   the shapes of all products with weights, to measure speed over
 //! vision     tiles of images → rows that stand in for the embeddings of their tokens
 //! ```
 //!
@@ -22,6 +23,7 @@ mod latent;
 mod mlp;
 mod moe;
 mod places;
+mod products;
 mod residual;
 mod tape;
 mod vision;
@@ -34,11 +36,10 @@ use freewheel_kernels::{CodeBits, Quantisation};
 
 pub use cache::KvCache;
 pub use inference::{BatchSeq, ForwardBatch, ForwardOutput};
+pub use products::ProductShape;
 pub use tape::{LogProbs, Tape, Target, TrainBatch, TrainSeq};
 pub use vision::TileRows;
 pub use weights::{PolicyWeights, Purpose, TrainOptions};
-
-use freewheel_types::WeightsDtype;
 
 use crate::params::ParamLayout;
 use crate::spec::{AttentionSpec, ModelSpec, RopeSpec};
@@ -91,11 +92,6 @@ impl Transformer {
         let (layers, head) = (Quantisation::new(bits, group), Quantisation::new(CodeBits::Eight, group));
         model.quantisation = Some(Quantised { layers, head });
         Arc::new(model)
-    }
-
-    /// Bytes that a product reads for a weight of a layer, where parameters are `dtype`.
-    pub fn weight_bytes(&self, dtype: WeightsDtype) -> f64 {
-        self.quantisation.map_or(dtype.size() as f64, |quantised| quantised.layers.weight_bytes())
     }
 
     /// What the model is.

@@ -12,11 +12,10 @@ use freewheel_model::{BatchSeq, ForwardBatch, KvCache, PolicyWeights, Purpose, T
 use freewheel_types::PolicyVersion;
 use serde_json::{Value, json};
 
-use super::{Machine, SECONDS, ids, number};
+use super::{Machine, Sampling, ids, number, token_flops};
 use crate::cli::fail::Explain as _;
 use crate::cli::model::ModelArgs;
 use crate::cli::table::table;
-use crate::cost::Cost;
 
 #[derive(Debug, Args)]
 pub struct PrefillArgs {
@@ -28,9 +27,8 @@ pub struct PrefillArgs {
     /// Tokens computed at once, as `actor.prefill_tokens`.
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     rows: u32,
-    /// Print as JSON.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    sampling: Sampling,
 }
 
 impl PrefillArgs {
@@ -50,12 +48,12 @@ impl PrefillArgs {
         let version = PolicyVersion::default();
         let weights =
             PolicyWeights::pack(&loaded.model, &loaded.params, version, Purpose::Sampling, &threads);
-        let measure = |&length: &usize| {
-            let prompt = Prompt { weights: &weights, threads: &threads, rows: self.rows as usize };
-            prompt.measure(&ids(&loaded, 0, length), &machine)
-        };
-        let rows = lengths.iter().map(measure).collect();
-        machine.print("prefill", &loaded, rows, self.json, text)
+        let prompt = Prompt { weights: &weights, threads: &threads, rows: self.rows as usize };
+        let flops = token_flops(&loaded.model.products(loaded.params.dtype()));
+        let measure =
+            |&length: &usize| prompt.measure(&ids(&loaded, 0, length), flops, &machine, &self.sampling);
+        let rows = lengths.iter().map(measure).collect::<anyhow::Result<Vec<_>>>()?;
+        machine.print("prefill", &loaded, &rows, self.sampling.json, text)
     }
 }
 
@@ -68,26 +66,29 @@ struct Prompt<'a> {
 }
 
 impl Prompt<'_> {
-    /// Reads the prompt until it has taken long enough to be measured.
-    fn measure(&self, tokens: &[u32], machine: &Machine) -> Value {
-        let mut kv_bytes = self.read(tokens);
-        let began = Instant::now();
-        let mut rounds = 0u32;
-        while rounds == 0 || began.elapsed().as_secs_f64() < SECONDS {
+    /// Reads the prompt several times. `flops`: operations of a token's products.
+    fn measure(
+        &self,
+        tokens: &[u32],
+        flops: f64,
+        machine: &Machine,
+        sampling: &Sampling,
+    ) -> anyhow::Result<Value> {
+        let mut kv_bytes = 0;
+        let rates = sampling.rates(|| {
+            let began = Instant::now();
             kv_bytes = self.read(tokens);
-            rounds += 1;
-        }
-        let seconds = began.elapsed().as_secs_f64();
-        let done = f64::from(rounds) * tokens.len() as f64;
-        let model = self.weights.model();
-        let flops =
-            Cost::of(model).forward_flops() * done + f64::from(rounds) * attention_flops(model, tokens.len());
-        json!({
-            "what": "prefill", "length": tokens.len(), "rows": self.rows,
-            "tokens_per_s": done / seconds, "us_per_token": 1e6 * seconds / done,
-            "flops_per_s": flops / seconds, "peak_fraction": flops / seconds / machine.peak_flops_per_s,
-            "kv_bytes": kv_bytes, "seconds": seconds,
-        })
+            Ok((tokens.len() as f64, began.elapsed().as_secs_f64()))
+        })?;
+        let per_s = rates.median();
+        let flops = flops + attention_flops(self.weights.model(), tokens.len()) / tokens.len() as f64;
+        Ok(json!({
+            "what": "prefill", "length": tokens.len(), "rows": self.rows, "rounds": rates.0.len(),
+            "tokens_per_s": per_s, "tokens_per_s_extremes": rates.extremes(), "us_per_token": 1e6 / per_s,
+            "flops_per_s": flops * per_s, "peak_fraction": flops * per_s / machine.peak_flops_per_s,
+            "gemm_fraction": flops * per_s / machine.gemm_flops_per_s,
+            "kv_bytes": kv_bytes,
+        }))
     }
 
     /// Reads the prompt once, to the logits of its last row. Bytes of the keys and values held at the end.
@@ -113,7 +114,7 @@ impl Prompt<'_> {
 }
 
 /// Operations of attention over a prompt of `length`: two products of a query with every key and value it sees.
-fn attention_flops(model: &Transformer, length: usize) -> f64 {
+pub(super) fn attention_flops(model: &Transformer, length: usize) -> f64 {
     let layers = model.spec().layers.iter().map(|(attention, _)| {
         let seen = (0..length).map(|row| row + 1 - attention.mask().first_visible(row)).sum::<usize>() as f64;
         let widths = attention.heads * (attention.head_dim + attention.value_dim());
@@ -132,9 +133,13 @@ fn text(rows: &[Value]) -> String {
                 number(row, "tokens_per_s", 1.0, 1),
                 number(row, "flops_per_s", 1e-9, 1),
                 number(row, "peak_fraction", 100.0, 1),
+                number(row, "gemm_fraction", 100.0, 1),
                 number(row, "kv_bytes", 1e-6, 2),
             ]
         })
         .collect();
-    table(&["length", "us/token", "tokens/s", "GFLOP/s", "% of peak", "KV MB"], &cells)
+    table(
+        &["length", "us/token", "tokens/s", "GFLOP/s", "% of peak", "% of a large product", "KV MB"],
+        &cells,
+    )
 }
