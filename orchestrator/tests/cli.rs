@@ -212,3 +212,44 @@ fn bench_prefill_says_what_a_token_costs_by_length() {
     assert!((cost * speed / 1e6 - 1.0).abs() <= 1e-9 && cost > 0.0, "{row}");
     refused(&["bench", "prefill", "--model", &model, "--length", "65"], &["--length [65]", "1 to 64 tokens"]);
 }
+
+#[test]
+fn benches_give_what_they_count_by() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = tiny_model(dir.path());
+    let row = |what: &[&str]| {
+        let args = [&["bench"], what, &["--model", &model, "--threads", "1", "--json"]].concat();
+        let output = freewheel(&args);
+        assert!(output.status.success(), "{}", stderr(&output));
+        let result: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert!(result["machine"]["peak_flops_per_s"].as_f64() > Some(0.0), "{result}");
+        (result["rows"][0].clone(), result["machine"].clone())
+    };
+    let number =
+        |row: &serde_json::Value, key: &str| row[key].as_f64().unwrap_or_else(|| panic!("{key}: {row}"));
+
+    let svg = dir.path().join("roofline.svg");
+    let plot = ["decode", "--batch=2", "--length=8", "--rounds=1", "--svg", svg.to_str().unwrap()];
+    let (decode, machine) = row(&plot);
+    let step_s = number(&decode, "batch") / number(&decode, "tokens_per_s");
+    let read_s = number(&decode, "bytes_per_step") / number(&machine, "read_bytes_per_s");
+    let product_s = number(&decode, "flops_per_step") / number(&machine, "gemm_flops_per_s");
+    let over = step_s / read_s.max(product_s);
+    assert!((over / number(&decode, "over_roofline") - 1.0).abs() <= 1e-9, "{decode}");
+    assert!(std::fs::read_to_string(&svg).unwrap().contains("B = 2"), "the plot has the row");
+
+    let (train, _) = row(&["train", "--batch=2", "--length=16", "--rounds=1"]);
+    let parts = ["forward_s", "backward_s", "optimizer_s", "pack_s"].map(|key| number(&train, key));
+    let whole = number(&train, "step_s");
+    assert!(parts.iter().all(|part| *part > 0.0 && *part < 4.0 * whole), "{train}");
+    assert!(number(&train, "memory_peak_bytes") > 1e6, "{train}");
+
+    let (gemm, _) = row(&["gemm", "--rows=3"]);
+    let flops = 2.0 * number(&gemm, "m") * number(&gemm, "n") * number(&gemm, "k");
+    let seconds = number(&gemm, "us") / 1e6;
+    assert!((flops / seconds / number(&gemm, "flops_per_s") - 1.0).abs() <= 1e-9, "{gemm}");
+
+    refused(&["bench", "gemm", "--model", &model, "--rows", "0"], &["--rows [0]", "1 to 65536"]);
+    refused(&["bench", "train", "--model", &model, "--length", "65"], &["--length 65", "2 to 64"]);
+    refused(&["bench", "decode", "--model", &model, "--batch", "0"], &["--batch [0]", "1 to 4096"]);
+}

@@ -32,6 +32,12 @@ pub struct ActorMetrics {
     pub apply_pause_s_max: f64,
     /// Samples that gave their pages away and were computed again.
     pub preemptions: u64,
+    /// Prompt tokens whose keys and values an earlier sequence had left.
+    pub prefix_tokens: u64,
+    /// Tokens guessed.
+    pub drafted: u64,
+    /// Guessed tokens that were drawn.
+    pub draft_hits: u64,
     /// Samples being decoded.
     pub live: usize,
     /// Samples waiting for a slot.

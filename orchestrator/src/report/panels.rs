@@ -218,6 +218,18 @@ fn machine(data: &RunData) -> Vec<Chart> {
             ..lines(data, &[("bubble/learner", "learner"), ("bubble/actor", "actor")])
         },
         Chart {
+            title: "Work saved",
+            note: "prompt rows found in the cache; guessed tokens that were right",
+            bounds: Some((0.0, 1.0)),
+            ..lines(data, &[("rollout/prefix_share", "prompts"), ("rollout/draft_accepted", "guesses")])
+        },
+        Chart {
+            title: "Preemptions",
+            note: "samples computed again for want of memory",
+            from_zero: true,
+            ..lines(data, &[("rollout/preemptions", "")])
+        },
+        Chart {
             title: "Weights published",
             note: "bytes per version",
             from_zero: true,

@@ -25,12 +25,29 @@ pub struct ActorStat {
     pub wall_s: f64,
     /// Tokens drawn.
     pub tokens: u64,
+    /// Rows computed.
+    pub rows: u64,
+    /// Prompt tokens that needed no row: their keys and values were there.
+    pub prefix_tokens: u64,
+    /// Tokens guessed.
+    pub drafted: u64,
+    /// Guessed tokens that were drawn.
+    pub draft_hits: u64,
+    /// Samples that were computed again.
+    pub preemptions: u64,
     /// Seconds of token slots in use.
     pub slot_s: f64,
     /// Longest pause of a weight swap, seconds.
     pub apply_pause_s: f64,
     /// Update of the weights it serves.
     pub step: Option<u64>,
+}
+
+impl ActorStat {
+    /// Rows, tokens found, tokens guessed, guesses that were right, preemptions.
+    fn counts(&self) -> [u64; 5] {
+        [self.rows, self.prefix_tokens, self.drafted, self.draft_hits, self.preemptions]
+    }
 }
 
 /// The pool's view.
@@ -53,6 +70,11 @@ impl From<ActorMetrics> for ActorStat {
         Self {
             wall_s: m.wall_s,
             tokens: m.tokens,
+            rows: m.rows,
+            prefix_tokens: m.prefix_tokens,
+            drafted: m.drafted,
+            draft_hits: m.draft_hits,
+            preemptions: m.preemptions,
             slot_s: m.slot_s,
             apply_pause_s: m.apply_pause_s,
             step: m.version.map(|version| version.step),
@@ -96,6 +118,7 @@ pub fn extras(
 
 fn add_actors(line: &mut StepLine, actors: &[ActorStat], before: &[ActorStat]) {
     let (mut rate, mut used, mut wall) = (0.0, 0.0, 0.0);
+    let mut sums = [0u64; 5];
     for (index, actor) in actors.iter().enumerate() {
         let earlier = before.get(index).cloned().unwrap_or_default();
         // A restarted actor counts from zero again.
@@ -106,10 +129,25 @@ fn add_actors(line: &mut StepLine, actors: &[ActorStat], before: &[ActorStat]) {
             used += actor.slot_s - earlier.slot_s;
             wall += seconds;
         }
+        for (sum, (now, then)) in sums.iter_mut().zip(actor.counts().into_iter().zip(earlier.counts())) {
+            *sum += now.saturating_sub(then);
+        }
     }
     if wall > 0.0 {
         line.insert("rollout/tokens_per_s".into(), json!(rate));
         line.insert("bubble/actor".into(), json!((1.0 - used / wall).clamp(0.0, 1.0)));
+    }
+    let [rows, prefix, drafted, hits, preemptions] = sums;
+    if wall > 0.0 {
+        line.insert("rollout/preemptions".into(), json!(preemptions));
+    }
+    // Shares of nothing are left out: a run without guesses or prompts has none.
+    for (key, part, whole) in
+        [("rollout/prefix_share", prefix, rows + prefix), ("rollout/draft_accepted", hits, drafted)]
+    {
+        if whole > 0 {
+            line.insert(key.into(), json!(part as f64 / whole as f64));
+        }
     }
     if let Some(pause) = actors.iter().map(|actor| actor.apply_pause_s).max_by(f64::total_cmp) {
         line.insert("weights/apply_pause_s".into(), json!(pause));
@@ -164,19 +202,33 @@ mod tests {
 
     #[test]
     fn rates_are_over_the_time_since_the_last_line() {
-        let stat =
-            |wall_s, tokens, slot_s| ActorStat { wall_s, tokens, slot_s, apply_pause_s: 0.001, step: None };
+        let stat = |wall_s, tokens, slot_s| ActorStat {
+            wall_s,
+            tokens,
+            slot_s,
+            apply_pause_s: 0.001,
+            rows: 2 * tokens,
+            prefix_tokens: tokens / 2,
+            ..ActorStat::default()
+        };
         let now = std::sync::Arc::new(Mutex::new(vec![stat(1.0, 100, 0.5)]));
         let seen = now.clone();
         let add = extras(move || (seen.lock().unwrap().clone(), None));
         let mut first = StepLine::new();
         add(&mut first);
         assert_eq!(first["rollout/tokens_per_s"], 100.0);
-        *now.lock().unwrap() = vec![stat(3.0, 500, 2.5)];
+        assert_eq!((&first["rollout/prefix_share"], &first["rollout/preemptions"]), (&json!(0.2), &json!(0)));
+        assert!(!first.contains_key("rollout/draft_accepted"), "nothing was guessed");
+        *now.lock().unwrap() =
+            vec![ActorStat { drafted: 8, draft_hits: 6, preemptions: 3, ..stat(3.0, 500, 2.5) }];
         let mut second = StepLine::new();
         add(&mut second);
         assert_eq!((&second["rollout/tokens_per_s"], &second["bubble/actor"]), (&json!(200.0), &json!(0.0)));
         assert!(!second.contains_key("prompts/active"));
+        assert_eq!(
+            (&second["rollout/draft_accepted"], &second["rollout/preemptions"]),
+            (&json!(0.75), &json!(3))
+        );
         // Killed and started again: not a negative rate.
         *now.lock().unwrap() = vec![stat(0.5, 25, 0.25)];
         let mut third = StepLine::new();
