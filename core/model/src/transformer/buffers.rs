@@ -1,7 +1,8 @@
 //! Recycled f32 buffers: a step takes the same sizes again and again, and fresh pages cost more than the arithmetic on them.
 //!
-//! Batches differ by a few rows from step to step. So capacities come in classes, eight an octave, and a buffer that has become
-//! too small is let go for the larger one that replaces it: the pool holds what one step needs, not what every step needed.
+//! Batches differ in rows from step to step. So capacities come in classes, eight an octave, a buffer serves somewhat smaller needs
+//! than it was made for, and one that nobody has wanted for some steps is let go: the pool holds what recent steps needed, not what
+//! every step needed.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,7 +12,24 @@ use freewheel_kernels::Pages;
 /// A shared store of idle buffers.
 #[derive(Clone, Debug, Default)]
 pub(super) struct BufferPool {
-    idle: Arc<Mutex<Vec<Pages<f32>>>>,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    idle: Vec<Idle>,
+    /// Buffers taken so far.
+    taken: u64,
+    /// Buffers in use, and the most that ever were.
+    out: u64,
+    most_out: u64,
+}
+
+#[derive(Debug)]
+struct Idle {
+    values: Pages<f32>,
+    /// What `taken` was when it came back.
+    since: u64,
 }
 
 /// A buffer that goes back to its pool when dropped.
@@ -21,25 +39,26 @@ pub(super) struct Buf {
     pool: BufferPool,
 }
 
+/// A buffer is let go when so many times the buffers of a step have been taken without it.
+const PATIENCE: u64 = 16;
+
 impl BufferPool {
     /// `len` values of unspecified content: the taker overwrites them all.
     pub fn take(&self, len: usize) -> Buf {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |idle: &Idle| idle.values.capacity() >= len && idle.values.capacity() <= spare(len);
         // The smallest that is large enough, so that a large one is not spent on a small need.
-        let best = idle
-            .iter()
-            .enumerate()
-            .filter(|(_, v)| v.capacity() >= len && v.capacity() <= 4 * len + 1024)
-            .min_by_key(|(_, v)| v.capacity())
-            .map(|(at, _)| at);
-        let outgrown = |values: &Pages<f32>| values.capacity() < len && values.capacity() >= len / 4;
-        let replaced = match best {
-            Some(_) => None,
-            None => idle.iter().position(outgrown).map(|at| idle.swap_remove(at)),
-        };
-        let found = best.map(|at| idle.swap_remove(at));
-        drop(idle);
-        drop(replaced);
+        let best = (0..state.idle.len())
+            .filter(|at| fits(&state.idle[*at]))
+            .min_by_key(|at| state.idle[*at].values.capacity());
+        let found = best.map(|at| state.idle.swap_remove(at).values);
+        state.taken += 1;
+        state.out += 1;
+        state.most_out = state.most_out.max(state.out);
+        let oldest = state.taken.saturating_sub(PATIENCE * state.most_out);
+        let unwanted: Vec<Idle> = state.idle.extract_if(.., |idle| idle.since < oldest).collect();
+        drop(state);
+        drop(unwanted);
         let mut values = found.unwrap_or_else(|| Pages::zeros(class(len)));
         values.reset(len);
         Buf { values, pool: self.clone() }
@@ -58,6 +77,11 @@ impl BufferPool {
         buf.copy_from_slice(source);
         buf
     }
+}
+
+/// The largest capacity that is spent on `len` values.
+fn spare(len: usize) -> usize {
+    len + len / 2 + 1024
 }
 
 /// The smallest class that holds `len`: multiples of an eighth of the power of two below it.
@@ -82,10 +106,10 @@ impl DerefMut for Buf {
 
 impl Drop for Buf {
     fn drop(&mut self) {
-        let mut idle = self.pool.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        if idle.len() < 1024 {
-            idle.push(std::mem::take(&mut self.values));
-        }
+        let mut state = self.pool.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.out -= 1;
+        let since = state.taken;
+        state.idle.push(Idle { values: std::mem::take(&mut self.values), since });
     }
 }
 
@@ -105,13 +129,34 @@ mod tests {
     }
 
     #[test]
+    fn batches_of_all_sizes_take_what_is_there() {
+        let pool = BufferPool::default();
+        let step = |rows: usize| {
+            let _step: Vec<Buf> = [128, 192, 192, 384, 512].map(|width| pool.take(rows * width)).into();
+        };
+        let held = || -> Vec<*const f32> {
+            let state = pool.state.lock().unwrap();
+            let mut at: Vec<_> = state.idle.iter().map(|idle| idle.values.as_ptr()).collect();
+            at.sort();
+            at
+        };
+        (0..100).for_each(|i| step(800 + i * 271 % 400));
+        let before = held();
+        (0..100).for_each(|i| step(800 + i * 271 % 400));
+        let after = held();
+        let new = after.iter().filter(|at| !before.contains(at)).count();
+        assert!(new <= 3, "{new} allocations were kept of 500 takes that could have done without");
+        assert!(after.len() <= 12, "{} buffers for five", after.len());
+    }
+
+    #[test]
     fn growing_batches_do_not_pile_up_buffers() {
         let pool = BufferPool::default();
         for rows in 1000..2000 {
             let _step: Vec<Buf> = (0..4).map(|_| pool.take(rows * 128)).collect();
         }
-        let idle = pool.idle.lock().unwrap();
-        let held: usize = idle.iter().map(Pages::capacity).sum();
+        let idle = &pool.state.lock().unwrap().idle;
+        let held: usize = idle.iter().map(|idle| idle.values.capacity()).sum();
         assert!(idle.len() <= 4 && held <= 4 * class(2000 * 128), "{} buffers of {held}", idle.len());
         assert!((1..5000).all(|len| class(len) >= len && class(len) <= len + len / 8 + 1));
     }
