@@ -13,7 +13,7 @@ mod peak;
 use crate::gemm::{PackedMatrix, Precision, matmul};
 use crate::isa;
 use crate::simd::{LANES, simd};
-use crate::{Quantisation, Threads};
+use crate::{Pages, Quantisation, Threads};
 use std::time::{Duration, Instant};
 
 pub use peak::peak_flops;
@@ -103,7 +103,7 @@ impl Product {
     pub fn times(&self, threads: &Threads, weights: &[PackedMatrix]) -> Vec<f64> {
         let (n, k) = (weights[0].rows(), weights[0].inner());
         let x: Vec<f32> = (0..self.m * k).map(|i| (i % 241) as f32 / 241.0 - 0.5).collect();
-        let mut out = vec![0.0f32; self.m * n];
+        let mut out = Pages::<f32>::zeros(self.m * n);
         let mut turn = weights.iter().cycle();
         let mut once = || {
             let w = turn.next().expect("there is a matrix");

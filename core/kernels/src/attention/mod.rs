@@ -203,5 +203,5 @@ pub fn kv_write(
             }
         }
     };
-    threads.for_each_chunk(shape.kv_heads, (1 << 13) * shape.kv_heads / (rows * k_width).max(1) + 1, &write);
+    threads.for_each_chunk(shape.kv_heads, (1 << 12) * shape.kv_heads / (rows * k_width).max(1) + 1, &write);
 }

@@ -27,7 +27,7 @@ pub(super) struct Output {
 }
 
 /// Bytes of output from which it is written past the caches.
-const STREAM_BYTES: usize = 4 << 20;
+const STREAM_BYTES: usize = 2 << 20;
 
 impl Output {
     /// The whole of `out`, rows of `n`.

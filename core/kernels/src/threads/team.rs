@@ -19,7 +19,7 @@ use std::thread::{JoinHandle, yield_now};
 /// Looks at the ticket before an idle helper first gives way; some microseconds.
 const SPINS: usize = 256;
 /// Times it gives way before it sleeps.
-const YIELDS: usize = 32;
+const YIELDS: usize = 256;
 /// Most parts of a job in one epoch.
 const MAX_PARTS: usize = u16::MAX as usize;
 

@@ -8,6 +8,7 @@
 //! A page takes a slot when its first row is written and gives it back when it is forgotten. So the memory of local layers
 //! goes by what their masks show, not by how long sequences are.
 
+use freewheel_kernels::Pages;
 use freewheel_kernels::attention::{AttentionMask, AttentionSeq, KV_BLOCK};
 
 use super::Transformer;
@@ -23,8 +24,8 @@ pub struct KvCache {
 
 #[derive(Debug)]
 pub(super) struct LayerPages {
-    pub k: Vec<f32>,
-    pub v: Vec<f32>,
+    pub k: Pages<f32>,
+    pub v: Pages<f32>,
     k_page_len: usize,
     v_page_len: usize,
     local: bool,
@@ -165,13 +166,16 @@ impl KvCache {
 impl LayerPages {
     fn new(attention: &AttentionSpec, pages: usize, local: bool) -> Self {
         let (k_page_len, v_page_len) = (attention.key_width() * KV_BLOCK, attention.value_width() * KV_BLOCK);
-        let (k, v) = (vec![0.0; k_page_len * pages], vec![0.0; v_page_len * pages]);
+        let (k, v) = (Pages::zeros(k_page_len * pages), Pages::zeros(v_page_len * pages));
         Self { k, v, k_page_len, v_page_len, local }
     }
 
     fn resize(&mut self, pages: usize) {
-        self.k.resize(pages * self.k_page_len, 0.0);
-        self.v.resize(pages * self.v_page_len, 0.0);
+        for (held, page_len) in [(&mut self.k, self.k_page_len), (&mut self.v, self.v_page_len)] {
+            let mut grown = Pages::zeros(pages * page_len);
+            grown[..held.len()].copy_from_slice(held);
+            *held = grown;
+        }
     }
 
     /// Whether its pages are slots.
