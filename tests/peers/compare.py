@@ -17,7 +17,7 @@ import subprocess
 import sys
 
 HERE = pathlib.Path(__file__).parent
-PROMPT, DECODED, PREFILLED = 16, 64, 512
+PROMPT, PREFILLED = 16, 512
 TRAINED = (8, 256)
 GEMM_ROWS = [1, 4, 8, 32, 128, 512, 2048]
 
@@ -71,21 +71,30 @@ class Comparison:
         middle = sorted(rounds["freewheel"], key=lambda one: one["tokens_per_s"])[self.options.rounds // 2]
         row["freewheel"]["bench"] = middle
         self.rows.append(row)
+        self.write()
         print(json.dumps({name: round(row[name]["tokens_per_s"], 1) for name in rounds} | {"what": what, **key}), file=sys.stderr)
+
+    def write(self):
+        out = self.options.out
+        machines = [row["freewheel"]["bench"]["machine"] for row in self.rows if row["what"] != "gemm"]
+        pathlib.Path(out + ".json").write_text(json.dumps(self.rows, indent=1))
+        pathlib.Path(out + ".md").write_text(report(self.rows, machines[0] if machines else None))
 
     def sampling(self, name, path, gguf):
         """Decode by batch size, and one prompt's prefill."""
         peers = {"transformers": Peer("torch_peer.py", path)}
         if gguf:
             peers["llama.cpp"] = Peer("llama_peer.py", gguf)
-        for batch in self.options.batch:
-            size = {"batch": batch, "prompt": PROMPT, "length": DECODED}
+        for batch in self.options.batch if "decode" in self.options.only else []:
+            size = {"batch": batch, "prompt": PROMPT, "length": self.options.length}
             arguments = [f"--{key}={value}" for key, value in size.items()]
             self.paired(
                 "decode", {"model": name, "batch": batch},
                 lambda: self.ours("decode", "--model", path, "--rounds=1", *arguments)[0],
                 {peer: lambda held=held: held.ask(what="decode", **size) for peer, held in peers.items()},
             )
+        if "prefill" not in self.options.only:
+            return [held.close() for held in peers.values()]
         arguments = [f"--length={PREFILLED}", f"--rows={PREFILLED}"]
         self.paired(
             "prefill", {"model": name, "length": PREFILLED},
@@ -126,6 +135,7 @@ class Comparison:
                 row |= {"freewheel": mine, "oneDNN": flops / statistics.median(theirs)}
                 row |= {"peak_fraction": mine / one["machine"]["peak_flops_per_s"], "count": one["count"]}
                 self.rows.append(row)
+        self.write()
         torch.close()
 
 
@@ -206,9 +216,10 @@ def main():
     parser.add_argument("--model", action="append", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--gguf", help="the first model for llama.cpp")
     parser.add_argument("--batch", default="1,8,32")
+    parser.add_argument("--length", type=int, default=64, help="tokens that each sequence decodes in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--only", default="sampling,train,gemm")
+    parser.add_argument("--only", default="decode,prefill,train,gemm")
     parser.add_argument("--train", default="", help="names of models to train; all if left out")
     parser.add_argument("--out", default="peers")
     options = parser.parse_args()
@@ -217,16 +228,13 @@ def main():
     comparison, gguf = Comparison(options), options.gguf
     for model in options.model:
         name, path = model.split("=", 1)
-        if "sampling" in options.only:
+        if "decode" in options.only or "prefill" in options.only:
             comparison.sampling(name, path, gguf)
         if "train" in options.only and (not options.train or name in options.train.split(",")):
             comparison.train(name, path)
         if "gemm" in options.only:
             comparison.gemm(name, path)
         gguf = None
-        machines = [row["freewheel"]["bench"]["machine"] for row in comparison.rows if row["what"] != "gemm"]
-        pathlib.Path(options.out + ".json").write_text(json.dumps(comparison.rows, indent=1))
-        pathlib.Path(options.out + ".md").write_text(report(comparison.rows, machines[0] if machines else None))
 
 
 main()
