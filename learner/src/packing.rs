@@ -6,8 +6,8 @@
 //! Sequences are taken in the order given, so the split is a function of the batch alone. A sequence is never cut:
 //! sequence-level objectives see all of it. One longer than the budget gets a micro-batch of its own.
 
-use freewheel_model::TrainSeq;
 use freewheel_model::vision::ImageTile;
+use freewheel_model::{TrainSeq, UpdatePart};
 use freewheel_types::SamplingParams;
 
 use crate::trainer::{PackedBatch, PackedSequence, PackedTarget};
@@ -56,17 +56,24 @@ pub fn pack(sequences: &[TrainSequence<'_>], budget: usize) -> Vec<PackedBatch> 
                 targets: Vec::new(),
                 sampling: sequence.sampling,
                 sequences: Vec::new(),
-                share: 0.0,
+                part: UpdatePart::default(),
             });
         }
         let batch = batches.last_mut().expect("one was just added");
         match shared.filter(|_| fits) {
             Some(trunk) => push_branch(batch, index, sequence, trunk),
-            None => trunk = Some(push_whole(batch, index, sequence)),
+            None => {
+                let whole = push_whole(batch, index, sequence);
+                // The trunk could have lent the prompt: its rows count there.
+                let prompt = whole.first_row..whole.first_row + sequence.prompt_ids.len();
+                batch.part.repeats.extend(shared.map(|_| prompt));
+                trunk = Some(whole);
+            }
         }
     }
-    let rows: usize = batches.iter().map(|batch| batch.tokens.len()).sum();
-    batches.iter_mut().for_each(|batch| batch.share = batch.tokens.len() as f64 / rows.max(1) as f64);
+    let repeated = |batch: &PackedBatch| batch.part.repeats.iter().map(|rows| rows.len()).sum::<usize>();
+    let rows: usize = batches.iter().map(|batch| batch.tokens.len() - repeated(batch)).sum();
+    batches.iter_mut().for_each(|batch| batch.part.rows = rows);
     batches
 }
 
@@ -206,6 +213,18 @@ mod tests {
         assert_eq!(batch.tokens.len(), 5 + 3 + 5, "a completion's last token is no input");
         let branch = TrainSeq { position: 5, rows: 5 };
         assert_eq!(batch.seqs, [TrainSeq::whole(8), branch], "one token is predicted from the prompt alone");
+    }
+
+    #[test]
+    fn a_prompt_counts_once_however_the_list_is_split() {
+        let ids: Vec<u32> = (0..20).collect();
+        let group: Vec<_> = [4, 1, 6].map(|output| sequence(&ids, 0, 5, output, true)).to_vec();
+        for budget in [1, 9, 13, 100] {
+            let batches = pack(&group, budget);
+            assert!(batches.iter().all(|batch| batch.part.rows == 13), "budget {budget}");
+            let repeats: Vec<_> = batches.iter().flat_map(|batch| &batch.part.repeats).cloned().collect();
+            assert_eq!(repeats, vec![0..5; batches.len() - 1], "budget {budget}");
+        }
     }
 
     #[test]

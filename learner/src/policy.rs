@@ -1,11 +1,14 @@
 //! The weights being trained: f32 masters, their working copy, the gradient, and the model that computes with them.
 
+use std::sync::Arc;
+
 use freewheel_kernels::Threads;
 use freewheel_model::{Adapter, Params};
 use freewheel_types::{Digest, PolicyVersion};
 
 use crate::lora::Lora;
 use crate::optim::{Optimizer, OptimizerSettings, StepOutcome};
+use crate::packing::{TrainSequence, pack};
 use crate::trainer::{ExpertLoad, PackedBatch, PolicyTrainer, TokenGradients, TokenLogProbs};
 
 /// A policy under training.
@@ -100,6 +103,17 @@ impl Policy {
     /// Forward only.
     pub fn log_probs(&self, batch: &PackedBatch) -> TokenLogProbs {
         self.trainer.log_probs(batch)
+    }
+
+    /// The micro-batches of one update on `sequences`, of at most `budget` rows each: see [`pack`]. Losses of routers are over the whole
+    /// update, however it is split; where the experts are not recorded, that of balance costs one more forward pass.
+    pub fn micro_batches(&self, sequences: &[TrainSequence<'_>], budget: usize) -> Vec<PackedBatch> {
+        let mut batches = pack(sequences, budget);
+        if let Some(load) = self.trainer.foresee_experts(&batches) {
+            let choices: Arc<[u64]> = load.counts.into();
+            batches.iter_mut().for_each(|batch| batch.part.choices = choices.clone());
+        }
+        batches
     }
 
     /// Forward, loss, backward; the gradient adds up until [`update`](Self::update).

@@ -12,7 +12,7 @@ use crate::fit::{BatchLoss, FitConfig, FitSummary, fit, policy};
 use crate::flat::flat_section;
 use crate::metrics::MetricsSink;
 use crate::optim::OptimizerConfig;
-use crate::packing::{TrainSequence, pack};
+use crate::packing::TrainSequence;
 use crate::policy::Policy;
 use crate::trainer::TokenGradients;
 use crate::transformer::TransformerTrainer;
@@ -53,6 +53,19 @@ pub struct TokenisedExample {
     pub tiles: Vec<ImageTile>,
     /// Trained on.
     pub output_ids: Vec<u32>,
+}
+
+impl TokenisedExample {
+    /// As the packer takes it.
+    pub fn sequence(&self) -> TrainSequence<'_> {
+        TrainSequence {
+            prompt_ids: &self.prompt_ids,
+            output_ids: &self.output_ids,
+            tiles: &self.tiles,
+            experts: None,
+            sampling: SamplingParams::default(),
+        }
+    }
 }
 
 /// Fine-tunes `model` in place on `examples`, one metrics line a step. Saving it is the caller's: `freewheel_model::save`.
@@ -129,26 +142,16 @@ pub fn train(
     metrics: &dyn MetricsSink,
 ) -> Result<FitSummary, LearnerError> {
     fit(("sft", &config.fit), policy, examples.len(), metrics, |policy, _, picked| {
-        let batch: Vec<TrainSequence> = picked.iter().map(|&i| sequence(&examples[i])).collect();
+        let batch: Vec<TrainSequence> = picked.iter().map(|&i| examples[i].sequence()).collect();
         accumulate(policy, &batch, config.micro_batch_tokens)
     })
-}
-
-fn sequence(example: &TokenisedExample) -> TrainSequence<'_> {
-    TrainSequence {
-        prompt_ids: &example.prompt_ids,
-        output_ids: &example.output_ids,
-        tiles: &example.tiles,
-        experts: None,
-        sampling: SamplingParams::default(),
-    }
 }
 
 /// Adds the gradient of the mean cross-entropy of `batch`.
 pub(crate) fn accumulate(policy: &mut Policy, batch: &[TrainSequence<'_>], budget: usize) -> BatchLoss {
     let tokens: u64 = batch.iter().map(|s| s.output_ids.len() as u64).sum();
     let mut loss = 0.0;
-    for packed in pack(batch, budget) {
+    for packed in policy.micro_batches(batch, budget) {
         policy.accumulate(&packed, &mut |found| {
             loss -= found.logprobs.iter().map(|&x| f64::from(x)).sum::<f64>();
             let gradient = (-1.0 / tokens as f64) as f32;

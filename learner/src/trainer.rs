@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use freewheel_model::vision::ImageTile;
-use freewheel_model::{ParamLayout, Params, Tokenizer, TrainSeq};
+use freewheel_model::{ParamLayout, Params, Tokenizer, TrainSeq, UpdatePart};
 use freewheel_types::{PolicyVersion, PromptBody, SamplingParams};
 
 /// Sequences of one micro-batch, packed without padding.
@@ -26,8 +26,8 @@ pub struct PackedBatch {
     pub sampling: SamplingParams,
     /// Which sequence of the caller's list each packed sequence is, and where its targets lie.
     pub sequences: Vec<PackedSequence>,
-    /// Share of the list's rows that are in this micro-batch.
-    pub share: f64,
+    /// Its part in the update that the whole list makes.
+    pub part: UpdatePart,
 }
 
 /// How many tokens went to each expert.
@@ -40,12 +40,16 @@ pub struct ExpertLoad {
 }
 
 impl ExpertLoad {
-    /// Adds the choices `ids [T, layers, top_k]`.
-    pub fn add(&mut self, ids: &[u16], layers: usize, top_k: usize, experts: usize) {
+    /// Adds the choices `ids [T, layers, top_k]` of the rows of `batch` that count in it.
+    pub fn add(&mut self, batch: &PackedBatch, ids: &[u16], layers: usize, experts: usize) {
         self.experts = experts;
         self.counts.resize(layers * experts, 0);
-        for (i, &id) in ids.iter().enumerate() {
-            self.counts[i / top_k % layers * experts + usize::from(id)] += 1;
+        let (per_row, top_k) = (ids.len() / batch.tokens.len(), ids.len() / batch.tokens.len() / layers);
+        let repeats = |row: &usize| batch.part.repeats.iter().any(|repeat| repeat.contains(row));
+        for row in (0..batch.tokens.len()).filter(|row| !repeats(row)) {
+            for (i, &id) in ids[row * per_row..][..per_row].iter().enumerate() {
+                self.counts[i / top_k * experts + usize::from(id)] += 1;
+            }
         }
     }
 
@@ -128,6 +132,12 @@ pub trait PolicyTrainer: Send {
         loss: &mut dyn FnMut(&TokenLogProbs) -> TokenGradients,
         grads: &mut [f32],
     );
+
+    /// Where the rows of `batches` that count go, where a loss over a whole update asks for it before the first gradient: see
+    /// [`UpdatePart::choices`]. `None` where none does.
+    fn foresee_experts(&self, _batches: &[PackedBatch]) -> Option<ExpertLoad> {
+        None
+    }
 
     /// Where the tokens of all calls of [`accumulate`](Self::accumulate) since the last call went; `None` for a model without experts.
     fn take_expert_load(&mut self) -> Option<ExpertLoad> {

@@ -17,6 +17,8 @@ pub struct TransformerTrainer {
     threads: Threads,
     /// Filled by every backward pass; a model without experts has none.
     load: Option<Mutex<ExpertLoad>>,
+    /// Whether the load-balancing loss is on.
+    balances: bool,
 }
 
 impl TransformerTrainer {
@@ -28,12 +30,14 @@ impl TransformerTrainer {
             weights: PolicyWeights::pack(model, params, version, Purpose::Training, &threads),
             threads,
             load,
+            balances: false,
         }
     }
 
     /// Trains as `config` asks: losses of routers, recomputation, what is frozen.
     pub fn configured(mut self, config: &OptimizerConfig) -> Self {
         self.weights.set_train_options(config.train_options());
+        self.balances = config.balance_coef > 0.0;
         self.freeze_vision(config.freeze_vision)
     }
 
@@ -43,7 +47,7 @@ impl TransformerTrainer {
         self
     }
 
-    fn forward(&self, batch: &PackedBatch) -> (Tape, Vec<Target>, TokenLogProbs) {
+    fn tape(&self, batch: &PackedBatch) -> Tape {
         let tiles: Vec<TileRows> =
             batch.tiles.iter().filter_map(|tile| tile.rows_in(0, batch.tokens.len())).collect();
         let train = TrainBatch {
@@ -52,7 +56,11 @@ impl TransformerTrainer {
             replay: batch.replay.as_deref(),
             tiles: &tiles,
         };
-        let tape = self.weights.forward_train(&self.threads, &train);
+        self.weights.forward_train(&self.threads, &train)
+    }
+
+    fn forward(&self, batch: &PackedBatch) -> (Tape, Vec<Target>, TokenLogProbs) {
+        let tape = self.tape(batch);
         let targets: Vec<Target> =
             batch.targets.iter().map(|t| Target { row: t.row, token: t.token }).collect();
         let LogProbs { logprobs, entropies } =
@@ -81,11 +89,11 @@ impl PolicyTrainer for TransformerTrainer {
         grads: &mut [f32],
     ) {
         let (mut tape, targets, found) = self.forward(batch);
-        tape.set_share(batch.share as f32);
+        tape.set_part(batch.part.clone());
         if let Some(load) = &self.load {
             let spec = self.weights.model().spec();
             let mut load = load.lock().expect("no holder of the lock panics");
-            load.add(tape.experts(), spec.moe_layers(), spec.top_k(), spec.experts());
+            load.add(batch, tape.experts(), spec.moe_layers(), spec.experts());
         }
         let TokenGradients { d_logprobs, d_entropies } = loss(&found);
         let sampling = &batch.sampling;
@@ -100,8 +108,30 @@ impl PolicyTrainer for TransformerTrainer {
         );
     }
 
+    fn foresee_experts(&self, batches: &[PackedBatch]) -> Option<ExpertLoad> {
+        let ask = self.balances && self.load.is_some() && batches.len() > 1;
+        ask.then(|| expert_load(&self.weights, batches, |batch| self.tape(batch)))
+    }
+
     fn take_expert_load(&mut self) -> Option<ExpertLoad> {
         let load = self.load.as_mut()?.get_mut().expect("no holder of the lock panics");
         Some(std::mem::take(load))
     }
+}
+
+/// Where the rows of `batches` that count go: as recorded where that is replayed, else as a forward pass routes them.
+pub(crate) fn expert_load(
+    weights: &PolicyWeights,
+    batches: &[PackedBatch],
+    forward: impl Fn(&PackedBatch) -> Tape,
+) -> ExpertLoad {
+    let spec = weights.model().spec();
+    let mut load = ExpertLoad::default();
+    for batch in batches {
+        match &batch.replay {
+            Some(ids) => load.add(batch, ids, spec.moe_layers(), spec.experts()),
+            None => load.add(batch, forward(batch).experts(), spec.moe_layers(), spec.experts()),
+        }
+    }
+    load
 }

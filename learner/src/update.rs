@@ -220,7 +220,7 @@ impl Pass<'_> {
         let totals = self.batch.totals(self.part.clone());
         let stats = self.batch_stats(policy, &live, &sequences);
         let mut part_loss = 0.0;
-        for packed in pack(&sequences, self.rules.micro_batch_tokens) {
+        for packed in policy.micro_batches(&sequences, self.rules.micro_batch_tokens) {
             out.tokens += packed.tokens.len() as u64;
             policy.accumulate(&packed, &mut |found| {
                 let mut gradients = TokenGradients::default();
@@ -260,7 +260,7 @@ impl Pass<'_> {
             live: &targets[index].1,
         };
         let sequences = sequences(self.batch, &live, self.rules);
-        let packed = pack(&sequences, self.rules.micro_batch_tokens);
+        let packed = critic.model.micro_batches(&sequences, self.rules.micro_batch_tokens);
         packed.iter().map(|packed| critic.accumulate(packed, tokens, &of)).sum()
     }
 

@@ -54,6 +54,6 @@ pub use template::RenderOptions;
 pub use tokenizer::{ChatIds, DecodeStream, Framed, Tokenizer};
 pub use transformer::{
     BatchSeq, ForwardBatch, ForwardOutput, KvCache, LogProbs, PolicyWeights, ProductShape, Purpose, Tape,
-    Target, TileRows, TrainBatch, TrainOptions, TrainSeq, Transformer,
+    Target, TileRows, TrainBatch, TrainOptions, TrainSeq, Transformer, UpdatePart,
 };
 pub use upcycle::{UpcycleOptions, upcycle};

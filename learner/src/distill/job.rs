@@ -9,13 +9,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::loss::{SoftToken, soft_loss};
-use super::teacher::{SoftTargets, Teacher, TopK, sequence};
+use super::teacher::{SoftTargets, Teacher, TopK};
 use crate::LearnerError;
 use crate::fit::{BatchLoss, FitConfig, FitSummary, fit, policy, threads};
 use crate::flat::flat_section;
 use crate::metrics::MetricsSink;
 use crate::optim::OptimizerConfig;
-use crate::packing::{TrainSequence, pack};
+use crate::packing::TrainSequence;
 use crate::policy::Policy;
 use crate::sft::{SftExample, TokenisedExample, tokenise};
 use crate::trainer::{PackedBatch, PackedTarget, TokenGradients};
@@ -202,7 +202,7 @@ fn run(
             Source::Online(teacher) => teacher.say(&batch, config.micro_batch_tokens),
             Source::Learning(teacher, learning) => {
                 let said = teacher.say(&batch, config.micro_batch_tokens);
-                let sequences: Vec<TrainSequence> = batch.iter().map(|example| sequence(example)).collect();
+                let sequences: Vec<TrainSequence> = batch.iter().map(|example| example.sequence()).collect();
                 crate::sft::accumulate(learning, &sequences, config.micro_batch_tokens);
                 learning.update(config.rate(step));
                 teacher.load(learning.weights());
@@ -286,11 +286,11 @@ impl Found {
 
 impl Batch<'_> {
     fn accumulate(&self, policy: &mut Policy) -> Found {
-        let sequences: Vec<TrainSequence> = self.examples.iter().map(|example| sequence(example)).collect();
+        let sequences: Vec<TrainSequence> = self.examples.iter().map(|example| example.sequence()).collect();
         let tokens: usize = sequences.iter().map(|s| s.output_ids.len()).sum();
         let share = 1.0 / tokens as f64;
         let mut out = Found { tokens: tokens as u64, ..Default::default() };
-        for packed in pack(&sequences, self.config.micro_batch_tokens) {
+        for packed in policy.micro_batches(&sequences, self.config.micro_batch_tokens) {
             let expanded = self.expand(&packed);
             policy.accumulate(&expanded, &mut |found| {
                 let mut d_logprobs = vec![0.0f32; found.logprobs.len()];

@@ -7,11 +7,10 @@ use freewheel_model::{LoadedModel, Params};
 use serde_json::json;
 
 use super::job::DistillConfig;
-use super::teacher::sequence;
 use crate::LearnerError;
 use crate::fit::{BatchLoss, FitSummary, fit, policy, threads};
 use crate::metrics::MetricsSink;
-use crate::packing::{TrainSequence, pack};
+use crate::packing::TrainSequence;
 use crate::policy::Policy;
 use crate::sft::{SftExample, TokenisedExample, tokenise};
 use crate::trainer::{PolicyTrainer, TokenGradients};
@@ -93,11 +92,11 @@ fn accumulate(
         .zip(drawn)
         .map(|(prompt, ids)| TokenisedExample { output_ids: ids.clone(), ..(*prompt).clone() })
         .collect();
-    let sequences: Vec<TrainSequence> = written.iter().map(sequence).collect();
+    let sequences: Vec<TrainSequence> = written.iter().map(TokenisedExample::sequence).collect();
     let tokens: usize = drawn.iter().map(Vec::len).sum();
     let share = 1.0 / tokens.max(1) as f64;
     let mut divergence = 0.0;
-    for packed in pack(&sequences, budget) {
+    for packed in policy.micro_batches(&sequences, budget) {
         let likes = teacher.log_probs(&packed).logprobs;
         policy.accumulate(&packed, &mut |found| {
             let gaps =

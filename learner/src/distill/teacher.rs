@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use freewheel_kernels::Threads;
 use freewheel_model::{LoadedModel, Params, PolicyWeights, Purpose, TileRows, TrainBatch, Transformer};
-use freewheel_types::{Digest, PolicyVersion, SamplingParams};
+use freewheel_types::{Digest, PolicyVersion};
 
 use crate::LearnerError;
 use crate::packing::{TrainSequence, pack};
@@ -60,7 +60,7 @@ impl Teacher {
 
     /// What it says about `examples`, in order.
     pub fn say(&self, examples: &[&TokenisedExample], budget: usize) -> Vec<TopK> {
-        let sequences: Vec<TrainSequence> = examples.iter().map(|example| sequence(example)).collect();
+        let sequences: Vec<TrainSequence> = examples.iter().map(|example| example.sequence()).collect();
         let mut said = vec![TopK::default(); examples.len()];
         for packed in pack(&sequences, budget) {
             let tiles: Vec<TileRows> =
@@ -92,16 +92,6 @@ impl Teacher {
         let log_prob = |id: &u32| freewheel_kernels::softmax::log_prob(&stats, logits[*id as usize], 1.0);
         out.logprobs.extend(ids.iter().map(log_prob));
         out.ids.extend(ids);
-    }
-}
-
-pub(super) fn sequence(example: &TokenisedExample) -> TrainSequence<'_> {
-    TrainSequence {
-        prompt_ids: &example.prompt_ids,
-        output_ids: &example.output_ids,
-        tiles: &example.tiles,
-        experts: None,
-        sampling: SamplingParams::default(),
     }
 }
 

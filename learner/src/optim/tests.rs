@@ -5,8 +5,10 @@ use std::sync::Arc;
 
 use freewheel_kernels::Threads;
 use freewheel_model::{ParamData, ParamLayout, Params, TensorKind, TensorSpec};
+use freewheel_types::SamplingParams;
 
 use super::*;
+use crate::packing::{TrainSequence, pack};
 use crate::trainer::ExpertLoad;
 
 fn params() -> Params {
@@ -189,13 +191,19 @@ fn narrow_states_take_less_room_and_follow_the_wide_one() {
     }
 }
 
+fn sequence<'a>(prompt_ids: &'a [u32], output_ids: &'a [u32]) -> TrainSequence<'a> {
+    let sampling = SamplingParams::default();
+    TrainSequence { prompt_ids, output_ids, tiles: &[], experts: None, sampling }
+}
+
 #[test]
 fn corrections_move_towards_balance() {
     let start = large();
     let mut optimiser = Optimizer::new(OptimizerSettings::default(), &start);
     let mut load = ExpertLoad::default();
     // Two rows, one layer, two of three experts each: 2, 1, 1.
-    load.add(&[0, 1, 0, 2], 1, 2, 3);
+    let rows = [sequence(&[1, 2], &[3])];
+    load.add(&pack(&rows, 9)[0], &[0, 1, 0, 2], 1, 3);
     assert_eq!(load.counts, [2, 1, 1]);
     assert!((load.max_violation().unwrap() - 0.5).abs() <= 1e-12);
     optimiser.balance(&load, 0.25);

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use freewheel_model::LoadedModel;
-use freewheel_types::{Prompt, SamplingParams};
+use freewheel_types::Prompt;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -235,11 +235,13 @@ pub fn train(
     let kto = config.preference.loss == PreferenceLoss::Kto;
     let mismatched = if kto { mismatched(data) } else { Vec::new() };
     let budget = config.micro_batch_tokens;
-    let reference = summed(policy, &data.completions.iter().map(sequence).collect::<Vec<_>>(), budget);
-    let mismatched_reference = summed(policy, &mismatched.iter().map(sequence).collect::<Vec<_>>(), budget);
+    let reference =
+        summed(policy, &data.completions.iter().map(TokenisedExample::sequence).collect::<Vec<_>>(), budget);
+    let mismatched_reference =
+        summed(policy, &mismatched.iter().map(TokenisedExample::sequence).collect::<Vec<_>>(), budget);
     fit(("dpo", &config.fit), policy, data.units.len(), metrics, |policy, _, picked| {
         let divergence = if kto {
-            let rows: Vec<TrainSequence> = picked.iter().map(|&i| sequence(&mismatched[i])).collect();
+            let rows: Vec<TrainSequence> = picked.iter().map(|&i| mismatched[i].sequence()).collect();
             let now = summed(policy, &rows, budget);
             let gaps = picked.iter().zip(now).map(|(&i, now)| now - mismatched_reference[i]);
             (gaps.sum::<f64>() / picked.len() as f64).max(0.0)
@@ -261,16 +263,6 @@ fn mismatched(data: &Preferences) -> Vec<TokenisedExample> {
     pairs
         .map(|(prompt, answer)| TokenisedExample { output_ids: answer.output_ids.clone(), ..prompt.clone() })
         .collect()
-}
-
-fn sequence(example: &TokenisedExample) -> TrainSequence<'_> {
-    TrainSequence {
-        prompt_ids: &example.prompt_ids,
-        output_ids: &example.output_ids,
-        tiles: &example.tiles,
-        experts: None,
-        sampling: SamplingParams::default(),
-    }
 }
 
 /// Σ log-probs of each sequence.
@@ -310,12 +302,12 @@ impl Batch<'_> {
         let mut seen = BTreeSet::new();
         indices.retain(|&index| seen.insert(index));
         let sequences: Vec<TrainSequence> =
-            indices.iter().map(|&i| sequence(&self.data.completions[i])).collect();
+            indices.iter().map(|&i| self.data.completions[i].sequence()).collect();
         let budget = self.config.micro_batch_tokens;
         let now: BTreeMap<usize, f64> =
             indices.iter().copied().zip(summed(policy, &sequences, budget)).collect();
         let (mut out, slopes) = self.terms(picked, &now);
-        for packed in pack(&sequences, budget) {
+        for packed in policy.micro_batches(&sequences, budget) {
             policy.accumulate(&packed, &mut |found| {
                 let mut d_logprobs = vec![0.0; found.logprobs.len()];
                 for sequence in &packed.sequences {

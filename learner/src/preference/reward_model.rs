@@ -20,7 +20,8 @@ use crate::metrics::MetricsSink;
 use crate::optim::OptimizerConfig;
 use crate::packing::{TrainSequence, pack};
 use crate::policy::Policy;
-use crate::trainer::{PackedBatch, PolicyTrainer, TokenGradients, TokenLogProbs};
+use crate::trainer::{ExpertLoad, PackedBatch, PolicyTrainer, TokenGradients, TokenLogProbs};
+use crate::transformer::expert_load;
 
 /// The loss of `[reward_model]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -187,7 +188,7 @@ fn accumulate(policy: &mut Policy, pairs: &[&ScoredPair], center_coef: f64, budg
         right += share * ordered(chosen, rejected);
         difference += share * (chosen - rejected);
     }
-    for packed in pack(&sequences, budget) {
+    for packed in policy.micro_batches(&sequences, budget) {
         policy.accumulate(&packed, &mut |found| {
             let mut d_logprobs = vec![0.0; found.logprobs.len()];
             for sequence in &packed.sequences {
@@ -259,18 +260,23 @@ fn scores(
 pub struct ScoreTrainer {
     weights: PolicyWeights,
     threads: Threads,
+    /// Whether the load-balancing loss is on.
+    balances: bool,
 }
 
 impl ScoreTrainer {
     /// Packs `params`.
     pub fn new(model: &Arc<Transformer>, params: &Params, threads: Threads) -> Self {
         let version = PolicyVersion::default();
-        Self { weights: PolicyWeights::pack(model, params, version, Purpose::Training, &threads), threads }
+        let weights = PolicyWeights::pack(model, params, version, Purpose::Training, &threads);
+        Self { weights, threads, balances: false }
     }
 
     /// Trains as `config` asks: losses of routers, recomputation.
     pub fn configured(mut self, config: &OptimizerConfig) -> Self {
         self.weights.set_train_options(config.train_options());
+        let routes = self.weights.model().spec().moe_layers() > 0;
+        self.balances = routes && config.balance_coef > 0.0;
         self
     }
 
@@ -301,6 +307,11 @@ impl PolicyTrainer for ScoreTrainer {
         self.weights.repack(params, version, &self.threads);
     }
 
+    fn foresee_experts(&self, batches: &[PackedBatch]) -> Option<ExpertLoad> {
+        let ask = self.balances && batches.len() > 1;
+        ask.then(|| expert_load(&self.weights, batches, |batch| self.tape(batch)))
+    }
+
     fn log_probs(&self, batch: &PackedBatch) -> TokenLogProbs {
         let (rows, places) = Self::rows(batch);
         let scores = self.tape(batch).logits(&self.threads, &self.weights, &rows);
@@ -316,7 +327,7 @@ impl PolicyTrainer for ScoreTrainer {
     ) {
         let (rows, places) = Self::rows(batch);
         let mut tape = self.tape(batch);
-        tape.set_share(batch.share as f32);
+        tape.set_part(batch.part.clone());
         let scores = tape.logits(&self.threads, &self.weights, &rows);
         let logprobs: Vec<f32> = places.iter().map(|&place| scores[place]).collect();
         let gradients = loss(&TokenLogProbs { entropies: vec![0.0; logprobs.len()], logprobs });

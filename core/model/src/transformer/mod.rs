@@ -37,7 +37,7 @@ use freewheel_kernels::{CodeBits, Quantisation};
 pub use cache::KvCache;
 pub use inference::{BatchSeq, ForwardBatch, ForwardOutput};
 pub use products::ProductShape;
-pub use tape::{LogProbs, Tape, Target, TrainBatch, TrainSeq};
+pub use tape::{LogProbs, Tape, Target, TrainBatch, TrainSeq, UpdatePart};
 pub use vision::TileRows;
 pub use weights::{PolicyWeights, Purpose, TrainOptions};
 

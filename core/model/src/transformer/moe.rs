@@ -4,6 +4,8 @@
 //! one contiguous block of rows. The combination adds a token's experts in the order of their rank, never in the order of
 //! arrival, so a row's bits do not depend on the batch.
 
+use std::ops::Range;
+
 use freewheel_kernels::gemm::matmul;
 use freewheel_kernels::optim::{add_assign, axpy, dot};
 use freewheel_kernels::softmax::{row_stats, softmax_row};
@@ -319,7 +321,7 @@ impl MoeLayer<'_> {
                 &mut d_logits_te,
             ),
         }
-        losses.add_gradient(&saved.logits_te, experts, &routing.ids, &mut d_logits_te);
+        losses.add_gradient(&saved.logits_te, &mut d_logits_te);
         cx.accumulate(Precision::F32, &self.at.router, &d_logits_te, normed_td, rows, grads);
         mlp::add_bias_grad(&d_logits_te, &self.at.router_bias, grads);
         let mut d = cx.pool.take(dx_td.len());
@@ -351,34 +353,41 @@ impl Saved {
     }
 }
 
-/// Weights of a router's own losses on one batch.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct RouterLosses {
-    /// Of E·Σ f·P.
+/// A router's own losses, means over an update of which a batch may be a part.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct RouterLosses<'p> {
+    /// Weight of E·Σ f·P.
     pub balance: f32,
-    /// Of the mean (log Σ exp)².
+    /// Weight of the mean (log Σ exp)².
     pub z: f32,
+    /// Rows of the update.
+    pub rows: usize,
+    /// f: share of the update's choices that went to each expert `[E]`, a constant.
+    pub shares: Vec<f32>,
+    /// Rows of the batch that count elsewhere.
+    pub repeats: &'p [Range<usize>],
 }
 
-impl RouterLosses {
-    /// Adds their gradient at the logits `[T, E]`; the choices `ids [T, K]` count as given.
+impl RouterLosses<'_> {
+    /// Adds their gradient at the logits `[T, E]` of a batch.
     ///
-    /// With p = softmax(z): d/dz_e of E·Σ f·P is E/T · p_e (f_e − Σ f·p), of the mean (log Σ exp z)² it is 2/T · log Σ exp z · p_e.
-    fn add_gradient(&self, logits_te: &[f32], experts: usize, ids: &[u16], d_logits_te: &mut [f32]) {
-        if (self.balance, self.z) == (0.0, 0.0) || ids.is_empty() {
+    /// With p = softmax(z) and N rows in the update: d/dz_e of E·Σ f·P is E/N · p_e (f_e − Σ f·p), of the mean (log Σ exp z)² it is
+    /// 2/N · log Σ exp z · p_e. A row's part depends on nothing else in its batch.
+    fn add_gradient(&self, logits_te: &[f32], d_logits_te: &mut [f32]) {
+        if (self.balance, self.z) == (0.0, 0.0) {
             return;
         }
-        let rows = logits_te.len() / experts;
-        let mut shares = vec![0.0f32; experts];
-        ids.iter().for_each(|&id| shares[usize::from(id)] += 1.0 / ids.len() as f32);
-        let (balance, z) = (self.balance * experts as f32 / rows as f32, 2.0 * self.z / rows as f32);
+        let (experts, rows) = (self.shares.len(), self.rows as f32);
+        let (balance, z) = (self.balance * experts as f32 / rows, 2.0 * self.z / rows);
         let mut p = vec![0.0; experts];
-        for (logits, d_logits) in logits_te.chunks_exact(experts).zip(d_logits_te.chunks_exact_mut(experts)) {
+        let pairs = logits_te.chunks_exact(experts).zip(d_logits_te.chunks_exact_mut(experts));
+        let counts = |row: &usize| !self.repeats.iter().any(|repeat| repeat.contains(row));
+        for (_, (logits, d_logits)) in pairs.enumerate().filter(|(row, _)| counts(row)) {
             p.copy_from_slice(logits);
             softmax_row(&mut p);
             let log_sum = row_stats(logits, 1.0).log_sum_exp;
-            let mean = dot(&shares, &p);
-            for ((d, &p), &share) in d_logits.iter_mut().zip(&p).zip(&shares) {
+            let mean = dot(&self.shares, &p);
+            for ((d, &p), &share) in d_logits.iter_mut().zip(&p).zip(&self.shares) {
                 *d += p * (balance * (share - mean) + z * log_sum);
             }
         }
@@ -393,7 +402,8 @@ mod tests {
     fn gradients_of_the_routers_losses_are_those_of_their_formulas() {
         let (experts, ids) = (4, [0u16, 1, 0, 3, 0, 2]);
         let logits: Vec<f32> = (0..12).map(|i| (i as f32 * 1.7).sin() * 2.0).collect();
-        let losses = RouterLosses { balance: 0.3, z: 0.2 };
+        let shares = vec![0.5, 1.0 / 6.0, 1.0 / 6.0, 1.0 / 6.0];
+        let losses = RouterLosses { balance: 0.3, z: 0.2, rows: 3, shares, repeats: &[] };
         let of = |logits: &[f32]| -> f64 {
             let mut p_mean = vec![0.0f64; experts];
             let mut z = 0.0;
@@ -407,7 +417,7 @@ mod tests {
             0.3 * experts as f64 * balance + 0.2 * z
         };
         let mut got = vec![0.0; 12];
-        losses.add_gradient(&logits, experts, &ids, &mut got);
+        losses.add_gradient(&logits, &mut got);
         for i in 0..12 {
             let at = |by: f32| {
                 let mut moved = logits.clone();
@@ -417,6 +427,12 @@ mod tests {
             let want = (at(1e-2) - at(-1e-2)) / 2e-2;
             assert!((f64::from(got[i]) - want).abs() <= 1e-4, "{i}: {}, not {want}", got[i]);
         }
+        // The second row counts elsewhere.
+        let mut part = vec![0.0; 12];
+        let without = RouterLosses { repeats: &[1..2], ..losses };
+        without.add_gradient(&logits, &mut part);
+        got[4..8].fill(0.0);
+        assert_eq!(part, got);
     }
 
     #[test]

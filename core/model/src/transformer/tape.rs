@@ -4,6 +4,9 @@
 //! batch). Hence a token's log-prob has the bits the sampler reported. A prompt is computed once for its whole group here
 //! too: its other rollouts are branches of the first.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use freewheel_kernels::Threads;
 use freewheel_kernels::attention::KV_BLOCK;
 use freewheel_kernels::norm::{NormScale, rms_norm};
@@ -16,7 +19,7 @@ use super::buffers::Buf;
 use super::head::{CHUNK, HeadRows};
 use super::inference::interleave;
 use super::mlp::{self, Context, Part};
-use super::moe::Saved as SavedMoe;
+use super::moe::{RouterLosses, Saved as SavedMoe};
 use super::places::Places;
 use super::residual::{add_block, add_block_backward};
 use super::vision::{ShownTiles, TileRows};
@@ -66,6 +69,17 @@ pub struct Target {
     pub token: u32,
 }
 
+/// A batch's part in an update that is made of several: losses of routers are means over the whole update, however it is split.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct UpdatePart {
+    /// Rows of the whole update, each counted once.
+    pub rows: usize,
+    /// Where they went: choices of each expert `[MoE layers, E]`. Empty: those of this batch stand for all.
+    pub choices: Arc<[u64]>,
+    /// Rows of this batch that another one of the update counts, as a prompt that both compute; rising.
+    pub repeats: Vec<Range<usize>>,
+}
+
 /// One value for each target.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LogProbs {
@@ -87,8 +101,8 @@ pub struct Tape {
     x_td: Buf,
     /// Experts each token went to `[T, MoE layers, K]`.
     experts: Vec<u16>,
-    /// Share of an update's rows in this batch.
-    share: f32,
+    /// What the losses of routers are taken over; `None`: this batch is the whole update.
+    part: Option<UpdatePart>,
 }
 
 /// What is kept of a layer between forward and backward.
@@ -133,7 +147,7 @@ impl PolicyWeights {
             tiles: None,
             x_td: self.embed(batch.tokens),
             experts: Vec::new(),
-            share: 1.0,
+            part: None,
         };
         tape.tiles = self.show_tiles(&cx, batch.tiles, &mut tape.x_td, true);
         let (rows, moe_layers) = (tape.tokens.len(), self.model.spec().moe_layers());
@@ -227,9 +241,13 @@ impl Tape {
         entering.chain([rms(&self.x_td)]).collect()
     }
 
-    /// Says what share of an update's rows this batch has, 1 unless told: losses of the routers are means over the update.
-    pub fn set_share(&mut self, share: f32) {
-        self.share = share;
+    /// Says of what update this batch is a part; unless told it is the whole of one.
+    ///
+    /// # Panics
+    /// If the choices are those of another model, or the rows of no update.
+    pub fn set_part(&mut self, part: UpdatePart) {
+        assert!(part.rows > 0, "an update has rows");
+        self.part = Some(part);
     }
 
     /// Log-probs and entropies of `targets` under `sampling`.
@@ -330,7 +348,8 @@ impl Tape {
 
     /// From the gradient of the last layer's output down to the embedding.
     fn body_backward(self, cx: &Context, weights: &PolicyWeights, mut dx_td: Buf, grads: &mut [f32]) {
-        let Self { tokens, places, layers, tiles, experts, share, .. } = self;
+        let Self { tokens, places, layers, tiles, experts, part, .. } = self;
+        let part = part.unwrap_or_else(|| UpdatePart { rows: tokens.len(), ..Default::default() });
         let (seqs, copies) = places.seqs();
         let rows = Rows { positions: &places.positions, seqs: &seqs, copies: &copies };
         let mut moe_layer = weights.model.spec().moe_layers();
@@ -345,7 +364,8 @@ impl Tape {
                     weights.layer_forward(cx, &places, &mut x_td, layer, same.as_deref())
                 }
             };
-            weights.layer_backward(cx, layer, saved, &rows, share, &mut dx_td, grads);
+            let losses = weights.router_losses(&part, &experts, (layer, moe_layer));
+            weights.layer_backward(cx, layer, saved, &rows, losses.as_ref(), &mut dx_td, grads);
         }
         let d = weights.model.spec().hidden;
         let shows_tile = |row: usize| tiles.as_ref().is_some_and(|tiles| tiles.covers(row));
@@ -400,7 +420,7 @@ impl PolicyWeights {
         layer: usize,
         saved: SavedLayer,
         rows: &Rows,
-        share: f32,
+        losses: Option<&RouterLosses>,
         dx_td: &mut [f32],
         grads: &mut [f32],
     ) {
@@ -415,8 +435,7 @@ impl PolicyWeights {
             }
             (_, _, SavedFfn::Moe(moe)) => {
                 let layer = self.moe_layer(layer).expect("weights are made from the same bindings");
-                let losses = self.train_options.router_losses(share, self.model.spec().moe_layers());
-                layer.backward(cx, moe, &normed_td, dy_td, t, &losses, grads)
+                layer.backward(cx, moe, &normed_td, dy_td, t, losses.expect("the layer routes"), grads)
             }
             _ => unreachable!("a dense layer saved what a MoE layer needs"),
         };

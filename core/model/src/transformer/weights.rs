@@ -10,6 +10,7 @@ use half::bf16;
 use super::bindings::{FfnBinding, Linear, MlpBinding, UnpackBinding};
 use super::buffers::BufferPool;
 use super::moe::RouterLosses;
+use super::tape::UpdatePart;
 use super::vision::VisionWeights;
 use super::{Quantised, Transformer};
 use crate::params::{ParamData, Params};
@@ -121,19 +122,11 @@ pub struct TrainOptions {
     /// more arithmetic for a fraction of the memory. No bit of a result depends on it.
     pub recompute_layers: bool,
     /// Weight of the load-balancing loss (Fedus et al., arXiv 2101.03961, eq. 4): E·Σ f·P over the experts of a layer, f being the
-    /// share of choices and P the mean softmax of the router's logits in the batch; mean over layers.
+    /// share of choices and P the mean softmax of the router's logits in the update; mean over layers.
     pub balance_coef: f32,
     /// Weight of the z-loss (Zoph et al., arXiv 2202.08906, eq. 5): the mean square of the logarithm of Σ exp over a router's
     /// logits; mean over layers.
     pub z_coef: f32,
-}
-
-impl TrainOptions {
-    /// Weights for one of `layers` routers on a batch with this share of the rows.
-    pub(super) fn router_losses(&self, share: f32, layers: usize) -> RouterLosses {
-        let weight = share / layers.max(1) as f32;
-        RouterLosses { balance: self.balance_coef * weight, z: self.z_coef * weight }
-    }
 }
 
 impl PackedLinear {
@@ -217,6 +210,36 @@ impl PolicyWeights {
     /// How training passes are made from now on.
     pub fn set_train_options(&mut self, options: TrainOptions) {
         self.train_options = options;
+    }
+
+    /// The losses of the router of `layer`, the `moe_layer`-th that routes, on a batch that is `part` of an update and whose rows went
+    /// to `experts [T, MoE layers, K]`; `None` if it does not route.
+    pub(super) fn router_losses<'p>(
+        &self,
+        part: &'p UpdatePart,
+        experts: &[u16],
+        (layer, moe_layer): (usize, usize),
+    ) -> Option<RouterLosses<'p>> {
+        let of_layer = self.moe_layer(layer)?.spec.experts;
+        let spec = self.model.spec();
+        let (layers, width, options) = (spec.moe_layers(), spec.experts(), &self.train_options);
+        let mut counts = vec![0u64; width];
+        if part.choices.is_empty() {
+            let chosen = experts.chunks_exact(spec.top_k()).skip(moe_layer).step_by(layers);
+            chosen.flatten().for_each(|&id| counts[usize::from(id)] += 1);
+        } else {
+            assert_eq!(part.choices.len(), layers * width, "choices of another model");
+            counts.copy_from_slice(&part.choices[moe_layer * width..][..width]);
+        }
+        let sum = counts.iter().sum::<u64>().max(1) as f64;
+        counts.truncate(of_layer);
+        Some(RouterLosses {
+            balance: options.balance_coef / layers as f32,
+            z: options.z_coef / layers as f32,
+            rows: part.rows,
+            shares: counts.iter().map(|&count| (count as f64 / sum) as f32).collect(),
+            repeats: &part.repeats,
+        })
     }
 
     /// Which version these weights are.
