@@ -116,6 +116,7 @@ struct Run {
     shutdown: CancellationToken,
     metrics: watch::Receiver<ActorMetrics>,
     actor: Option<JoinHandle<Result<ActorMetrics, ActorError>>>,
+    greedy_last: bool,
 }
 
 impl Run {
@@ -128,7 +129,8 @@ impl Run {
         }
         let (_, metrics) = watch::channel(ActorMetrics::default());
         let store = MemoryStore::new(&config);
-        Self { queue, store, clock, shutdown: CancellationToken::new(), metrics, actor: None }
+        let shutdown = CancellationToken::new();
+        Self { queue, store, clock, shutdown, metrics, actor: None, greedy_last: false }
     }
 
     async fn publish(&self, payload: WeightsPayload) {
@@ -152,6 +154,7 @@ impl Run {
             loader: FakeLoader,
             codec: Arc::new(FakeCodec),
             eos_ids: vec![EOS],
+            greedy_last: self.greedy_last,
             lease: Duration::from_secs(60),
             metrics: sender,
         };
@@ -218,6 +221,29 @@ async fn tasks_in_rollouts_out() {
     assert_eq!(run.store.actors().await.unwrap(), [(ActorId("actor-0".to_owned()), version(0))]);
     let last = run.end().await;
     assert_eq!((last.rollouts, last.version, last.kv_pages_used), (18, Some(version(0)), 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_sample_of_a_group_may_be_a_greedy_one() {
+    let tasks = [task(0, "abc", 4, 0)];
+    let mut run = Run::new(QueueConfig::default(), &tasks).await;
+    run.greedy_last = true;
+    run.begin();
+    run.publish(payload(0, 0, None)).await;
+    let rollouts = run.collect(4).await;
+    for (id, rollout) in &rollouts {
+        let greedy = id.index() == 3;
+        assert_eq!(rollout.sampling.is_greedy(), greedy);
+        let drawn = Request { sampling: rollout.sampling, ..as_request(&tasks[0]) };
+        let expected = reference(&drawn, *id, version(0));
+        assert_eq!(
+            (&rollout.output_ids, &rollout.behaviour_logprobs),
+            (&expected.output_ids, &expected.logprobs)
+        );
+        assert_eq!(greedy, rollout.behaviour_logprobs.iter().all(|&logprob| logprob == 0.0));
+    }
+    run.until("the task ends", |metrics| metrics.tasks == 0 && metrics.rollouts == 4).await;
+    run.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -352,6 +378,7 @@ async fn an_engine_that_cannot_be_made_is_an_error_with_its_cure() {
         loader: FakeLoader,
         codec: Arc::new(FakeCodec),
         eos_ids: vec![],
+        greedy_last: false,
         lease: Duration::from_secs(60),
         metrics: sender,
     };

@@ -23,6 +23,8 @@ use crate::consumed::IdSet;
 pub enum Arrival {
     /// With a reward record.
     Scored(Box<ScoredRollout>),
+    /// A greedy completion that its group is compared with, with a reward record: not to be trained on.
+    Baseline(Box<ScoredRollout>),
     /// It came, but cannot be used.
     Bad(RolloutId),
     /// It will never come.
@@ -42,14 +44,14 @@ impl Arrival {
     /// Which rollout.
     pub fn rollout(&self) -> RolloutId {
         match self {
-            Self::Scored(scored) => scored.rollout.id,
+            Self::Scored(scored) | Self::Baseline(scored) => scored.rollout.id,
             Self::Bad(rollout) | Self::Abandoned { rollout, .. } => *rollout,
         }
     }
 
     fn group_size(&self) -> Option<u32> {
         match self {
-            Self::Scored(scored) => Some(scored.rollout.group_size),
+            Self::Scored(scored) | Self::Baseline(scored) => Some(scored.rollout.group_size),
             Self::Abandoned { group_size, .. } => Some(*group_size),
             Self::Bad(_) => None,
         }
@@ -57,7 +59,7 @@ impl Arrival {
 
     fn prompt(&self) -> Option<PromptId> {
         match self {
-            Self::Scored(scored) => Some(scored.rollout.prompt.id),
+            Self::Scored(scored) | Self::Baseline(scored) => Some(scored.rollout.prompt.id),
             Self::Abandoned { prompt, .. } => Some(*prompt),
             Self::Bad(_) => None,
         }
@@ -101,14 +103,25 @@ impl Group {
     /// Members that were judged, also those that got no reward, in sample order.
     pub fn judged(&self) -> impl Iterator<Item = &ScoredRollout> {
         self.members.values().filter_map(|arrival| match arrival {
-            Arrival::Scored(scored) => Some(&**scored),
+            Arrival::Scored(scored) | Arrival::Baseline(scored) => Some(&**scored),
+            Arrival::Bad(_) | Arrival::Abandoned { .. } => None,
+        })
+    }
+
+    /// Members with a reward that may be trained on, in sample order.
+    pub fn scored(&self) -> impl Iterator<Item = &ScoredRollout> {
+        self.members.values().filter_map(|arrival| match arrival {
+            Arrival::Scored(scored) if scored.reward.reward().is_some() => Some(&**scored),
             _ => None,
         })
     }
 
-    /// Members with a reward, in sample order.
-    pub fn scored(&self) -> impl Iterator<Item = &ScoredRollout> {
-        self.judged().filter(|scored| scored.reward.reward().is_some())
+    /// Reward of the greedy completion that the group is compared with, where there is one and it was scored.
+    pub fn baseline(&self) -> Option<&ScoredRollout> {
+        self.members.values().find_map(|arrival| match arrival {
+            Arrival::Baseline(scored) if scored.reward.reward().is_some() => Some(&**scored),
+            _ => None,
+        })
     }
 
     /// Members that leave on their own account, whatever becomes of the rest.
@@ -116,6 +129,7 @@ impl Group {
         let reason = |arrival: &Arrival| match arrival {
             Arrival::Scored(scored) if scored.reward.reward().is_some() => None,
             Arrival::Scored(_) => Some(DropReason::Unscored),
+            Arrival::Baseline(_) => Some(DropReason::Baseline),
             Arrival::Bad(_) | Arrival::Abandoned { .. } => Some(DropReason::Invalid),
         };
         self.members.values().filter_map(|arrival| Some((arrival.rollout(), reason(arrival)?))).collect()
@@ -125,7 +139,7 @@ impl Group {
     pub fn given_up(&self) -> Option<&str> {
         self.members.values().find_map(|arrival| match arrival {
             Arrival::Abandoned { reason, .. } => Some(reason.as_str()),
-            Arrival::Scored(_) | Arrival::Bad(_) => None,
+            Arrival::Scored(_) | Arrival::Baseline(_) | Arrival::Bad(_) => None,
         })
     }
 
@@ -171,9 +185,21 @@ pub struct GroupRules {
     pub group_size: u32,
     /// Whether a group must hold different rewards, because only differences within it are credited.
     pub needs_contrast: bool,
+    /// Whether a group has a greedy member that the others are compared with.
+    pub greedy_baseline: bool,
 }
 
 impl GroupRules {
+    /// What an arrival is to its group.
+    fn place(&self, arrival: Arrival) -> Arrival {
+        match arrival {
+            Arrival::Scored(scored) if self.greedy_baseline && scored.rollout.sampling.is_greedy() => {
+                Arrival::Baseline(scored)
+            }
+            other => other,
+        }
+    }
+
     /// Why a whole group cannot be trained on, if it cannot. Depends on the group alone.
     fn verdict(&self, group: &Group) -> Option<DropReason> {
         let scored = group.scored().count() as u32;
@@ -182,9 +208,13 @@ impl GroupRules {
             return Some(if unscored { DropReason::Unscored } else { DropReason::Invalid });
         }
         // A group of one has no baseline of its own; it is for objectives that compare across the batch.
+        let baseline = group.baseline();
+        if self.greedy_baseline && baseline.is_none() {
+            return Some(DropReason::Unscored);
+        }
         let informative = !self.needs_contrast
             || group.members.len() == 1
-            || is_informative(group.scored().map(|s| s.reward.reward()))
+            || is_informative(group.scored().chain(baseline).map(|s| s.reward.reward()))
             || group.costs_differ();
         (!informative).then_some(DropReason::ZeroSignal)
     }
@@ -241,6 +271,7 @@ impl Assembly {
 
     /// Takes an arrival. Returns the group, if this ended it without making it ready.
     pub fn insert(&mut self, arrival: Arrival) -> Option<SettledGroup> {
+        let arrival = self.rules.place(arrival);
         let id = arrival.rollout();
         if !self.seen.insert(id.0) {
             self.ledger.duplicates += 1;
@@ -362,7 +393,8 @@ mod tests {
     use crate::report::outcome;
     use crate::testing::{arrival, scored, unscored};
 
-    const RULES: GroupRules = GroupRules { min_valid: 2, group_size: 3, needs_contrast: true };
+    const RULES: GroupRules =
+        GroupRules { min_valid: 2, group_size: 3, needs_contrast: true, greedy_baseline: false };
 
     fn sample(index: u32, reward: f32) -> Arrival {
         Arrival::Scored(Box::new(scored(0, index, PolicyVersion::default(), reward)))
@@ -415,6 +447,38 @@ mod tests {
         assert_eq!((summary.prompt, summary.reward_mean), (Some(PromptId([1; 16])), None));
         let bad = |index| Arrival::Bad(TaskId(0).rollout(index));
         assert_eq!(fate([bad(0), bad(1), bad(2)]).0, Some(DropReason::Invalid), "its size is the run's");
+    }
+
+    #[test]
+    fn a_greedy_member_is_what_the_others_are_compared_with() {
+        let rules = GroupRules { greedy_baseline: true, ..RULES };
+        let greedy = |index, reward| {
+            let mut scored = scored(0, index, PolicyVersion::default(), reward);
+            scored.rollout.sampling = freewheel_types::SamplingParams::GREEDY;
+            Arrival::Scored(Box::new(scored))
+        };
+        let whole = |members: [Arrival; 3]| {
+            let mut assembly = Assembly::new(rules);
+            let ended: Vec<DropReason> =
+                members.into_iter().filter_map(|member| assembly.insert(member)).map(|s| s.reason).collect();
+            (ended.first().copied(), assembly)
+        };
+        // Both samples are right and the greedy one is wrong: there is a contrast.
+        let (reason, mut assembly) = whole([sample(0, 1.0), sample(1, 1.0), greedy(2, 0.0)]);
+        assert_eq!((reason, assembly.ledger().held()), (None, 3));
+        let groups = assembly.take(&[TaskId(0)]);
+        assert_eq!(groups[0].baseline().and_then(|s| s.reward.reward()), Some(0.0));
+        assert_eq!((groups[0].scored().count(), groups[0].judged().count()), (2, 3));
+        assembly.trained(&groups);
+        let ledger = assembly.ledger();
+        assert_eq!((ledger.trained, ledger.dropped.get(DropReason::Baseline), ledger.held()), (2, 1, 0));
+        let told = outcome(&groups[0], PolicyVersion::new(1, 4), GroupFate::Trained { step: 5 });
+        assert_eq!(told.dropped, [(TaskId(0).rollout(2), DropReason::Baseline)]);
+        assert_eq!((told.scored, told.correct), (2, 2), "what is believed of the prompt is by drawn samples");
+        assert_eq!(whole([sample(0, 1.0), sample(1, 1.0), greedy(2, 1.0)]).0, Some(DropReason::ZeroSignal));
+        let (reason, assembly) = whole([sample(0, 1.0), sample(1, 0.0), Arrival::Bad(TaskId(0).rollout(2))]);
+        assert_eq!(reason, Some(DropReason::Unscored), "nothing to compare with");
+        assert_eq!((assembly.ledger().held(), assembly.ledger().dropped.total()), (0, 3));
     }
 
     #[test]

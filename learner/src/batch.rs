@@ -21,6 +21,8 @@ pub struct TrainingSample<'a> {
     pub tiles: Arc<[ImageTile]>,
     /// Its reward, shaping included.
     pub reward: f64,
+    /// That of its group's greedy completion, where there is one.
+    pub greedy: Option<f64>,
     /// Credit of each token `[T]`; empty until [`Batch::assign_credit`].
     pub advantages: Vec<f64>,
     /// What the critic's values are to become `[T]`, where there is a critic.
@@ -78,12 +80,14 @@ impl<'a> Batch<'a> {
             let live =
                 |(s, mask): (&ScoredRollout, &Vec<bool>)| live_tokens(mask, &s.rollout.behaviour_logprobs);
             let group_tokens = group.scored().zip(&masks).map(live).sum();
+            let greedy = group.baseline().map(|s| shaped_reward(s, config, length_max));
             let mut shown = Shown::default();
             for (scored, loss_mask) in group.scored().zip(masks) {
                 samples.push(TrainingSample {
                     scored,
                     tiles: shown.tiles(images, scored),
                     reward: shaped_reward(scored, config, length_max),
+                    greedy,
                     advantages: Vec::new(),
                     returns: None,
                     loss_mask,
@@ -105,6 +109,7 @@ impl<'a> Batch<'a> {
             CreditSample {
                 reward: sample.reward,
                 tokens: sample.scored.rollout.len() as u64,
+                greedy: sample.greedy,
                 components: sample.scored.reward.components.iter().map(|c| c.value.map(f64::from)).collect(),
                 live: sample.live(),
                 penalties: of(&sources.penalties),

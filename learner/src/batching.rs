@@ -128,7 +128,7 @@ mod tests {
         ) {
             let rules = BatchRules { groups_per_step, window, max_staleness };
             let rng = CounterRng::new(seed, 0);
-            let mut assembly = Assembly::new(GroupRules { min_valid: 2, group_size: 3, needs_contrast: true });
+            let mut assembly = Assembly::new(GroupRules { min_valid: 2, group_size: 3, needs_contrast: true, greedy_baseline: false });
             let mut overtaking = Overtaking::default();
             // Under way: task and how many members arrived; issued at a step.
             let mut under_way: BTreeMap<u64, (u32, u64)> = BTreeMap::new();
@@ -179,7 +179,12 @@ mod tests {
     #[test]
     fn a_straggler_is_overtaken_at_most_window_times_and_then_waited_for() {
         let rules = BatchRules { groups_per_step: 1, window: 2, max_staleness: 10 };
-        let mut assembly = Assembly::new(GroupRules { min_valid: 2, group_size: 3, needs_contrast: true });
+        let mut assembly = Assembly::new(GroupRules {
+            min_valid: 2,
+            group_size: 3,
+            needs_contrast: true,
+            greedy_baseline: false,
+        });
         let mut overtaking = Overtaking::default();
         insert(&mut assembly, &mut overtaking, 0, 0, 0);
         for task in 1..5 {
@@ -201,7 +206,12 @@ mod tests {
     #[test]
     fn a_group_from_weights_that_do_not_exist_is_stale() {
         let rules = BatchRules { groups_per_step: 1, window: 0, max_staleness: 10 };
-        let mut assembly = Assembly::new(GroupRules { min_valid: 2, group_size: 3, needs_contrast: true });
+        let mut assembly = Assembly::new(GroupRules {
+            min_valid: 2,
+            group_size: 3,
+            needs_contrast: true,
+            greedy_baseline: false,
+        });
         let mut overtaking = Overtaking::default();
         (0..3).for_each(|index| insert(&mut assembly, &mut overtaking, 0, index, 7));
         assert_eq!(overtaking.stale(&rules, &assembly, 6), [TaskId(0)]);

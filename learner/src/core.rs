@@ -68,6 +68,8 @@ pub struct LearnerParts {
     pub tokenizer: Digest,
     /// Reads the images of prompts.
     pub images: Arc<dyn PromptImages>,
+    /// Where the initial weights came from: what an adapter names as its base.
+    pub base: String,
     /// The run's folder.
     pub run_dir: PathBuf,
     /// Where files go.
@@ -121,8 +123,9 @@ pub struct Learner {
 fn group_rules(parts: &LearnerParts) -> GroupRules {
     GroupRules {
         min_valid: parts.config.min_valid,
-        group_size: parts.group_size,
+        group_size: parts.group_size + parts.config.loss.needs_greedy() as u32,
         needs_contrast: parts.config.loss.advantage_config().kind.needs_contrast(),
+        greedy_baseline: parts.config.loss.needs_greedy(),
     }
 }
 
@@ -311,6 +314,8 @@ impl Learner {
             weights: self.policy().weights(),
             optimizer: self.policy().optimizer(),
             critic: self.companions.critic().map(|critic| critic.model.optimizer()),
+            adapter: self.policy().adapter(),
+            base: self.parts.base.clone(),
             reference: self.companions.moving_reference(),
             curriculum: curriculum.as_deref(),
         };

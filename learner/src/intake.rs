@@ -278,7 +278,7 @@ impl Intake {
 /// The record of an arrival, and the arrival where the record does not carry it whole.
 fn record(arrival: Arrival, reason: Option<String>) -> (Record, Option<Arrival>) {
     match arrival {
-        Arrival::Scored(scored) => (Record::Consumed(scored), None),
+        Arrival::Scored(scored) | Arrival::Baseline(scored) => (Record::Consumed(scored), None),
         Arrival::Bad(rollout) => {
             let reason = reason.unwrap_or_default();
             (Record::Bad(BadRollout { rollout, reason }), Some(Arrival::Bad(rollout)))

@@ -157,6 +157,7 @@ pub fn parts(config: &LearnerConfig, run_dir: &Path, disk: Arc<dyn Disk>) -> Lea
         max_new_tokens: 8,
         tokenizer: Digest::of(b"tokenizer"),
         images: Arc::new(TextOnly),
+        base: "base".into(),
         run_dir: run_dir.to_owned(),
         writer: Box::new(PlainWriter(disk.clone())),
         disk,

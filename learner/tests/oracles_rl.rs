@@ -318,6 +318,7 @@ fn credited(
         CreditSample {
             reward: scores[b],
             tokens: masks[b].len() as u64,
+            greedy: None,
             components: vec![],
             live: masks[b].clone(),
             penalties: Some((0..masks[b].len()).map(|t| own(t) - rewards[b][t]).collect()),
@@ -355,8 +356,11 @@ fn reinforce_pp(draw: &Draw, case: &Value) -> Outcome {
     if kl_coef == 0.0 {
         // Without KL in the reward the per-sample form of the config must say the same.
         let tokens = |mask: &Vec<bool>| mask.iter().filter(|m| **m).count() as u64;
-        let sample =
-            |(reward, mask): (&f64, &Vec<bool>)| Sample { reward: Some(*reward), tokens: tokens(mask) };
+        let sample = |(reward, mask): (&f64, &Vec<bool>)| Sample {
+            reward: Some(*reward),
+            tokens: tokens(mask),
+            greedy: None,
+        };
         let all: Vec<Sample> = scores.iter().zip(&masks).map(sample).collect();
         let settings = AdvantageConfig { kind: Advantage::ReinforcePp, ..Default::default() };
         let scalar = flat(&advantages(&settings, &[all]));
@@ -416,7 +420,7 @@ fn losses_and_their_gradients() {
 }
 
 fn samples(scores: &[Option<f64>], group: usize) -> Vec<Vec<Sample>> {
-    let sample = |&reward: &Option<f64>| Sample { reward, tokens: 1 };
+    let sample = |&reward: &Option<f64>| Sample { reward, tokens: 1, greedy: None };
     scores.chunks(group).map(|group| group.iter().map(sample).collect()).collect()
 }
 

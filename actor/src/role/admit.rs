@@ -114,16 +114,23 @@ impl<W> Admission<W> {
                 return Ok(true);
             }
         };
-        let request = Request {
-            id: task.id.0,
-            prompt_ids: prompt.ids,
-            tiles: prompt.tiles,
-            samples: missing.into_iter().map(|k| SampleSpec { rollout: task.id.rollout(k) }).collect(),
-            seed: task.seed,
-            sampling: shared.config.sampling(),
-            max_new_tokens: shared.config.max_new_tokens,
-            stop: self.stop_spec.clone(),
-        };
-        Ok(self.commands.send_async(Command::Submit(request)).await.is_ok())
+        let sampling = |k: u32| shared.sampling(k, task.group_size);
+        // Samples that are drawn alike are one request: all, or all but a greedy one.
+        for samples in missing.chunk_by(|&a, &b| sampling(a) == sampling(b)) {
+            let request = Request {
+                id: task.id.0,
+                prompt_ids: prompt.ids.clone(),
+                tiles: prompt.tiles.clone(),
+                samples: samples.iter().map(|&k| SampleSpec { rollout: task.id.rollout(k) }).collect(),
+                seed: task.seed,
+                sampling: sampling(samples[0]),
+                max_new_tokens: shared.config.max_new_tokens,
+                stop: self.stop_spec.clone(),
+            };
+            if self.commands.send_async(Command::Submit(request)).await.is_err() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 }

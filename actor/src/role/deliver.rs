@@ -49,7 +49,7 @@ async fn deliver_one(shared: &Shared, sample: Finished) {
         experts: sample.experts,
         text: sample.text,
         finish_reason: sample.finish_reason,
-        sampling: shared.config.sampling(),
+        sampling: shared.sampling(sample.rollout.index(), held.task.group_size),
         actor: shared.actor.clone(),
         generation_s: sample.generation_s,
     };

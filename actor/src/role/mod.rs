@@ -28,7 +28,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use freewheel_queue::{PolicyStore, QueueError, RolloutQueue, RunControl};
-use freewheel_types::{ActorId, PolicyVersion, TaskId};
+use freewheel_types::{ActorId, PolicyVersion, SamplingParams, TaskId};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -64,6 +64,8 @@ pub struct ActorDeps<L: PolicyLoader> {
     pub codec: Arc<dyn PromptCodec>,
     /// End-of-sequence ids of the model.
     pub eos_ids: Vec<u32>,
+    /// Whether the last sample of every group is a greedy one: what the learner compares the others with.
+    pub greedy_last: bool,
     /// How long a lease lasts: `queue.lease_s`.
     pub lease: Duration,
     /// Told several times a second.
@@ -73,6 +75,7 @@ pub struct ActorDeps<L: PolicyLoader> {
 /// What the tasks of one actor share.
 struct Shared {
     config: ActorConfig,
+    greedy_last: bool,
     actor: ActorId,
     queue: Arc<dyn RolloutQueue>,
     held: Held,
@@ -94,6 +97,14 @@ struct Counters {
 }
 
 impl Shared {
+    /// How sample `index` of a task of `group_size` is drawn.
+    fn sampling(&self, index: u32, group_size: u32) -> SamplingParams {
+        match self.greedy_last && index + 1 == group_size {
+            true => SamplingParams::GREEDY,
+            false => self.config.sampling(),
+        }
+    }
+
     /// Tries as long as the queue is out of reach; [`QueueError::Stopping`] if told to give up meanwhile.
     async fn retry<T, F>(&self, what: &'static str, mut call: impl FnMut() -> F) -> Result<T, QueueError>
     where
@@ -163,12 +174,13 @@ pub async fn run<L: PolicyLoader>(
     deps: ActorDeps<L>,
     shutdown: CancellationToken,
 ) -> Result<ActorMetrics, ActorError> {
-    let ActorDeps { actor, queue, store, loader, codec, eos_ids, lease, metrics } = deps;
+    let ActorDeps { actor, queue, store, loader, codec, eos_ids, greedy_last, lease, metrics } = deps;
     let (stop, abandon) = (shutdown.child_token(), CancellationToken::new());
     let counters = Counters::default();
     let mut puller = Puller::new(store.clone(), loader, &actor.0, counters.bad_weights.clone());
     let shared = Arc::new(Shared {
         config,
+        greedy_last,
         actor,
         queue,
         held: Held::default(),

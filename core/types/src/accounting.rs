@@ -16,12 +16,14 @@ pub enum DropReason {
     Invalid,
     /// The same rollout id had been consumed before.
     Duplicate,
+    /// Its reward was what its group was compared with (ReMax); it was never meant to be trained on.
+    Baseline,
 }
 
 impl DropReason {
     /// Every reason, in the order of the metrics.
-    pub const ALL: [Self; 5] =
-        [Self::Stale, Self::ZeroSignal, Self::Unscored, Self::Invalid, Self::Duplicate];
+    pub const ALL: [Self; 6] =
+        [Self::Stale, Self::ZeroSignal, Self::Unscored, Self::Invalid, Self::Duplicate, Self::Baseline];
 
     /// Metric suffix: `accounting/dropped_<name>`.
     pub fn name(self) -> &'static str {
@@ -31,6 +33,7 @@ impl DropReason {
             Self::Unscored => "unscored",
             Self::Invalid => "invalid",
             Self::Duplicate => "duplicate",
+            Self::Baseline => "baseline",
         }
     }
 }
@@ -38,7 +41,7 @@ impl DropReason {
 /// Rollouts dropped, by reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Dropped {
-    counts: [u64; 5],
+    counts: [u64; 6],
 }
 
 impl Dropped {

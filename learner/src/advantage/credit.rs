@@ -31,6 +31,8 @@ pub struct CreditSample {
     pub reward: f64,
     /// Its tokens, masked ones too: what length-weighted baselines count.
     pub tokens: u64,
+    /// Reward of its group's greedy completion, where there is one.
+    pub greedy: Option<f64>,
     /// Raw values of its reward components.
     pub components: Vec<Option<f64>>,
     /// True on tokens that count.
@@ -85,7 +87,12 @@ fn broadcast(rules: &CreditRules, groups: &[Vec<CreditSample>]) -> Vec<TokenCred
             sums.into_iter().flatten().map(|sum| sum.unwrap_or(0.0) - config.shift).collect()
         }
         _ => {
-            let sample = |s: &CreditSample| Sample { reward: Some(s.reward - penalty(s)), tokens: s.tokens };
+            // The greedy completion pays no divergence: it is no draw, and no model is asked about it.
+            let sample = |s: &CreditSample| Sample {
+                reward: Some(s.reward - penalty(s)),
+                tokens: s.tokens,
+                greedy: s.greedy,
+            };
             let samples: Vec<Vec<Sample>> = groups.iter().map(|g| g.iter().map(sample).collect()).collect();
             advantages(config, &samples).into_iter().flatten().map(|a| a.expect("all are scored")).collect()
         }

@@ -16,6 +16,11 @@ pub(super) fn evaluate(config: &AdvantageConfig, groups: &[Vec<Scored>]) -> Vec<
             each(&|group| divided(centred(group), scale))
         }
         Advantage::Rloo => each(&leave_one_out),
+        Advantage::Remax => {
+            let over =
+                |s: &Scored| s.reward - s.greedy.expect("remax needs a greedy completion of every group");
+            each(&|group| group.iter().map(over).collect())
+        }
         Advantage::Opo => each(&|group| minus(group, weighted_mean(group))),
         Advantage::Maxrl => each(&|group| match mean(group) {
             baseline if baseline > 0.0 => divided(minus(group, baseline), baseline),
@@ -28,8 +33,11 @@ pub(super) fn evaluate(config: &AdvantageConfig, groups: &[Vec<Scored>]) -> Vec<
         Advantage::ReinforcePpBaseline => whitened_by_token(each(&centred), groups),
         Advantage::Magistral => {
             let centred = each(&centred);
-            let all: Vec<Scored> =
-                centred.iter().flatten().map(|&reward| Scored { reward, tokens: 1.0 }).collect();
+            let all: Vec<Scored> = centred
+                .iter()
+                .flatten()
+                .map(|&reward| Scored { reward, tokens: 1.0, greedy: None })
+                .collect();
             let (centre, scale) = (if all.is_empty() { 0.0 } else { mean(&all) }, deviation(&all) + eps);
             centred.into_iter().map(|group| group.iter().map(|x| (x - centre) / scale).collect()).collect()
         }
@@ -126,7 +134,11 @@ mod tests {
     use super::*;
 
     fn samples(rewards: &[f64]) -> Vec<Sample> {
-        rewards.iter().zip(1..).map(|(&reward, tokens)| Sample { reward: Some(reward), tokens }).collect()
+        rewards
+            .iter()
+            .zip(1..)
+            .map(|(&reward, tokens)| Sample { reward: Some(reward), tokens, greedy: None })
+            .collect()
     }
 
     fn one(kind: Advantage, rewards: &[f64]) -> Vec<f64> {
@@ -156,6 +168,15 @@ mod tests {
     }
 
     #[test]
+    fn a_greedy_completion_is_a_baseline_of_its_own_group() {
+        let config = AdvantageConfig { kind: Advantage::Remax, ..Default::default() };
+        let group =
+            |greedy: f64| samples(&[1.0, 0.0]).into_iter().map(move |s| Sample { greedy: Some(greedy), ..s });
+        let got = advantages(&config, &[group(1.0).collect(), group(0.25).collect()]);
+        assert_eq!(got, [[Some(0.0), Some(-1.0)], [Some(0.75), Some(-0.25)]]);
+    }
+
+    #[test]
     fn leave_one_out_is_the_centred_one_scaled() {
         let rewards = [0.3, 0.9, -0.4, 0.1, 0.1];
         let scaled: Vec<f64> = one(Advantage::DrGrpo, &rewards).iter().map(|x| x * 5.0 / 4.0).collect();
@@ -165,13 +186,16 @@ mod tests {
     #[test]
     fn unscored_is_left_out_and_not_zero() {
         let mut group = samples(&[1.0, 0.5]);
-        group.insert(1, Sample { reward: None, tokens: 9 });
+        group.insert(1, Sample { reward: None, tokens: 9, greedy: None });
         for kind in
             [Advantage::DrGrpo, Advantage::Grpo, Advantage::Rloo, Advantage::Opo, Advantage::ReinforcePp]
         {
             let config = AdvantageConfig { kind, ..Default::default() };
             let with = advantages(&config, &[group.clone()]).remove(0);
-            let lengths = [Sample { reward: Some(1.0), tokens: 1 }, Sample { reward: Some(0.5), tokens: 2 }];
+            let lengths = [
+                Sample { reward: Some(1.0), tokens: 1, greedy: None },
+                Sample { reward: Some(0.5), tokens: 2, greedy: None },
+            ];
             let without = advantages(&config, &[lengths.to_vec()]).remove(0);
             assert_eq!(with, [without[0], None, without[1]], "{kind:?}");
         }

@@ -31,6 +31,8 @@ pub enum Advantage {
     BatchStd,
     /// R − length-weighted mean of the group, the variance-optimal baseline (OPO, 2505.23585).
     Opo,
+    /// R − the reward of a greedy completion of the same prompt (ReMax, 2310.10505): one more sample a group, not trained on.
+    Remax,
     /// (R − mean of the group) / mean of the group: hard prompts weigh ~1/p (MaxRL). A group whose mean is not above 0 gets 0.
     Maxrl,
     /// Only the best sample of a group: (best − second) / (standard deviation + eps) (pass@k, 2503.19595).
@@ -86,12 +88,14 @@ pub struct Sample {
     pub reward: Option<f64>,
     /// Its live tokens.
     pub tokens: u64,
+    /// Reward of its group's greedy completion, where there is one.
+    pub greedy: Option<f64>,
 }
 
 /// Advantage of every sample of every group of a batch; `None` where the sample is unscored.
 ///
 /// # Panics
-/// For `gdpo` and `gae`, which need more than a reward: see [`credit()`].
+/// For `gdpo` and `gae`, which need more than a reward: see [`credit()`]; for `remax` where a group has no greedy completion.
 pub fn advantages(config: &AdvantageConfig, groups: &[Vec<Sample>]) -> Vec<Vec<Option<f64>>> {
     let scored: Vec<Vec<Scored>> = groups.iter().map(|group| scored(group)).collect();
     let values = group::evaluate(config, &scored);
@@ -109,11 +113,13 @@ pub fn is_informative(rewards: impl IntoIterator<Item = Option<f32>>) -> bool {
 struct Scored {
     reward: f64,
     tokens: f64,
+    greedy: Option<f64>,
 }
 
 fn scored(group: &[Sample]) -> Vec<Scored> {
-    let scored =
-        |sample: &Sample| sample.reward.map(|reward| Scored { reward, tokens: sample.tokens as f64 });
+    let scored = |sample: &Sample| {
+        sample.reward.map(|reward| Scored { reward, tokens: sample.tokens as f64, greedy: sample.greedy })
+    };
     group.iter().filter_map(scored).collect()
 }
 

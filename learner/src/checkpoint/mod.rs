@@ -8,7 +8,7 @@
 //! A reader trusts a folder only if every file has the digest that `digests.json` states; otherwise it takes the one before.
 //! Files: `config.json`, `model.safetensors` (or shards), tokenizer files (Hugging Face layout), `trainer.safetensors` (masters
 //! and moments), `critic.safetensors` (those of a critic), `reference.bin` (weights of a reference that moves), `state.json`,
-//! `curriculum.json`. `EPOCH-<m>` files are the authority on who the learner is: claimed with
+//! `curriculum.json`; and, for others, `adapter/` in PEFT's layout where adapters are trained. `EPOCH-<m>` files are the authority on who the learner is: claimed with
 //! `O_EXCL`, looked at again before every rename.
 
 mod arenas;
@@ -18,7 +18,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use freewheel_model::Params;
+use freewheel_model::{Adapter, Params};
 use freewheel_types::{Digest, GroupOutcome};
 use serde::{Deserialize, Serialize};
 
@@ -42,8 +42,10 @@ const CURRICULUM: &str = "curriculum.json";
 /// Marks a checkpoint that is not removed with the old ones.
 const KEEP: &str = "KEEP";
 const DIGESTS: &str = "digests.json";
+/// Folder of the adapter.
+const ADAPTER: &str = "adapter";
 /// Layout of `state.json`; another number is refused.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// Writes a model in Hugging Face layout.
 pub trait ModelWriter: Send {
@@ -120,10 +122,14 @@ pub struct Commit<'a> {
     pub optimizer: &'a Optimizer,
     /// Those of the critic, if there is one.
     pub critic: Option<&'a Optimizer>,
+    /// The adapter, if adapters are trained and PEFT has a place for them: written into `adapter/` for others, never read again.
+    pub adapter: Option<Adapter>,
     /// Weights of the reference, if it moves.
     pub reference: Option<&'a Params>,
     /// The curriculum's state.
     pub curriculum: Option<&'a [u8]>,
+    /// What the adapter is an adapter to.
+    pub base: String,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -241,13 +247,24 @@ impl Checkpoints {
         if let Some(reference) = commit.reference {
             self.write_bytes(&tmp.join(REFERENCE), reference.as_bytes())?;
         }
+        if let Some(adapter) = &commit.adapter {
+            let dir = tmp.join(ADAPTER);
+            self.disk.create_dir(&dir).map_err(LearnerError::disk(&dir, "write the adapter"))?;
+            for (name, bytes) in adapter.files(&commit.base) {
+                let path = dir.join(name);
+                self.write_bytes(&path, &bytes)?;
+                self.disk.sync_file(&path).map_err(LearnerError::disk(&path, "fsync"))?;
+            }
+            self.disk.sync_dir(&dir).map_err(LearnerError::disk(&dir, "fsync"))?;
+        }
         let state = serde_json::to_vec_pretty(commit.state).expect("plain data always serialises");
         self.write_bytes(&tmp.join(STATE), &state)?;
         if let Some(curriculum) = commit.curriculum {
             self.write_bytes(&tmp.join(CURRICULUM), curriculum)?;
         }
         let mut digests = BTreeMap::new();
-        for path in self.disk.list(tmp).map_err(LearnerError::disk(tmp, "write the checkpoint"))? {
+        let listed = self.disk.list(tmp).map_err(LearnerError::disk(tmp, "write the checkpoint"))?;
+        for path in listed.into_iter().filter(|path| name(path) != ADAPTER) {
             self.disk.sync_file(&path).map_err(LearnerError::disk(&path, "fsync"))?;
             digests.insert(name(&path).to_owned(), self.digest(&path)?);
         }

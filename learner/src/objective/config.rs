@@ -41,7 +41,7 @@ pub struct ObjectiveConfig {
     /// `dr_grpo`, `dapo`, `two_sided`, `gspo`, `luspo`, `gmpo`, `sapo`, `cispo`, `rloo`, `decoupled_ppo`, `topr`, `vespo`, `dppo`,
     /// `dppo_symmetric`, `m2po`, `oapl` or `mirror_descent`. Each with its formula: docs/objectives.md.
     pub objective: Objective,
-    /// The advantage: `grpo`, `dr_grpo`, `rloo`, `batch_std`, `opo`, `maxrl`, `pass_k`, `reinforce_pp`, `reinforce_pp_baseline`,
+    /// The advantage: `grpo`, `dr_grpo`, `rloo`, `batch_std`, `opo`, `remax` (one more, greedy, sample a group), `maxrl`, `pass_k`, `reinforce_pp`, `reinforce_pp_baseline`,
     /// `magistral`, `gdpo`, `ema`, `gae` (with a critic) or `soft_value`. Default: the objective's own (`dr_grpo` for `aipo`, `grpo`
     /// for `grpo`, `gae` for `ppo`, …).
     pub advantage: Option<Advantage>,
@@ -65,7 +65,8 @@ pub struct ObjectiveConfig {
     pub critic_learning_rate: Option<f64>,
     /// What the running mean of the rewards keeps from batch to batch, for `ema`. In [0, 1). Default 0.9.
     pub reward_ema_decay: Option<f64>,
-    /// Weights of the reward components for `gdpo`, in config order; those beyond the list weigh 1. Default [].
+    /// Weights of the reward components for `gdpo`, in config order; those beyond the list weigh 1. Default: their `weight`s in
+    /// `[[reward.component]]`.
     pub component_weights: Vec<f64>,
     /// What ratios are taken against: `behaviour` (the sampler) or `proximal` (the learner before the batch's first update).
     /// Default: `behaviour`; `proximal` for `decoupled_ppo` and whenever `correction` is set.
@@ -176,6 +177,11 @@ impl ObjectiveConfig {
             whiten: self.gae_whiten.unwrap_or(true),
             component_weights: self.component_weights.clone(),
         }
+    }
+
+    /// Whether every group has one more sample, a greedy one, that the others are compared with.
+    pub fn needs_greedy(&self) -> bool {
+        self.advantage_config().kind == Advantage::Remax
     }
 
     /// Whether a critic is trained beside the policy.

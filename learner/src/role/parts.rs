@@ -71,6 +71,7 @@ pub(super) fn parts(
         max_new_tokens: model.model.spec().max_positions as u64,
         tokenizer: model.tokenizer.digest(),
         images: model.tokenizer.clone(),
+        base: model.source.display().to_string(),
         run_dir,
         writer: Box::new(HuggingFaceWriter { model, options, disk: disk.clone() }),
         disk,

@@ -41,7 +41,7 @@ impl ReplayArgs {
             return Err(anyhow::anyhow!("{} holds no journal", folder.path().display())).input();
         }
         let model = prepare::model(&loaded)?;
-        let mut config = loaded.config.learner.clone();
+        let mut config = roles::learner_config(&loaded.config);
         config.threads = self.threads;
         let shape = RunShape {
             group_size: loaded.config.prompts.group_size,

@@ -122,6 +122,13 @@ fn sections(config: &RunConfig, checks: &mut Checks<'_>) {
         format!("is {min_valid}, must be at most prompts.group_size ({group_size})"),
         None,
     );
+    checks.require(
+        !config.learner.loss.needs_greedy() || config.actor.temperature > 0.0,
+        "actor.temperature",
+        "is 0: with learner.advantage = \"remax\" drawn completions are compared with a greedy one"
+            .to_owned(),
+        Some("actor.temperature = 1.0"),
+    );
 }
 
 /// What the prompt pool is built for.
@@ -130,6 +137,7 @@ pub fn pool_params(config: &RunConfig) -> PoolParams {
     let narrow = |x: u64| u32::try_from(x).unwrap_or(u32::MAX);
     PoolParams {
         group_size: config.prompts.group_size,
+        baselines: u32::from(config.learner.loss.needs_greedy()),
         groups_per_step: narrow(config.learner.groups_per_step as u64),
         max_staleness: narrow(config.learner.max_staleness),
         seed: config.run.seed,

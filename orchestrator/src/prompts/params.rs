@@ -1,6 +1,6 @@
 //! What the pool is built for, and why it may refuse.
 
-use freewheel_types::PromptId;
+use freewheel_types::{MAX_GROUP_SIZE, PromptId};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -66,8 +66,10 @@ pub enum Selection {
 /// What the pool is built for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PoolParams {
-    /// Rollouts per task, 2 to 64.
+    /// Rollouts per task, 2 to 64 with those of `baselines`.
     pub group_size: u32,
+    /// Further rollouts per task that are compared with and not trained on, 0 or 1.
+    pub baselines: u32,
     /// Groups per update, at least 1.
     pub groups_per_step: u32,
     /// Largest staleness a sample may have when it is consumed, in updates.
@@ -88,8 +90,9 @@ impl PoolParams {
     pub fn problems(&self) -> Vec<(&'static str, String)> {
         let c = &self.curriculum;
         let share = |x: f64| (0.0..=1.0).contains(&x);
+        let most = MAX_GROUP_SIZE - self.baselines;
         let checks = [
-            ("group_size", (2..=64).contains(&self.group_size), "must be 2 to 64"),
+            ("group_size", self.group_size >= 2 && self.group_size <= most, &*format!("must be 2 to {most}")),
             ("groups_per_step", self.groups_per_step >= 1, "must be at least 1"),
             ("sharpness", (0.0..=16.0).contains(&c.sharpness), "must be 0 to 16"),
             ("explore", share(c.explore), "must be 0 to 1"),

@@ -247,6 +247,7 @@ impl PromptPool {
             return Ok(None);
         }
         let (i, group_size) = self.choose()?;
+        let group_size = group_size + self.params.baselines;
         let min_version = self.min_version(rank);
         let id = TaskId(self.next_task);
         self.issued(id, Outstanding { prompt: self.prompts[i].id, group_size, min_version })?;

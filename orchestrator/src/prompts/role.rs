@@ -242,6 +242,7 @@ mod tests {
     fn params() -> PoolParams {
         PoolParams {
             group_size: 4,
+            baselines: 0,
             groups_per_step: 2,
             max_staleness: 1,
             seed: 3,

@@ -8,15 +8,15 @@ use std::time::Duration;
 use anyhow::Context as _;
 use freewheel_actor::{ActorDeps, ActorMetrics};
 use freewheel_learner::dual::DualConfig;
-use freewheel_learner::{LearnerDeps, LearnerSummary};
+use freewheel_learner::{LearnerConfig, LearnerDeps, LearnerSummary};
 use freewheel_model::LoadedModel;
 use freewheel_queue::{PolicyStore, RolloutQueue};
-use freewheel_reward::{CombineMode, RewardConfig, RewardDeps, RewardSummary};
+use freewheel_reward::{CombineMode, ComponentConfig, RewardConfig, RewardDeps, RewardSummary};
 use freewheel_types::{ActorId, Prompt, TaskId};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Loaded, pool_params};
+use crate::config::{Loaded, RunConfig, pool_params};
 use crate::folder::RunMetrics;
 use crate::prompts::{PoolDeps, PoolLog, PoolMetrics, PoolRecord};
 
@@ -53,6 +53,7 @@ pub async fn actor(
         loader: crate::policy::loader(model, crate::policy::threads(threads)),
         codec: model.tokenizer.clone(),
         eos_ids: model.generation.eos_ids.clone(),
+        greedy_last: loaded.config.learner.loss.needs_greedy(),
         lease: Duration::from_secs_f64(loaded.config.queue.lease_s),
         metrics,
     };
@@ -116,6 +117,16 @@ pub fn duals(reward: &RewardConfig) -> DualConfig {
     DualConfig { lr: l.lr, init: l.init, max: l.max, ema: l.ema, min_samples: l.min_samples, limits }
 }
 
+/// `[learner]`, with the weights of the reward's components where it has none of its own.
+pub fn learner_config(config: &RunConfig) -> LearnerConfig {
+    let mut learner = config.learner.clone();
+    if learner.loss.component_weights.is_empty() {
+        let weight = |component: &ComponentConfig| component.weight.map_or(1.0, f64::from);
+        learner.loss.component_weights = config.reward.component.iter().map(weight).collect();
+    }
+    learner
+}
+
 /// Runs the learner.
 ///
 /// # Errors
@@ -130,7 +141,7 @@ pub async fn learner(
     shutdown: CancellationToken,
 ) -> anyhow::Result<LearnerSummary> {
     let config = &loaded.config;
-    let mut learner = config.learner.clone();
+    let mut learner = learner_config(config);
     learner.threads = threads;
     let deps = LearnerDeps {
         queue: links.queue,

@@ -1,7 +1,8 @@
 //! LoRA adapters in PEFT's layout (Hu et al., arXiv 2106.09685): W + scale · B·A for some of the matrices W.
 //!
 //! A folder with `adapter_config.json` and `adapter_model.safetensors`, whose tensors are called
-//! `base_model.model.MODULE.lora_A.weight [r, in]` and `….lora_B.weight [out, r]`.
+//! `base_model.model.MODULE.lora_A.weight [r, in]` and `….lora_B.weight [out, r]`. Adapters of experts that share a tensor (Llama 4,
+//! gpt-oss) are `target_parameters` there, laid out by [`fused`](super::fused).
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use freewheel_kernels::gemm::{PackedMatrix, Precision, matmul};
 use freewheel_types::WeightsDtype;
 use serde_json::{Map, Value, json};
 
+use super::fused::Fused;
 use super::read_json;
 use super::safetensors::Checkpoint;
 use super::save::header;
@@ -20,9 +22,9 @@ use crate::params::{ParamData, ParamLayout, Params, TensorKind, TensorSpec};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
-const PREFIX: &str = "base_model.model.";
-const A: &str = ".lora_A.weight";
-const B: &str = ".lora_B.weight";
+pub(super) const PREFIX: &str = "base_model.model.";
+pub(super) const A: &str = ".lora_A.weight";
+pub(super) const B: &str = ".lora_B.weight";
 
 /// An adapter.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,15 +35,25 @@ pub struct Adapter {
     pub alpha: f64,
     /// Whether it is α/√r instead (rsLoRA).
     pub rslora: bool,
-    /// The matrices, by PEFT's names.
+    /// The factors by the names of [`Adapter::names`]: A `[r, in]` and B `[out, r]`, or `[E, r, columns]` and `[E, rows, r]` for experts that
+    /// share a tensor `[E, rows, columns]`.
     pub params: Params,
 }
 
 impl Adapter {
-    /// PEFT's names of the two factors for the matrix called `tensor`: A, then B.
+    /// Names of the two factors for the matrix called `tensor`: A, then B. PEFT's own, but for experts that share a tensor.
     pub fn names(tensor: &str) -> [String; 2] {
         let module = tensor.strip_suffix(".weight").unwrap_or(tensor);
         [A, B].map(|end| format!("{PREFIX}{module}{end}"))
+    }
+
+    /// Whether PEFT has a place for an adapter of `tensor`.
+    pub fn has_place(tensor: &TensorSpec) -> bool {
+        match tensor.shape.len() {
+            2 => tensor.name.ends_with(".weight"),
+            3 => super::fused::is_declared(&tensor.name),
+            _ => false,
+        }
     }
 
     /// Reads the folder `dir`.
@@ -65,9 +77,10 @@ impl Adapter {
         let rslora = config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false);
         let file = dir.join(WEIGHTS);
         let checkpoint = Checkpoint::file(&file)?;
-        let layout = Arc::new(layout(&file, checkpoint.shapes(), rank as usize)?);
+        let fused = Fused::read(&path, &config, rank as usize)?;
+        let layout = Arc::new(layout(&file, checkpoint.shapes(), rank as usize, &fused)?);
         checkpoint.check(&layout, |_| false)?;
-        let params = checkpoint.read(&layout, Some(WeightsDtype::F32))?;
+        let params = fused.unpack(&file, checkpoint.read(&layout, Some(WeightsDtype::F32))?)?;
         Ok(Self { rank: rank as usize, alpha, rslora, params })
     }
 
@@ -80,19 +93,31 @@ impl Adapter {
             move |source| ModelError::File { path, what: "cannot be written".into(), source: Some(source) }
         };
         std::fs::create_dir_all(dir).map_err(failed(dir.to_owned()))?;
+        self.files(base).into_iter().try_for_each(|(name, bytes)| {
+            let path = dir.join(name);
+            std::fs::write(&path, bytes).map_err(failed(path.clone()))
+        })
+    }
+
+    /// Its two files, name and contents.
+    pub fn files(&self, base: &str) -> [(&'static str, Vec<u8>); 2] {
+        let fused = Fused::of(&self.params, self.rank);
+        let matrices = self.modules().filter(|module| !fused.holds(module));
         let modules: BTreeSet<&str> =
-            self.modules().map(|module| module.rsplit('.').next().unwrap_or(module)).collect();
-        let config = json!({
+            matrices.map(|module| module.rsplit('.').next().unwrap_or(module)).collect();
+        let mut config = json!({
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": self.rank,
             "lora_alpha": self.alpha, "use_rslora": self.rslora, "target_modules": modules, "lora_dropout": 0.0,
             "bias": "none", "fan_in_fan_out": false, "inference_mode": true, "init_lora_weights": true,
             "modules_to_save": null, "use_dora": false, "alpha_pattern": {}, "rank_pattern": {},
         });
-        let path = dir.join(CONFIG);
-        std::fs::write(&path, format!("{config:#}\n")).map_err(failed(path.clone()))?;
-        let path = dir.join(WEIGHTS);
-        let head = header(&self.params.layout.tensors, self.params.dtype());
-        std::fs::write(&path, [&head, self.params.as_bytes()].concat()).map_err(failed(path.clone()))
+        if !fused.is_empty() {
+            config["target_parameters"] = json!(fused.parameters());
+        }
+        let params = fused.pack(&self.params);
+        let head = header(&params.layout.tensors, params.dtype());
+        let weights = [&head, params.as_bytes()].concat();
+        [(CONFIG, format!("{config:#}\n").into_bytes()), (WEIGHTS, weights)]
     }
 
     fn modules(&self) -> impl Iterator<Item = &str> {
@@ -114,28 +139,26 @@ impl Adapter {
         let invalid = |what: String| ModelError::Invalid { path: source.to_owned(), what };
         let mut values = base.to_f32();
         for module in self.modules() {
-            let name = format!("{module}.weight");
-            let [a, b] = Self::names(&name).map(|name| {
+            let [a, b] = Self::names(module).map(|name| {
                 self.params.layout.get(&name).expect("A and B come together, checked in reading")
             });
+            // Experts that share a tensor have one pair of factors each.
+            let name = if a.shape.len() == 3 { module.to_owned() } else { format!("{module}.weight") };
             let Some(target) = base.layout.get(&name) else {
                 return Err(invalid(format!("the model has no `{name}`")));
             };
-            let (rows, cols) = (b.shape[0], a.shape[1]);
-            if target.shape != [rows, cols] {
+            let (rows, cols) = (b.shape[b.shape.len() - 2], a.shape[a.shape.len() - 1]);
+            let product = [&a.shape[..a.shape.len() - 2], &[rows, cols]].concat();
+            if target.shape != product {
                 let found = &target.shape;
-                return Err(invalid(format!("{module}: B·A is [{rows}, {cols}], the model has {found:?}")));
+                return Err(invalid(format!("{module}: B·A is {product:?}, the model has {found:?}")));
             }
             let (left, right) = (self.params.range_f32(b.range()), self.params.range_f32(a.range()));
-            let out = &mut values[target.range()];
-            add_product(
-                &Threads::single(),
-                self.scale() as f32,
-                &left,
-                &right,
-                [rows, a.shape[0], cols],
-                out,
-            );
+            let (threads, scale, shape) = (Threads::single(), self.scale() as f32, [rows, self.rank, cols]);
+            let factors = left.chunks_exact(rows * self.rank).zip(right.chunks_exact(self.rank * cols));
+            for (out, (left, right)) in values[target.range()].chunks_exact_mut(rows * cols).zip(factors) {
+                add_product(&threads, scale, left, right, shape, out);
+            }
         }
         let wide = Params { layout: base.layout.clone(), data: ParamData::F32(values) };
         Ok(if base.dtype() == WeightsDtype::F32 { wide } else { wide.cast(base.dtype()) })
@@ -186,7 +209,6 @@ fn refuse(path: &Path, config: &Map<String, Value>) -> Result<(), ModelError> {
         "rank_pattern",
         "alpha_pattern",
         "modules_to_save",
-        "target_parameters",
         "use_qalora",
         "use_bdlora",
         "trainable_token_indices",
@@ -203,14 +225,16 @@ fn layout<'a>(
     path: &Path,
     tensors: impl Iterator<Item = (&'a str, &'a [usize])>,
     rank: usize,
+    fused: &Fused,
 ) -> Result<ParamLayout, ModelError> {
     let invalid = |what: String| ModelError::Invalid { path: path.to_owned(), what };
     let mut found = ParamLayout { tensors: Vec::new(), total: 0 };
     for (name, shape) in tensors {
         let module = name.strip_prefix(PREFIX);
+        let ranks = |r: usize| if fused.stacks(name) { r > 0 && r % rank == 0 } else { r == rank };
         let fits =
             match (module.is_some_and(|m| m.ends_with(A)), module.is_some_and(|m| m.ends_with(B)), shape) {
-                (true, _, [r, _]) | (_, true, [_, r]) => *r == rank,
+                (true, _, [r, _]) | (_, true, [_, r]) => ranks(*r),
                 _ => false,
             };
         let other = match name.strip_suffix(A) {

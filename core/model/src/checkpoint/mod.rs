@@ -13,6 +13,7 @@ mod adapter;
 mod candle;
 mod convert;
 mod elements;
+mod fused;
 mod gguf;
 mod mmap;
 mod mxfp4;

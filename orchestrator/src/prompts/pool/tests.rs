@@ -23,6 +23,7 @@ fn prompts(n: usize) -> Vec<Prompt> {
 fn params(max_staleness: u32, groups_per_step: u32) -> PoolParams {
     PoolParams {
         group_size: 8,
+        baselines: 0,
         groups_per_step,
         max_staleness,
         seed: 5,
