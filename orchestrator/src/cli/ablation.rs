@@ -62,6 +62,9 @@ struct Cell {
     steps_to_goal: Option<u64>,
     /// Wall time of the process, seconds.
     wall_s: f64,
+    /// Mean staleness of what was trained on in the second half of the steps.
+    #[serde(default)]
+    staleness: Option<f64>,
     /// Why it failed.
     error: Option<String>,
 }
@@ -73,6 +76,10 @@ impl AblationArgs {
         fs::create_dir_all(&runs).with_context(|| format!("{} cannot be made", runs.display()))?;
         let results = self.out.join("results.jsonl");
         let mut cells = read(&results)?;
+        for cell in cells.iter_mut().filter(|cell| cell.staleness.is_none()) {
+            let name = run_name(&cell.objective, cell.max_staleness, cell.seed);
+            cell.staleness = mean_staleness(&runs.join(name).join("metrics.jsonl"));
+        }
         let total = objectives.len() * self.staleness.len() * self.seeds as usize;
         for seed in 1..=self.seeds {
             for objective in &objectives {
@@ -112,7 +119,7 @@ impl AblationArgs {
     }
 
     fn cell(&self, runs: &Path, objective: &str, staleness: u64, seed: u64) -> anyhow::Result<Cell> {
-        let name = format!("{}-s{staleness}-{seed}", objective.replace('_', "-"));
+        let name = run_name(objective, staleness, seed);
         let log = File::create(runs.join(format!("{name}.log")))?;
         let began = Instant::now();
         let mut run = Command::new(std::env::current_exe()?);
@@ -138,9 +145,23 @@ impl AblationArgs {
             accuracy: evals.last().map(|(_, accuracy)| *accuracy).filter(|_| failed.is_none()),
             steps_to_goal: evals.iter().find(|(_, accuracy)| *accuracy >= self.goal).map(|(step, _)| *step),
             wall_s: began.elapsed().as_secs_f64(),
+            staleness: mean_staleness(&runs.join(&name).join("metrics.jsonl")),
             error: failed,
         })
     }
+}
+
+fn run_name(objective: &str, staleness: u64, seed: u64) -> String {
+    format!("{}-s{staleness}-{seed}", objective.replace('_', "-"))
+}
+
+/// How old the rollouts were that the second half of a run's updates was made of.
+fn mean_staleness(metrics: &Path) -> Option<f64> {
+    let text = fs::read_to_string(metrics).ok()?;
+    let one = |line: &str| serde_json::from_str::<Value>(line).ok()?.get("staleness/mean")?.as_f64();
+    let all: Vec<f64> = text.lines().filter_map(one).collect();
+    let later = &all[all.len() / 2..];
+    (!later.is_empty()).then(|| mean(later))
 }
 
 /// (step, accuracy) of every evaluation; nothing if there was none.
@@ -202,10 +223,11 @@ fn grouped(cells: &[Cell]) -> Vec<(String, BTreeMap<u64, Vec<&Cell>>)> {
     all
 }
 
-/// A Markdown table: final accuracy (lowest to highest of the seeds), mean steps to the goal, mean wall time.
+/// A Markdown table: the staleness that there was, final accuracy (lowest to highest of the seeds), mean steps to the goal, mean wall
+/// time.
 fn table(cells: &[Cell], goal: f64) -> String {
     let mut out = format!(
-        "| objective | max_staleness | seeds | accuracy | lowest–highest | steps to {goal} | wall s |\n|---|---|---|---|---|---|---|\n"
+        "| objective | max_staleness | staleness | seeds | accuracy | lowest–highest | steps to {goal} | wall s |\n|---|---|---|---|---|---|---|---|\n"
     );
     for (objective, by_staleness) in grouped(cells) {
         for (staleness, cells) in by_staleness {
@@ -227,9 +249,11 @@ fn table(cells: &[Cell], goal: f64) -> String {
             };
             let accuracy =
                 if accuracies.is_empty() { "-".into() } else { format!("{:.3}", mean(&accuracies)) };
+            let measured: Vec<f64> = cells.iter().filter_map(|cell| cell.staleness).collect();
+            let lag = if measured.is_empty() { "-".into() } else { format!("{:.1}", mean(&measured)) };
             let _ = writeln!(
                 out,
-                "| {objective} | {staleness} | {} | {accuracy} | {range} | {goal} | {:.0} |",
+                "| {objective} | {staleness} | {lag} | {} | {accuracy} | {range} | {goal} | {:.0} |",
                 cells.len(),
                 mean(&walls)
             );
@@ -254,6 +278,7 @@ mod tests {
             accuracy,
             steps_to_goal: accuracy.filter(|a| *a >= 0.9).map(|_| 30),
             wall_s: 60.0,
+            staleness: accuracy.map(|_| max_staleness as f64 / 2.0),
             error: accuracy.is_none().then(|| "exit status: 1".into()),
         }
     }
@@ -271,9 +296,9 @@ mod tests {
         assert_eq!(
             rows,
             [
-                "| aipo | 0 | 1 | 0.950 | 0.950–0.950 | 30 | 60 |",
-                "| grpo | 4 | 2 | 0.800 | 0.700–0.900 | 30 (1 of 2) | 60 |",
-                "| grpo | 64 | 1 | - | failed | - | 60 |",
+                "| aipo | 0 | 0.0 | 1 | 0.950 | 0.950–0.950 | 30 | 60 |",
+                "| grpo | 4 | 2.0 | 2 | 0.800 | 0.700–0.900 | 30 (1 of 2) | 60 |",
+                "| grpo | 64 | - | 1 | - | failed | - | 60 |",
             ]
         );
     }
@@ -288,6 +313,15 @@ mod tests {
         assert_eq!(read(&path).unwrap(), cells);
         OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"objective\"").unwrap();
         assert!(format!("{:#}", read(&path).unwrap_err()).contains("results.jsonl:3"));
+    }
+
+    #[test]
+    fn staleness_is_that_of_the_second_half() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        fs::write(&path, [0, 1, 3, 5].map(|x| format!("{{\"staleness/mean\":{x}}}\n")).concat()).unwrap();
+        assert_eq!(mean_staleness(&path), Some(4.0));
+        assert_eq!(mean_staleness(&dir.path().join("none")), None);
     }
 
     #[test]

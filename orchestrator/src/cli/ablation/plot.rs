@@ -101,6 +101,7 @@ mod tests {
             accuracy,
             steps_to_goal: None,
             wall_s: 1.0,
+            staleness: None,
             error: None,
         };
         let text = svg(&[cell(1, Some(0.5)), cell(2, Some(1.0))]);
