@@ -42,7 +42,9 @@ struct Rollouts {
 impl Rollouts {
     fn new(replay: bool) -> Self {
         let rng = CounterRng::new(7, 0);
-        let ids = |from: u64, len: u64| (from..from + len).map(|i| rng.below(i, 200) as u32).collect();
+        let ids = |from: u64, len: u64| -> Vec<u32> {
+            (from..from + len).map(|i| rng.below(i, 200) as u32).collect()
+        };
         let outputs: Vec<Vec<u32>> = (0..8u64).map(|i| ids(100 * (i + 1), 3 + i % 4)).collect();
         // The prompt's rows are routed alike in a whole group, as they are when it is sampled.
         let experts = |i: usize, output: &Vec<u32>| -> Vec<u16> {

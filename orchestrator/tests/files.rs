@@ -18,6 +18,8 @@ fn every_config_fits_its_schema() {
         let name = path.file_stem().unwrap().to_string_lossy().into_owned();
         if name.ends_with("-sft") {
             freewheel::cli::sft::check_file(&path).unwrap_or_else(|error| panic!("{error:#}"));
+        } else if name.ends_with("-stages") {
+            freewheel::cli::recipe::check_file(&path).unwrap_or_else(|error| panic!("{error:#}"));
         } else {
             freewheel::config::load(&path, &[]).unwrap_or_else(|error| panic!("{error}"));
         }

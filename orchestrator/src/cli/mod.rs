@@ -15,7 +15,7 @@ mod jobs;
 mod logprobs;
 mod model;
 mod models;
-mod recipe;
+pub mod recipe;
 mod replay;
 mod reward_bench;
 mod reward_check;

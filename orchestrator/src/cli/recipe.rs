@@ -58,6 +58,16 @@ enum Ready {
     Dpo(Box<Loaded<dpo::DpoJob>>),
 }
 
+/// Checks every stage of a recipe, for tests of the files in `configs/`.
+///
+/// # Errors
+/// All problems of the first stage that has some.
+pub fn check_file(path: &Path) -> anyhow::Result<()> {
+    let args = ConfigArgs { config: path.to_owned(), overrides: Vec::new() };
+    let recipe = Recipe::read(&args)?.with_context(|| format!("{} has no [[stage]]", path.display()))?;
+    (0..recipe.stages.len()).try_for_each(|i| recipe.ready(i, None).map(drop))
+}
+
 /// Jobs one after the other.
 #[derive(Debug)]
 pub(super) struct Recipe {

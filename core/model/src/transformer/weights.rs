@@ -224,12 +224,12 @@ impl PolicyWeights {
         let spec = self.model.spec();
         let (layers, width, options) = (spec.moe_layers(), spec.experts(), &self.train_options);
         let mut counts = vec![0u64; width];
-        if part.choices.is_empty() {
-            let chosen = experts.chunks_exact(spec.top_k()).skip(moe_layer).step_by(layers);
-            chosen.flatten().for_each(|&id| counts[usize::from(id)] += 1);
-        } else {
+        if !part.choices.is_empty() {
             assert_eq!(part.choices.len(), layers * width, "choices of another model");
             counts.copy_from_slice(&part.choices[moe_layer * width..][..width]);
+        } else if options.balance_coef != 0.0 {
+            let chosen = experts.chunks_exact(spec.top_k()).skip(moe_layer).step_by(layers);
+            chosen.flatten().for_each(|&id| counts[usize::from(id)] += 1);
         }
         let sum = counts.iter().sum::<u64>().max(1) as f64;
         counts.truncate(of_layer);
