@@ -9,8 +9,11 @@
 //! way. Batches take the lowest ready ids. A group under way may be overtaken by `window` batches at most, so that short
 //! answers are not favoured, and never by one after which it would be too old itself: then the batch waits. With
 //! `window = 0` batches are a function of the task ids alone.
+//!
+//! Where most groups teach nothing, a whole batch may take forever. Once `refill_max` groups for each of a batch's places ended without
+//! being trained on, counted in id order, the batch is closed with what it has.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use freewheel_types::TaskId;
 use serde::{Deserialize, Serialize};
@@ -26,6 +29,10 @@ pub struct BatchRules {
     pub window: u64,
     /// Updates that may lie between a group's oldest token and its use.
     pub max_staleness: u64,
+    /// Groups that may have to be replaced for each of a batch, before a smaller one is formed; 0: any number.
+    pub refill_max: usize,
+    /// Groups that a smaller batch must have.
+    pub groups_min: usize,
 }
 
 /// What formation remembers between batches; part of the checkpoint.
@@ -35,12 +42,20 @@ pub struct Overtaking {
     overtaken: BTreeMap<TaskId, u64>,
     /// Oldest step that drew a token of each group seen so far, from the newest ended one on.
     drawn_at: BTreeMap<TaskId, u64>,
+    /// Groups after the last batch that had to be replaced.
+    #[serde(default)]
+    replaced: BTreeSet<TaskId>,
 }
 
 impl Overtaking {
     /// Notes that a member of `group` arrived whose oldest token was drawn at `step`.
     pub fn saw(&mut self, group: TaskId, step: u64) {
         self.drawn_at.entry(group).and_modify(|known| *known = step.min(*known)).or_insert(step);
+    }
+
+    /// Notes that `group` taught nothing, or could not be judged: another is asked for in its place.
+    pub fn replaced(&mut self, group: TaskId) {
+        self.replaced.insert(group);
     }
 
     /// Ready groups that are too old for weights at `step`, or that claim to come from later ones.
@@ -56,15 +71,23 @@ impl Overtaking {
     /// The next batch for weights at `step`, if the rules allow one now. Stale groups must be gone.
     pub fn form(&self, rules: &BatchRules, assembly: &Assembly, step: u64) -> Option<Vec<TaskId>> {
         let mut batch = Vec::with_capacity(rules.groups_per_step);
-        let highest = assembly.ready().keys().next_back()?.0;
+        let highest = assembly.ready().keys().next_back()?.max(self.replaced.last().unwrap_or(&TaskId(0))).0;
+        let patience = rules.refill_max.saturating_mul(rules.groups_per_step);
+        let mut replaced = 0;
         for id in (assembly.settled().low_water()..=highest).map(TaskId) {
             if assembly.ready().contains_key(&id) {
                 batch.push(id);
-                if batch.len() == rules.groups_per_step {
-                    return Some(batch);
-                }
             } else if !assembly.settled().contains(id.0) && !self.may_be_overtaken(rules, id, step) {
                 return None;
+            }
+            replaced = if patience > 0 && replaced < patience {
+                self.replaced.range(..=id).count()
+            } else {
+                replaced
+            };
+            let tired = patience > 0 && replaced >= patience && batch.len() >= rules.groups_min.max(1);
+            if batch.len() == rules.groups_per_step || tired {
+                return Some(batch);
             }
         }
         None
@@ -79,6 +102,7 @@ impl Overtaking {
                 *self.overtaken.entry(id).or_insert(0) += 1;
             }
         }
+        self.replaced.retain(|id| id.0 > last);
         self.overtaken.retain(|id, _| id.0 >= low && !assembly.settled().contains(id.0));
         // One ended group is kept as a hint for the first one under way.
         let hint = self.drawn_at.range(..TaskId(low)).next_back().map(|(id, _)| *id);
@@ -126,7 +150,7 @@ mod tests {
             window in 0u64..4,
             groups_per_step in 1usize..4,
         ) {
-            let rules = BatchRules { groups_per_step, window, max_staleness };
+            let rules = BatchRules { groups_per_step, window, max_staleness, refill_max: 0, groups_min: 1 };
             let rng = CounterRng::new(seed, 0);
             let mut assembly = Assembly::new(GroupRules { min_valid: 2, group_size: 3, needs_contrast: true, greedy_baseline: false });
             let mut overtaking = Overtaking::default();
@@ -178,13 +202,9 @@ mod tests {
 
     #[test]
     fn a_straggler_is_overtaken_at_most_window_times_and_then_waited_for() {
-        let rules = BatchRules { groups_per_step: 1, window: 2, max_staleness: 10 };
-        let mut assembly = Assembly::new(GroupRules {
-            min_valid: 2,
-            group_size: 3,
-            needs_contrast: true,
-            greedy_baseline: false,
-        });
+        let rules =
+            BatchRules { groups_per_step: 1, window: 2, max_staleness: 10, refill_max: 0, groups_min: 1 };
+        let mut assembly = Assembly::new(GroupRules { min_valid: 2, group_size: 3, needs_contrast: true, greedy_baseline: false });
         let mut overtaking = Overtaking::default();
         insert(&mut assembly, &mut overtaking, 0, 0, 0);
         for task in 1..5 {
@@ -204,14 +224,48 @@ mod tests {
     }
 
     #[test]
+    fn a_batch_that_waits_for_too_many_replacements_is_closed_with_what_it_has() {
+        let rules =
+            BatchRules { groups_per_step: 3, window: 0, max_staleness: 10, refill_max: 2, groups_min: 2 };
+        let mut assembly = Assembly::new(GroupRules { min_valid: 2, group_size: 3, needs_contrast: true, greedy_baseline: false });
+        let mut overtaking = Overtaking::default();
+        let end = |overtaking: &mut Overtaking, assembly: &mut Assembly, task: u64, teaches: bool| {
+            (0..3).for_each(|index| insert(assembly, overtaking, task, index, 0));
+            if !teaches {
+                assembly.drop_ready(TaskId(task), DropReason::ZeroSignal);
+                overtaking.replaced(TaskId(task));
+            }
+        };
+        (0..7).for_each(|task| end(&mut overtaking, &mut assembly, task, task == 3));
+        assert_eq!(
+            overtaking.form(&rules, &assembly, 0),
+            None,
+            "six were replaced, and one is no batch of two"
+        );
+        let least = BatchRules { groups_min: 1, ..rules };
+        assert_eq!(
+            overtaking.form(&least, &assembly, 0),
+            Some(vec![TaskId(3)]),
+            "though nothing after it is ready"
+        );
+        end(&mut overtaking, &mut assembly, 7, true);
+        let batch = overtaking.form(&rules, &assembly, 0);
+        assert_eq!(batch, Some(vec![TaskId(3), TaskId(7)]));
+        let patient = BatchRules { refill_max: 0, ..rules };
+        assert_eq!(overtaking.form(&patient, &assembly, 0), None);
+        // The next batch starts to count anew.
+        overtaking.formed(&assembly, &batch.unwrap());
+        let groups = assembly.take(&[TaskId(3), TaskId(7)]);
+        assembly.trained(&groups);
+        (8..10).for_each(|task| end(&mut overtaking, &mut assembly, task, true));
+        assert_eq!(overtaking.form(&rules, &assembly, 0), None);
+    }
+
+    #[test]
     fn a_group_from_weights_that_do_not_exist_is_stale() {
-        let rules = BatchRules { groups_per_step: 1, window: 0, max_staleness: 10 };
-        let mut assembly = Assembly::new(GroupRules {
-            min_valid: 2,
-            group_size: 3,
-            needs_contrast: true,
-            greedy_baseline: false,
-        });
+        let rules =
+            BatchRules { groups_per_step: 1, window: 0, max_staleness: 10, refill_max: 0, groups_min: 1 };
+        let mut assembly = Assembly::new(GroupRules { min_valid: 2, group_size: 3, needs_contrast: true, greedy_baseline: false });
         let mut overtaking = Overtaking::default();
         (0..3).for_each(|index| insert(&mut assembly, &mut overtaking, 0, index, 7));
         assert_eq!(overtaking.stale(&rules, &assembly, 6), [TaskId(0)]);

@@ -55,6 +55,9 @@ pub struct TrainingConfig {
     pub max_staleness: u64,
     /// How far a batch may run ahead of an older, unfinished group, in batches; 0 keeps strict issue order. Default 2.
     pub window: u64,
+    /// Groups that may have to be replaced (all answers right, or wrong) for each group of a batch; then the batch is smaller, the log
+    /// says so and `train/groups` shows it. 0 waits for a whole batch however long it takes. Default 4.
+    pub refill_max: usize,
     /// Scored samples a group needs to be trained on; with fewer it is dropped and replaced. 1 to `prompts.group_size`.
     /// Default 2.
     #[schemars(range(min = 1))]
@@ -96,6 +99,7 @@ impl Default for TrainingConfig {
             micro_batch_tokens: 16_384,
             max_staleness: 4,
             window: 2,
+            refill_max: 4,
             min_valid: 2,
             router_replay: true,
             publish_every: 1,

@@ -173,6 +173,8 @@ impl Learner {
                 groups_per_step: config.groups_per_step,
                 window: config.window,
                 max_staleness: config.max_staleness,
+                refill_max: config.refill_max,
+                groups_min: config.minibatches,
             },
             assembly: Assembly::new(rules),
             overtaking: Overtaking::default(),
@@ -231,6 +233,15 @@ impl Learner {
         let Some(tasks) = self.overtaking.form(&self.batch_rules, &self.assembly, step) else {
             return Ok(None);
         };
+        if tasks.len() < self.batch_rules.groups_per_step {
+            let (groups, wanted) = (tasks.len(), self.batch_rules.groups_per_step);
+            tracing::warn!(
+                step,
+                groups,
+                wanted,
+                "a smaller batch: too many groups had to be replaced (learner.refill_max)"
+            );
+        }
         let trained = self.train(&tasks, None)?;
         self.checkpoints.check_epoch(self.epoch)?;
         let mut journal = self.lock_journal();
@@ -367,6 +378,7 @@ impl Learner {
         let after = self.policy().version();
         let mut line =
             report::line(after, &batch, &updated, &self.loss, rules.learning_rate, &interval, &times);
+        line.insert("train/groups".into(), groups.len().into());
         let mut record = StepFormed {
             from_step: before.step,
             rollouts,
@@ -397,6 +409,10 @@ impl Learner {
 
     fn note_settled(&mut self, settled: &SettledGroup) {
         self.dropped.push((settled.group.id, settled.reason));
+        // One that came too late says nothing about its prompt.
+        if settled.reason != DropReason::Stale {
+            self.overtaking.replaced(settled.group.id);
+        }
         self.interval.add(&settled.group, Some(settled.reason));
         let version = self.policy().version();
         self.note_outcome(&settled.group, version, GroupFate::Dropped(settled.reason));

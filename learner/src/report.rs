@@ -34,6 +34,8 @@ pub struct Interval {
     judged: u64,
     groups: u64,
     zero_signal: u64,
+    /// Shares of distinct runs of four tokens, summed over groups, and how many groups.
+    distinct: (f64, u64),
 }
 
 impl Interval {
@@ -42,6 +44,10 @@ impl Interval {
         self.groups += 1;
         self.zero_signal += u64::from(dropped == Some(DropReason::ZeroSignal));
         group.scored().for_each(|scored| self.add_sample(scored));
+        if let Some(share) = distinct_runs(group.scored().map(|scored| scored.rollout.output_ids.as_slice()))
+        {
+            self.distinct = (self.distinct.0 + share, self.distinct.1 + 1);
+        }
     }
 
     fn add_sample(&mut self, scored: &ScoredRollout) {
@@ -77,10 +83,25 @@ impl Interval {
         for (name, (sum, count)) in &self.components {
             line.insert(format!("reward/{name}/mean"), json!(sum / *count as f64));
         }
+        if self.distinct.1 > 0 {
+            line.insert("rollout/distinct_4".into(), json!(self.distinct.0 / self.distinct.1 as f64));
+        }
         if self.groups > 0 {
             line.insert("prompts/zero_signal".into(), json!(self.zero_signal as f64 / self.groups as f64));
         }
     }
+}
+
+/// Share of the runs of four tokens of `completions` that occur for the first time: 1 where nothing comes twice, low where a
+/// group says the same over and over. `None` where none is four tokens long.
+fn distinct_runs<'a>(completions: impl Iterator<Item = &'a [u32]>) -> Option<f64> {
+    let mut seen = std::collections::HashSet::new();
+    let mut all = 0_u64;
+    for run in completions.flat_map(|ids| ids.windows(4)) {
+        all += 1;
+        seen.insert(run);
+    }
+    (all > 0).then(|| seen.len() as f64 / all as f64)
 }
 
 /// Clock readings of one step, seconds.
@@ -206,5 +227,21 @@ pub fn outcome(group: &Group, version: PolicyVersion, fate: GroupFate) -> GroupO
         fate,
         dropped: group.dropped_members(),
         given_up: group.given_up().map(str::to_owned),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_that_says_the_same_is_less_diverse() {
+        let (a, b): ([u32; 6], [u32; 6]) = ([1, 2, 3, 4, 5, 6], [7, 2, 3, 4, 5, 6]);
+        let of = |completions: &[&[u32]]| distinct_runs(completions.iter().copied());
+        assert_eq!(of(&[&a]), Some(1.0));
+        assert_eq!(of(&[&a, &a]), Some(0.5));
+        // Of b's three runs only the first is new.
+        assert_eq!(of(&[&a, &b]), Some(4.0 / 6.0));
+        assert_eq!(of(&[&[1, 2, 3], &[]]), None);
     }
 }
