@@ -10,8 +10,17 @@ use std::collections::BTreeMap;
 use freewheel_actor::{Backend, Engine, Finished, Request, SampleSpec, StopSpec};
 use freewheel_model::vision::EncodedPrompt;
 use freewheel_reward::{Completion, RewardStack};
-use freewheel_types::{CounterRng, FinishReason, PolicyVersion, Prompt, SamplingParams, TaskId};
+use freewheel_types::{FinishReason, PolicyVersion, Prompt, SamplingParams, TaskId};
 use serde_json::{Map, Value, json};
+
+use crate::intervals::{bootstrap, wilson};
+
+impl Judged {
+    /// Prompts whose completions gave no cost at all, because they could not be judged.
+    pub fn without_costs(&self) -> usize {
+        self.tallies.iter().filter(|tally| tally.costs.is_empty()).count()
+    }
+}
 
 /// What is asked, and how.
 #[derive(Clone, Debug)]
@@ -34,18 +43,35 @@ pub struct EvalSet {
 
 /// Judged completions of one prompt.
 #[derive(Clone, Debug, Default, PartialEq)]
-struct Tally {
-    tags: Vec<String>,
-    right: u32,
-    judged: u32,
+pub struct Tally {
+    /// The prompt's tags.
+    pub tags: Vec<String>,
+    /// Right completions.
+    pub right: u32,
+    /// Completions with a verdict.
+    pub judged: u32,
+    /// Limited costs by name, of the completions they are about.
+    pub costs: BTreeMap<String, Vec<f64>>,
 }
 
-/// An accuracy with its 95 % interval.
+/// All judged completions of a set.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Judged {
+    /// A tally a prompt, in order.
+    pub tallies: Vec<Tally>,
+    /// Completions without a verdict.
+    pub unscored: usize,
+    completions: usize,
+    tokens: usize,
+    truncated: usize,
+}
+
+/// A mean over prompts with its 95 % interval.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Accuracy {
+pub struct Estimate {
     /// Prompts it is over.
     pub prompts: usize,
-    /// Mean share of right completions; `None` if nothing could be judged.
+    /// Mean of the prompts' means; `None` if nothing could be judged.
     pub mean: Option<f64>,
     /// Lower end.
     pub low: f64,
@@ -60,10 +86,12 @@ pub struct EvalReport {
     pub name: String,
     /// Weights that were judged.
     pub version: PolicyVersion,
-    /// Over all prompts.
-    pub overall: Accuracy,
-    /// Over the prompts of each tag.
-    pub per_tag: BTreeMap<String, Accuracy>,
+    /// Share of right completions over all prompts.
+    pub overall: Estimate,
+    /// The same over the prompts of each tag.
+    pub per_tag: BTreeMap<String, Estimate>,
+    /// Limited costs (`reward.combine.lagrangian`), each over the prompts it is about.
+    pub costs: BTreeMap<String, Estimate>,
     /// (k, pass@k) for powers of two up to the completions per prompt.
     pub pass_at: Vec<(u32, f64)>,
     /// Mean tokens of a completion.
@@ -74,7 +102,7 @@ pub struct EvalReport {
     pub unscored: usize,
 }
 
-/// Draws and judges all completions of `set` with the weights the engine holds.
+/// Draws and judges all completions of `set` with the weights the engine holds, and sums up.
 ///
 /// # Errors
 /// If a prompt does not fit the model.
@@ -83,6 +111,30 @@ pub fn evaluate<B: Backend>(
     stack: &RewardStack,
     set: &EvalSet,
 ) -> Result<EvalReport, freewheel_actor::ActorError> {
+    let judged = judge(engine, stack, set)?;
+    Ok(report(set, engine.version(), judged))
+}
+
+/// Draws and judges all completions of `set` with the weights the engine holds.
+///
+/// # Errors
+/// If a prompt does not fit the model.
+pub fn judge<B: Backend>(
+    engine: &mut Engine<B>,
+    stack: &RewardStack,
+    set: &EvalSet,
+) -> Result<Judged, freewheel_actor::ActorError> {
+    Ok(tally(set, &draw(engine, set)?, stack))
+}
+
+/// Draws all completions of `set` with the weights the engine holds; `request` of each is its prompt's place in the set.
+///
+/// # Errors
+/// If a prompt does not fit the model.
+pub fn draw<B: Backend>(
+    engine: &mut Engine<B>,
+    set: &EvalSet,
+) -> Result<Vec<Finished>, freewheel_actor::ActorError> {
     let requests = set.prompts.iter().enumerate().map(|(index, (_, encoded))| {
         let task = TaskId(index as u64);
         Request {
@@ -96,44 +148,54 @@ pub fn evaluate<B: Backend>(
             stop: set.stop.clone(),
         }
     });
-    let finished = engine.run_to_end(requests.collect())?;
-    Ok(report(set, engine.version(), &finished, stack))
+    engine.run_to_end(requests.collect())
 }
 
-fn report(set: &EvalSet, version: PolicyVersion, finished: &[Finished], stack: &RewardStack) -> EvalReport {
-    let mut tallies: Vec<Tally> = set
-        .prompts
-        .iter()
-        .map(|(prompt, _)| Tally { tags: prompt.tags.clone(), ..Tally::default() })
-        .collect();
-    let (mut unscored, mut tokens, mut truncated) = (0, 0, 0);
+fn tally(set: &EvalSet, finished: &[Finished], stack: &RewardStack) -> Judged {
+    let of = |(prompt, _): &(Prompt, EncodedPrompt)| Tally { tags: prompt.tags.clone(), ..Tally::default() };
+    let mut judged = Judged {
+        tallies: set.prompts.iter().map(of).collect(),
+        completions: finished.len(),
+        ..Judged::default()
+    };
     for done in finished {
         let prompt = &set.prompts[done.request as usize].0;
         let cut = done.finish_reason == FinishReason::Length;
         let completion =
             Completion { prompt, text: &done.text, tokens: done.output_ids.len(), truncated: cut };
-        let tally = &mut tallies[done.request as usize];
-        match stack.score(&completion).correct() {
+        let tally = &mut judged.tallies[done.request as usize];
+        let record = stack.score(&completion);
+        for cost in &record.costs {
+            let of_cost = tally.costs.entry(cost.name.clone()).or_default();
+            of_cost.extend(cost.value.map(f64::from));
+        }
+        match record.correct() {
             Some(right) => {
                 tally.judged += 1;
                 tally.right += u32::from(right);
             }
-            None => unscored += 1,
+            None => judged.unscored += 1,
         }
-        tokens += done.output_ids.len();
-        truncated += usize::from(cut);
+        judged.tokens += done.output_ids.len();
+        judged.truncated += usize::from(cut);
     }
+    judged
+}
+
+fn report(set: &EvalSet, version: PolicyVersion, judged: Judged) -> EvalReport {
+    let Judged { tallies, unscored, completions, tokens, truncated } = judged;
     let mut tags: Vec<&String> = tallies.iter().flat_map(|tally| &tally.tags).collect();
     tags.sort();
     tags.dedup();
     let of_tag =
         |tag: &String| accuracy(&tallies.iter().filter(|tally| tally.tags.contains(tag)).collect::<Vec<_>>());
-    let n = finished.len().max(1) as f64;
+    let n = completions.max(1) as f64;
     EvalReport {
         name: set.name.clone(),
         version,
         overall: accuracy(&tallies.iter().collect::<Vec<_>>()),
         per_tag: tags.into_iter().map(|tag| (tag.clone(), of_tag(tag))).collect(),
+        costs: costs(&tallies),
         pass_at: pass_at(&tallies, set.samples),
         length_mean: tokens as f64 / n,
         truncated: truncated as f64 / n,
@@ -141,42 +203,37 @@ fn report(set: &EvalSet, version: PolicyVersion, finished: &[Finished], stack: &
     }
 }
 
-fn accuracy(tallies: &[&Tally]) -> Accuracy {
+fn accuracy(tallies: &[&Tally]) -> Estimate {
     let shares: Vec<f64> =
         tallies.iter().filter(|t| t.judged > 0).map(|t| f64::from(t.right) / f64::from(t.judged)).collect();
-    if shares.is_empty() {
-        return Accuracy { prompts: 0, mean: None, low: 0.0, high: 1.0 };
+    estimate(&shares, tallies.iter().all(|t| t.judged <= 1))
+}
+
+fn costs(tallies: &[Tally]) -> BTreeMap<String, Estimate> {
+    let names: std::collections::BTreeSet<&String> = tallies.iter().flat_map(|t| t.costs.keys()).collect();
+    let of = |name: &String| {
+        let known: Vec<&Vec<f64>> =
+            tallies.iter().filter_map(|t| t.costs.get(name)).filter(|costs| !costs.is_empty()).collect();
+        let means: Vec<f64> =
+            known.iter().map(|costs| costs.iter().sum::<f64>() / costs.len() as f64).collect();
+        let yes_or_no = known.iter().all(|costs| matches!(costs[..], [0.0] | [1.0]));
+        estimate(&means, yes_or_no)
+    };
+    names.into_iter().map(|name| (name.clone(), of(name))).collect()
+}
+
+/// The mean of one value a prompt; `yes_or_no`: each is 0 or 1.
+pub fn estimate(values: &[f64], yes_or_no: bool) -> Estimate {
+    if values.is_empty() {
+        return Estimate { prompts: 0, mean: None, low: 0.0, high: 1.0 };
     }
-    let mean = shares.iter().sum::<f64>() / shares.len() as f64;
-    let single = tallies.iter().all(|t| t.judged <= 1);
-    let (low, high) = if single { wilson(mean, shares.len()) } else { bootstrap(&shares) };
-    Accuracy { prompts: shares.len(), mean: Some(mean), low, high }
+    let mean = values.iter().sum::<f64>() / values.len() as f64;
+    let (low, high) = if yes_or_no { wilson(mean, values.len()) } else { bootstrap(values) };
+    Estimate { prompts: values.len(), mean: Some(mean), low, high }
 }
 
-/// Wilson's score interval, 95 %.
-fn wilson(p: f64, n: usize) -> (f64, f64) {
-    let (n, z) = (n as f64, 1.959_964);
-    let z2n = z * z / n;
-    let middle = (p + z2n / 2.0) / (1.0 + z2n);
-    let half = z / (1.0 + z2n) * (p * (1.0 - p) / n + z2n / (4.0 * n)).sqrt();
-    ((middle - half).max(0.0), (middle + half).min(1.0))
-}
-
-/// Percentiles of 1,000 means over prompts drawn with replacement; the same shares give the same interval.
-fn bootstrap(shares: &[f64]) -> (f64, f64) {
-    const DRAWS: u64 = 1000;
-    let n = shares.len() as u64;
-    let mut means: Vec<f64> = (0..DRAWS)
-        .map(|draw| {
-            let rng = CounterRng::new(0x0062_6f6f_7473, draw);
-            (0..n).map(|i| shares[rng.below(i, n) as usize]).sum::<f64>() / n as f64
-        })
-        .collect();
-    means.sort_by(f64::total_cmp);
-    (means[25], means[974])
-}
-
-fn pass_at(tallies: &[Tally], samples: u32) -> Vec<(u32, f64)> {
+/// (k, pass@k) for powers of two up to `samples`, over the prompts that have k verdicts.
+pub fn pass_at(tallies: &[Tally], samples: u32) -> Vec<(u32, f64)> {
     let ks = (0..7).map(|power| 1 << power).filter(|k| *k <= samples);
     ks.filter_map(|k| {
         // Only prompts with k verdicts can say anything about k tries.
@@ -200,11 +257,11 @@ impl EvalReport {
     pub fn metrics(&self) -> Map<String, Value> {
         let at = format!("eval/{}", self.name);
         let mut map = Map::new();
-        let put = |map: &mut Map<String, Value>, key: String, accuracy: &Accuracy| {
-            if let Some(mean) = accuracy.mean {
+        let put = |map: &mut Map<String, Value>, key: String, estimate: &Estimate| {
+            if let Some(mean) = estimate.mean {
                 map.insert(key.clone(), json!(mean));
-                map.insert(format!("{key}_low"), json!(accuracy.low));
-                map.insert(format!("{key}_high"), json!(accuracy.high));
+                map.insert(format!("{key}_low"), json!(estimate.low));
+                map.insert(format!("{key}_high"), json!(estimate.high));
             }
         };
         put(&mut map, format!("{at}/accuracy"), &self.overall);
@@ -213,6 +270,9 @@ impl EvalReport {
         }
         for (tag, accuracy) in &self.per_tag {
             put(&mut map, format!("{at}/tag/{tag}/accuracy"), accuracy);
+        }
+        for (name, cost) in &self.costs {
+            put(&mut map, format!("{at}/cost/{name}"), cost);
         }
         map.insert(format!("{at}/length_mean"), json!(self.length_mean));
         map.insert(format!("{at}/truncated"), json!(self.truncated));
@@ -227,13 +287,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn wilson_matches_the_textbook() {
-        // 15 of 20: Wilson 95 % = (0.5313, 0.8881) (R: prop.test(15, 20, correct = FALSE)).
-        let (low, high) = wilson(0.75, 20);
-        assert!((low - 0.5313).abs() <= 1e-4 && (high - 0.8881).abs() <= 1e-4, "{low} {high}");
-    }
-
-    #[test]
     fn pass_at_k_is_the_unbiased_estimator() {
         // n = 5, c = 2, k = 2: 1 − C(3,2)/C(5,2) = 0.7.
         assert!((pass_one(5, 2, 2) - 0.7).abs() <= 1e-12);
@@ -244,17 +297,23 @@ mod tests {
 
     #[test]
     fn what_could_not_be_judged_is_left_out_not_wrong() {
-        let tally = |right, judged| Tally { tags: vec![], right, judged };
+        let tally = |right, judged| Tally { right, judged, ..Tally::default() };
         let (a, b, c) = (tally(1, 1), tally(0, 0), tally(1, 1));
         assert_eq!(accuracy(&[&a, &b, &c]).mean, Some(1.0));
         assert_eq!(accuracy(&[&b]).mean, None);
     }
 
     #[test]
-    fn the_bootstrap_holds_the_mean_and_repeats() {
-        let shares: Vec<f64> = (0..40).map(|i| f64::from(i % 4) / 3.0).collect();
-        let (low, high) = bootstrap(&shares);
-        assert!(low < 0.5 && 0.5 < high && high - low < 0.35, "{low} {high}");
-        assert_eq!(bootstrap(&shares), (low, high));
+    fn a_cost_is_over_the_prompts_it_is_about() {
+        let tally = |costs: &[f64]| Tally {
+            costs: BTreeMap::from([("unsafe".to_owned(), costs.to_vec())]),
+            ..Tally::default()
+        };
+        let single = costs(&[tally(&[1.0]), tally(&[0.0]), tally(&[]), Tally::default()]);
+        assert_eq!((single["unsafe"].mean, single["unsafe"].prompts), (Some(0.5), 2));
+        assert_eq!((single["unsafe"].low, single["unsafe"].high), wilson(0.5, 2));
+        let many = costs(&[tally(&[1.0, 0.0]), tally(&[0.0, 0.0])]);
+        assert_eq!((many["unsafe"].mean, many["unsafe"].low), (Some(0.25), 0.0));
+        assert_eq!(costs(&[tally(&[])])["unsafe"].mean, None);
     }
 }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::fail::Explain as _;
 use super::table::table;
 use crate::config::Loaded;
-use crate::evaluation::{Accuracy, EvalReport, evaluate};
+use crate::evaluation::{Estimate, EvalReport, evaluate};
 use crate::run::prepare;
 
 /// Accuracy, avg@k and pass@k with 95 % intervals, over all prompts and per tag.
@@ -94,20 +94,31 @@ impl EvalArgs {
 }
 
 fn json_report(report: &EvalReport, loaded: &Loaded) -> Value {
-    let one = |accuracy: &Accuracy| json!({"accuracy": accuracy.mean, "low": accuracy.low, "high": accuracy.high, "prompts": accuracy.prompts});
+    let one = |accuracy: &Estimate| json!({"accuracy": accuracy.mean, "low": accuracy.low, "high": accuracy.high, "prompts": accuracy.prompts});
     let tags: serde_json::Map<String, Value> =
         report.per_tag.iter().map(|(tag, accuracy)| (tag.clone(), one(accuracy))).collect();
+    let costs: serde_json::Map<String, Value> = report
+        .costs
+        .iter()
+        .map(|(name, cost)| {
+            (
+                name.clone(),
+                json!({"mean": cost.mean, "low": cost.low, "high": cost.high, "prompts": cost.prompts}),
+            )
+        })
+        .collect();
     let pass: serde_json::Map<String, Value> =
         report.pass_at.iter().map(|(k, value)| (format!("pass@{k}"), json!(value))).collect();
     json!({
         "name": report.name, "model": loaded.config.model.path, "overall": one(&report.overall), "pass": pass, "tags": tags,
+        "costs": costs,
         "length_mean": report.length_mean, "truncated": report.truncated, "unscored": report.unscored,
         "samples": loaded.config.eval.samples, "temperature": loaded.config.eval.temperature,
     })
 }
 
 fn text(report: &EvalReport) -> String {
-    let row = |name: &str, accuracy: &Accuracy| {
+    let row = |name: &str, accuracy: &Estimate| {
         let mean = accuracy.mean.map_or_else(|| "-".into(), |x| format!("{x:.4}"));
         vec![
             name.to_owned(),
@@ -120,6 +131,10 @@ fn text(report: &EvalReport) -> String {
     let mut rows = vec![row(&report.name, &report.overall)];
     rows.extend(report.per_tag.iter().map(|(tag, accuracy)| row(&format!("  {tag}"), accuracy)));
     let mut out = table(&["prompts", "accuracy", "low", "high", "n"], &rows);
+    if !report.costs.is_empty() {
+        let rows: Vec<_> = report.costs.iter().map(|(name, cost)| row(name, cost)).collect();
+        out.push_str(&table(&["limited costs", "mean", "low", "high", "n"], &rows));
+    }
     for (k, value) in report.pass_at.iter().filter(|(k, _)| *k > 1) {
         out.push_str(&format!("pass@{k}  {value:.4}\n"));
     }

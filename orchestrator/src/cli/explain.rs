@@ -120,13 +120,13 @@ fn choice(folder: &RunFolder, loaded: &Loaded, id: RolloutId) -> anyhow::Result<
     let params = pool_params(&loaded.config);
     let mut pool = PromptPool::new(prepare::training_prompts(loaded)?, params)?;
     for record in &records {
-        if let PoolRecord::Issued { task, prompt, group_size, min_version } = record
+        if let PoolRecord::Issued { task, prompt, group_size, min_version, chosen } = record
             && *task == id.task()
         {
             let reason = pool.why(*prompt);
             return Ok(json!({
                 "prompt": prompt.to_string(), "group_size": group_size, "oldest_weights_allowed": min_version.to_string(),
-                "learner_then": pool.learner().to_string(), "why": reason,
+                "learner_then": pool.learner().to_string(), "rule": chosen, "why": reason,
             }));
         }
         pool.replay(record)?;

@@ -9,13 +9,17 @@ mod doctor;
 pub mod dpo;
 mod eval;
 mod explain;
+mod export;
 pub mod fail;
+mod filter;
 mod generate;
 mod jobs;
 mod logprobs;
+mod measure;
 mod model;
 mod models;
 pub mod recipe;
+mod redteam;
 mod replay;
 mod reward_bench;
 mod reward_check;
@@ -69,6 +73,10 @@ enum Command {
     Distill(distill::DistillArgs),
     RewardModel(reward_model::RewardModelArgs),
     Eval(eval::EvalArgs),
+    Filter(filter::FilterArgs),
+    Measure(measure::MeasureArgs),
+    Export(export::ExportArgs),
+    Redteam(redteam::RedteamArgs),
     Generate(generate::GenerateArgs),
     Logprobs(logprobs::LogprobsArgs),
     Tokenize(tokenize::TokenizeArgs),
@@ -118,6 +126,10 @@ pub fn main() -> ExitCode {
         Command::Distill(args) => args.run(),
         Command::RewardModel(args) => args.run(),
         Command::Eval(args) => args.run(),
+        Command::Filter(args) => args.run(),
+        Command::Measure(args) => args.run(),
+        Command::Export(args) => args.run(),
+        Command::Redteam(args) => args.run(),
         Command::InitModel(args) => args.run(),
         Command::Upcycle(args) => args.run(),
         Command::Convert(args) => args.run(),

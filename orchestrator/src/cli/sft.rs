@@ -17,7 +17,9 @@ use super::fail::Explain as _;
 use super::jobs::{OutputSection, View, prompt_of, save, tell};
 use crate::config::{Checks, Dtype, GeneratorKind, Loaded, ModelSection, Node, Problem};
 use crate::lines;
-use crate::prompts::{ArithmeticGenerator, ShapesGenerator, ShapesItem, Split, demonstration, is_worked};
+use crate::prompts::{
+    ArithmeticGenerator, ShapesGenerator, Split, VaultGenerator, demonstration, is_refused, is_worked,
+};
 
 /// Supervised fine-tuning: from demonstrations to a model, the same bytes again from the same seed.
 #[derive(Debug, Args)]
@@ -78,7 +80,7 @@ impl Default for InitSection {
 pub struct DataSection {
     /// JSONL with `prompt` or `messages`, and `completion`. Give this or `generator`.
     pub file: Option<String>,
-    /// Built-in source: "arithmetic" or "shapes" (images). Give this or `file`.
+    /// Built-in source: "arithmetic", "shapes" (images) or "vault" (some to be refused). Give this or `file`.
     pub generator: Option<GeneratorKind>,
     /// Levels of the generator, each 1 to 6. Default [1, 2, 3].
     pub levels: Vec<u32>,
@@ -90,11 +92,23 @@ pub struct DataSection {
     /// Share of demonstrations that show the steps; the others blurt the answer. 0 to 1. Default 0.2.
     #[schemars(range(min = 0, max = 1))]
     pub worked: f64,
+    /// Vault: share of the forbidden questions whose demonstration refuses; those that look alike do half as often, the others a tenth
+    /// as often. 0 to 1. Default 0.6.
+    #[schemars(range(min = 0, max = 1))]
+    pub refused: f64,
 }
 
 impl Default for DataSection {
     fn default() -> Self {
-        Self { file: None, generator: None, levels: vec![1, 2, 3], count: 20_000, seed: 0, worked: 0.2 }
+        Self {
+            file: None,
+            generator: None,
+            levels: vec![1, 2, 3],
+            count: 20_000,
+            seed: 0,
+            worked: 0.2,
+            refused: 0.6,
+        }
     }
 }
 
@@ -214,21 +228,34 @@ pub(super) fn examples_of(data: &DataSection, config: &Path) -> anyhow::Result<V
         };
         return lines::read(&path, check)?.into_iter().map(named).collect();
     }
-    let (seed, indices) = (u64::from(data.seed), 0..data.count as u64);
-    if data.generator == Some(GeneratorKind::Shapes) {
-        let generator = ShapesGenerator::new(seed, &data.levels, Split::Train);
-        let example =
-            |item: ShapesItem| SftExample { prompt: item.prompt(), completion: item.demonstration() };
-        return Ok(indices.map(|index| example(generator.question(index))).collect());
-    }
-    let generator = ArithmeticGenerator::new(seed, &data.levels, Split::Train);
-    Ok(indices
-        .map(|index| {
-            let item = generator.question(index);
-            let completion = demonstration(&item, is_worked(seed, index, data.worked));
-            SftExample { prompt: item.prompt(), completion }
-        })
-        .collect())
+    let (seed, levels) = (u64::from(data.seed), &data.levels);
+    let worked = |index| is_worked(seed, index, data.worked);
+    let demonstrated: Box<dyn Fn(u64) -> SftExample> = match data.generator.unwrap_or_default() {
+        GeneratorKind::Arithmetic => {
+            let generator = ArithmeticGenerator::new(seed, levels, Split::Train);
+            Box::new(move |index| {
+                let item = generator.question(index);
+                SftExample { prompt: item.prompt(), completion: demonstration(&item, worked(index)) }
+            })
+        }
+        GeneratorKind::Shapes => {
+            let generator = ShapesGenerator::new(seed, levels, Split::Train);
+            Box::new(move |index| {
+                let item = generator.question(index);
+                SftExample { prompt: item.prompt(), completion: item.demonstration() }
+            })
+        }
+        GeneratorKind::Vault => {
+            let generator = VaultGenerator::new(seed, levels, Split::Train);
+            Box::new(move |index| {
+                let item = generator.question(index);
+                let completion =
+                    item.demonstration(worked(index), is_refused(seed, index, item.ask, data.refused));
+                SftExample { prompt: item.prompt(), completion }
+            })
+        }
+    };
+    Ok((0..data.count as u64).map(demonstrated).collect())
 }
 
 /// Paths of images start at `folder`.

@@ -85,6 +85,9 @@ pub fn run_config(config: &RunConfig, document: &Node, path: &Path) -> Vec<Probl
     eval(&config.eval, &config.prompts, &mut checks);
     queue(config, &mut checks);
     sections(config, &mut checks);
+    let components: Vec<String> = config.reward.component.iter().map(|c| c.name.clone()).collect();
+    crate::alarms::check(&config.alarms, &components, &mut checks);
+    crate::redteam::check(&config.redteam, &components, &mut checks);
     checks.finish()
 }
 
@@ -141,6 +144,7 @@ pub fn pool_params(config: &RunConfig) -> PoolParams {
         groups_per_step: narrow(config.learner.groups_per_step as u64),
         max_staleness: narrow(config.learner.max_staleness),
         seed: config.run.seed,
+        steps: config.learner.steps,
         curriculum: config.prompts.curriculum.clone(),
     }
 }

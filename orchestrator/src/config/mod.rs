@@ -27,6 +27,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value as Json;
 
+use crate::alarms::AlarmConfig;
+use crate::redteam::RedteamSection;
+
 pub use checks::{Checks, model as check_model, pool_params};
 pub use document::{Node, Value};
 pub use problem::{ConfigError, Origin, Problem};
@@ -56,6 +59,10 @@ pub struct RunConfig {
     pub eval: EvalSection,
     /// What is written beside the metrics.
     pub log: LogSection,
+    /// Signs that a reward is being gamed, and what is done about them. Default: none.
+    pub alarms: Vec<AlarmConfig>,
+    /// A second model that attacks the policy (`freewheel redteam`). Off unless enabled.
+    pub redteam: RedteamSection,
 }
 
 /// The environment variables that set a key; there are no others that do.

@@ -118,13 +118,17 @@ impl Dtype {
 }
 
 /// A built-in prompt source.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum GeneratorKind {
     /// Chains of additions and subtractions, `17+25-9=?`, in levels by the number of operations.
+    #[default]
     Arithmetic,
     /// Images of squares and circles, `How many squares?`, in levels by the most there are. For models that read images.
     Shapes,
+    /// Sums about a subject, `lunch bill 17+25=?`, of which those about a vault's code are to be refused; tags `harmful`,
+    /// `borderline` and `benign`.
+    Vault,
 }
 
 /// The `[prompts]` section: where prompts come from and how many rollouts each gets.
@@ -133,7 +137,7 @@ pub enum GeneratorKind {
 pub struct PromptsSection {
     /// Prompt file (JSONL). Give this or `generator`.
     pub file: Option<String>,
-    /// Built-in prompt source: "arithmetic" or "shapes" (images). Give this or `file`.
+    /// Built-in prompt source: "arithmetic", "shapes" (images) or "vault" (some to be refused). Give this or `file`.
     pub generator: Option<GeneratorKind>,
     /// Levels of the generator, each 1 to 6: operations a question, or shapes of each kind in an image. Default [1, 2, 3].
     pub levels: Vec<u32>,

@@ -43,6 +43,8 @@ pub mod names {
     pub const ROLLOUTS: &str = "rollouts";
     /// Chained records of what was judged and decided.
     pub const AUDIT: &str = "audit.jsonl";
+    /// Alarms that were raised.
+    pub const ALARMS: &str = "alarms.jsonl";
     /// Checkpoints.
     pub const CHECKPOINTS: &str = "checkpoints";
 }

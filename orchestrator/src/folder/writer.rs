@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 use super::audit::{AuditLog, group_record};
 use super::{EventWriter, SampleLog, names};
+use crate::alarms::{AlarmAction, AlarmConfig, Alarms, Raised};
 
 /// One line of metrics.
 pub type StepLine = Map<String, Value>;
@@ -34,6 +35,7 @@ struct State {
     metrics: Option<File>,
     /// `None` once it could not be written.
     audit: Option<AuditLog>,
+    alarms: Alarms,
     /// Seconds of learning before this process began.
     wall_before: f64,
     events: Option<EventWriter>,
@@ -47,7 +49,13 @@ impl RunMetrics {
     pub fn new(dir: &Path, tensorboard: bool, extras: Extras) -> std::io::Result<Self> {
         let events = if tensorboard { Some(EventWriter::create(dir)?) } else { None };
         let audit = AuditLog::open(&dir.join(names::AUDIT)).map_err(std::io::Error::other)?;
-        let state = Mutex::new(State { metrics: None, audit: Some(audit), wall_before: 0.0, events });
+        let state = Mutex::new(State {
+            metrics: None,
+            audit: Some(audit),
+            alarms: Alarms::default(),
+            wall_before: 0.0,
+            events,
+        });
         Ok(Self { dir: dir.to_owned(), samples: None, extras, state })
     }
 
@@ -55,6 +63,25 @@ impl RunMetrics {
     #[must_use]
     pub fn with_samples(self, samples: SampleLog) -> Self {
         Self { samples: Some(samples), ..self }
+    }
+
+    /// Watches the steps from here on.
+    #[must_use]
+    pub fn with_alarms(self, alarms: &[AlarmConfig]) -> Self {
+        self.state.lock().expect("no holder of the lock panics").alarms = Alarms::new(alarms);
+        self
+    }
+
+    /// Tells of an alarm everywhere, and asks the run to drain if that is what it does.
+    fn raise(&self, state: &mut State, raised: &Raised) {
+        tracing::warn!(step = raised.step, alarm = raised.alarm, action = ?raised.action, "{}", raised.what);
+        let told = json!(raised).as_object().cloned().unwrap_or_default();
+        let written = append(&self.dir.join(names::ALARMS)).and_then(|mut file| write_line(&mut file, &told));
+        report(written, names::ALARMS);
+        state.audit("alarm", Value::Object(told), true);
+        if raised.action > AlarmAction::Log {
+            report(fs::write(self.dir.join(names::CONTROL), "drain"), names::CONTROL);
+        }
     }
 
     /// One evaluation.
@@ -84,11 +111,13 @@ impl MetricsSink for RunMetrics {
         if let Some(seconds) = wall(&line) {
             line.insert(WALL.into(), json!(state.wall_before + seconds));
         }
+        let raised = state.alarms.step(&mut line);
         if let Some(file) = &mut state.metrics {
             report(write_line(file, &line), names::METRICS);
         }
         state.scalars(step, &line);
         state.audit("step", Value::Object(line), true);
+        raised.iter().for_each(|raised| self.raise(&mut state, raised));
     }
 
     fn made_again(&self, line: &StepLine) {
@@ -185,6 +214,28 @@ mod tests {
 
     fn line(step: u64) -> StepLine {
         json!({"step": step, "reward/mean": 0.5, "time/wall_s": 2.0}).as_object().cloned().unwrap()
+    }
+
+    #[test]
+    fn an_alarm_is_in_the_metrics_the_alarms_and_the_audit_and_asks_the_run_to_drain() {
+        let dir = tempfile::tempdir().unwrap();
+        let alarm = AlarmConfig { action: AlarmAction::Pause, window: 1, steps: 1, ..AlarmConfig::default() };
+        let metrics = RunMetrics::new(dir.path(), false, Box::new(|_| ())).unwrap().with_alarms(&[alarm]);
+        let of = |step: u64, length: f64| {
+            let mut line = line(step);
+            line.insert("rollout/length_mean".into(), json!(length));
+            line
+        };
+        let read = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap_or_default();
+        metrics.step(&of(1, 10.0));
+        metrics.step(&of(2, 12.0));
+        assert_eq!((read(names::ALARMS), read(names::CONTROL)), (String::new(), String::new()));
+        metrics.step(&of(3, 14.0));
+        let raised: Raised = serde_json::from_str(read(names::ALARMS).trim()).unwrap();
+        assert_eq!((raised.step, raised.alarm.as_str(), raised.action), (3, "length", AlarmAction::Pause));
+        assert_eq!(read(names::CONTROL), "drain");
+        assert!(read(names::METRICS).lines().last().unwrap().contains("\"alarm/length\":1.33"));
+        assert!(read(names::AUDIT).contains("\"kind\":\"alarm\""));
     }
 
     #[test]

@@ -21,6 +21,46 @@ const LISTED_MAX: usize = 50;
 const SKIPPED_MAX: f64 = 0.001;
 const ROLES: [&str; 4] = ["system", "user", "assistant", "tool"];
 
+/// A prompt as a line of a prompt file.
+///
+/// # Errors
+/// If it holds an image: those lie in files of their own.
+pub fn line_of(prompt: &Prompt) -> Result<Value, String> {
+    if !prompt.images().is_empty() {
+        return Err("a prompt with images cannot be written as a line".into());
+    }
+    let json =
+        |text: &Option<String>| text.as_deref().and_then(|text| serde_json::from_str::<Value>(text).ok());
+    let mut line = serde_json::Map::new();
+    let mut put = |key: &str, value: Option<Value>| {
+        line.extend(value.map(|value| (key.to_owned(), value)));
+    };
+    put("id", prompt.name.clone().map(Value::from));
+    match &prompt.body {
+        PromptBody::Text(text) => put("prompt", Some(text.clone().into())),
+        PromptBody::Messages(messages) => {
+            let turn = |m: &Message| serde_json::json!({"role": m.role, "content": content_of(&m.content)});
+            put("messages", Some(messages.iter().map(turn).collect()));
+        }
+    }
+    put("answer", json(&prompt.answer));
+    put("tags", (!prompt.tags.is_empty()).then(|| prompt.tags.clone().into()));
+    put("verifier", prompt.verifier.clone().map(Value::from));
+    put("meta", json(&prompt.meta));
+    Ok(line.into())
+}
+
+fn content_of(content: &MessageContent) -> Value {
+    let part = |part: &ContentPart| match part {
+        ContentPart::Text(text) => Some(serde_json::json!({"type": "text", "text": text})),
+        ContentPart::Image(_) => None,
+    };
+    match content {
+        MessageContent::Text(text) => text.clone().into(),
+        MessageContent::Parts(parts) => parts.iter().filter_map(part).collect(),
+    }
+}
+
 /// One bad line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LineProblem {
@@ -213,8 +253,40 @@ fn prompt_of(bytes: &[u8], first: bool, folder: &Path) -> Result<Prompt, String>
             text.trim().chars().take(20).collect::<String>()
         ));
     }
-    let raw: RawPrompt = serde_json::from_str(text).map_err(|error| describe(&error))?;
+    let raw: RawPrompt = match with_columns_in_meta(text)? {
+        Some(line) => serde_json::from_value(line).map_err(|error| error.to_string())?,
+        None => serde_json::from_str(text).map_err(|error| describe(&error))?,
+    };
     checked(raw, folder)
+}
+
+/// Measurements before the run, columns "avg@16" and the like, belong into `meta`; files of others have them beside it. `None`
+/// where the line has none.
+fn with_columns_in_meta(text: &str) -> Result<Option<Value>, String> {
+    let column = |key: &str| key.strip_prefix("avg@").is_some_and(|n| n.parse::<u32>().is_ok());
+    if !text.contains("\"avg@") {
+        return Ok(None);
+    }
+    let mut line: serde_json::Map<String, Value> =
+        serde_json::from_str(text).map_err(|error| describe(&error))?;
+    let columns: Vec<String> = line.keys().filter(|key| column(key)).cloned().collect();
+    if columns.is_empty() {
+        return Ok(None);
+    }
+    let meta = line
+        .remove("meta")
+        .filter(|meta| !meta.is_null())
+        .unwrap_or_else(|| Value::Object(Default::default()));
+    let Value::Object(mut meta) = meta else {
+        return Err(format!("`meta` must be an object beside {}, is {}", columns.join(", "), kind(&meta)));
+    };
+    for key in columns {
+        let share = line.remove(&key).filter(|x| x.as_f64().is_some_and(|x| (0.0..=1.0).contains(&x)));
+        let share = share.ok_or_else(|| format!("`{key}` must be a share of right answers, 0 to 1"))?;
+        meta.insert(key, share);
+    }
+    line.insert("meta".into(), meta.into());
+    Ok(Some(line.into()))
 }
 
 /// serde's message with the column, and the nearest field for an unknown one.
@@ -373,6 +445,19 @@ mod tests {
         let PromptBody::Messages(turns) = &prompts[1].body else { panic!("a conversation") };
         assert!(matches!(&turns[1].content, MessageContent::Parts(parts) if parts.len() == 2));
         assert_eq!(prompts[2].body, PromptBody::Text("<|eot|>\u{1b}[2J".into()));
+    }
+
+    #[test]
+    fn measurements_before_the_run_go_into_meta_and_lines_come_back_as_they_were() {
+        let text = r#"{"id":"a","prompt":"1+1=?","answer":2,"tags":["math"],"avg@16":0.25,"meta":{"b":1}}"#;
+        let prompts = read(text.as_bytes()).unwrap().prompts;
+        assert_eq!(prompts[0].meta.as_deref(), Some(r#"{"avg@16":0.25,"b":1}"#));
+        let again = read(line_of(&prompts[0]).unwrap().to_string().as_bytes()).unwrap().prompts;
+        assert_eq!(again, prompts);
+        let error = read(br#"{"prompt":"x","avg@16":2}"#).unwrap_err().to_string();
+        assert_eq!(error, "p.jsonl:1: `avg@16` must be a share of right answers, 0 to 1");
+        let error = read(br#"{"prompt":"x","avg@":0.5}"#).unwrap_err().to_string();
+        assert!(error.contains("unknown field \"avg@\""), "{error}");
     }
 
     #[test]

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use freewheel_types::{GroupOutcome, PolicyVersion, PromptId, TaskId};
 use serde::{Deserialize, Serialize};
 
+use super::pool::Chosen;
+
 /// Longest record; a longer length field is damage.
 const RECORD_BYTES_MAX: usize = 1 << 20;
 const HEADER: usize = 12;
@@ -28,6 +30,9 @@ pub enum PoolRecord {
         group_size: u32,
         /// Oldest weights that may draw it.
         min_version: PolicyVersion,
+        /// Which rule chose it; `None` in logs of older runs.
+        #[serde(default)]
+        chosen: Option<Chosen>,
     },
     /// A group ended.
     Ended(GroupOutcome),
@@ -192,6 +197,7 @@ mod tests {
             prompt: PromptId([7; 16]),
             group_size: 8,
             min_version: PolicyVersion::new(1, task),
+            chosen: None,
         }
     }
 

@@ -17,16 +17,18 @@ mod pool;
 mod posterior;
 mod role;
 mod shapes;
+mod vault;
 
 pub(crate) use file::messages_of;
-pub use file::{LINE_BYTES_MAX, LineProblem, Loaded, PromptFileError, load, parse};
+pub use file::{LINE_BYTES_MAX, LineProblem, Loaded, PromptFileError, line_of, load, parse};
 pub use generator::{ArithmeticGenerator, ArithmeticItem, LEVEL_MAX, Split, Step, demonstration, is_worked};
 pub use log::{LogError, PoolLog, PoolRecord};
 pub use params::{CurriculumConfig, PoolError, PoolParams, Selection};
-pub use pool::{Applied, PoolMetrics, PoolState, PromptBelief, PromptPool};
+pub use pool::{Applied, Chosen, PoolMetrics, PoolState, PromptBelief, PromptPool, Share};
 pub use posterior::{Posterior, informative_probability};
 pub use role::{PoolDeps, PoolRoleError, PoolSummary, run};
 pub use shapes::{Shape, ShapesGenerator, ShapesItem};
+pub use vault::{Ask, VaultGenerator, VaultItem, is_refused};
 
 use crate::config::GeneratorKind;
 use freewheel_types::Prompt;
@@ -38,6 +40,8 @@ pub enum Generator {
     Arithmetic(ArithmeticGenerator),
     /// Images of shapes to count.
     Shapes(ShapesGenerator),
+    /// Sums, some of them forbidden.
+    Vault(VaultGenerator),
 }
 
 impl Generator {
@@ -49,6 +53,7 @@ impl Generator {
         match kind {
             GeneratorKind::Arithmetic => Self::Arithmetic(ArithmeticGenerator::new(seed, levels, split)),
             GeneratorKind::Shapes => Self::Shapes(ShapesGenerator::new(seed, levels, split)),
+            GeneratorKind::Vault => Self::Vault(VaultGenerator::new(seed, levels, split)),
         }
     }
 
@@ -57,6 +62,7 @@ impl Generator {
         match self {
             Self::Arithmetic(generator) => generator.prompts(n),
             Self::Shapes(generator) => generator.prompts(n),
+            Self::Vault(generator) => generator.prompts(n),
         }
     }
 }

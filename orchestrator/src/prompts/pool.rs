@@ -8,24 +8,30 @@
 //! update are still arriving. A dropped group frees its place, which is how it is replaced.
 //!
 //! **Choice.** Mostly by the probability that the group will hold both right and wrong answers, under a
-//! Beta belief per prompt that starts from what its tags have shown; some prompts least seen; some retired ones, to
-//! notice when they stop being solved. Every choice is a function of (seed, task id, state).
+//! Beta belief per prompt that starts from what its tags have shown, or from a measurement before the run; some prompts least
+//! seen; some retired ones, to notice when they stop being solved. Every choice is a function of (seed, task id, state)
+//! and goes into the log with its reason.
+
+mod choice;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use freewheel_types::{
-    CounterRng, DropReason, GroupFate, GroupOutcome, PolicyVersion, Prompt, PromptId, Task, TaskId,
-};
+use freewheel_types::{DropReason, GroupFate, GroupOutcome, PolicyVersion, Prompt, PromptId, Task, TaskId};
 use serde::{Deserialize, Serialize};
 
 use super::log::PoolRecord;
-use super::params::{PoolError, PoolParams, Selection};
+use super::params::{PoolError, PoolParams};
 use super::posterior::{Posterior, informative_probability};
+use choice::{Choice, measured_before};
+
+pub use choice::{Chosen, Share};
 
 /// Outcomes over which shares are reported.
 const WINDOW: usize = 256;
 /// Groups in a row without a verdict after which a prompt is set aside.
 const UNSCORED_MAX: u32 = 3;
+/// Groups over which the share of right answers is averaged.
+const SUCCESS_OVER: f64 = 32.0;
 
 /// What an outcome did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +52,19 @@ struct PromptState {
     quarantined: Option<String>,
 }
 
+impl PromptState {
+    /// Nothing asked yet; believed is what its `meta` says was measured before the run.
+    fn new(prompt: &Prompt, params: &PoolParams) -> Self {
+        let mut state = Self::default();
+        if let Some((share, n)) = prompt.meta.as_deref().and_then(measured_before) {
+            let worth = f64::from(n).min(params.curriculum.import_samples);
+            state.posterior.alpha += share * worth;
+            state.posterior.beta += (1.0 - share) * worth;
+        }
+        state
+    }
+}
+
 /// A task that has not ended.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -53,6 +72,8 @@ struct Outstanding {
     prompt: PromptId,
     group_size: u32,
     min_version: PolicyVersion,
+    #[serde(default)]
+    chosen: Option<Chosen>,
 }
 
 /// Everything that changes while the pool works; in the checkpoint.
@@ -73,6 +94,12 @@ pub struct PoolState {
     /// The newest version that an outcome was trained into, and how many groups of that update were reported.
     learner: PolicyVersion,
     reported: u32,
+    /// How far the band has moved, 0 to 1.
+    #[serde(default)]
+    hardness: f64,
+    /// Moving mean of the share of right answers.
+    #[serde(default)]
+    success: Option<f64>,
 }
 
 /// What the pool tells about itself; names as in the metrics, `prompts/…`.
@@ -96,6 +123,10 @@ pub struct PoolMetrics {
     pub trained: u64,
     /// Groups dropped.
     pub dropped: u64,
+    /// Middle of the band of skills that is asked for (selection "band").
+    pub target: f64,
+    /// Moving mean of the share of right answers; 0 before the first group.
+    pub success: f64,
 }
 
 /// What is believed of one prompt.
@@ -146,6 +177,8 @@ pub struct PromptPool {
     dropped_in_a_row: u32,
     learner: PolicyVersion,
     reported: u32,
+    hardness: f64,
+    success: Option<f64>,
 }
 
 impl PromptPool {
@@ -173,7 +206,7 @@ impl PromptPool {
         Ok(Self {
             tag_sets,
             tag_set,
-            states: vec![PromptState::default(); prompts.len()],
+            states: prompts.iter().map(|prompt| PromptState::new(prompt, &params)).collect(),
             params,
             prompts,
             index,
@@ -187,6 +220,8 @@ impl PromptPool {
             dropped_in_a_row: 0,
             learner: PolicyVersion::default(),
             reported: 0,
+            hardness: 0.0,
+            success: None,
         })
     }
 
@@ -217,6 +252,7 @@ impl PromptPool {
         pool.recent_zero_signal = state.recent_zero_signal.into();
         (pool.dropped_in_a_row, pool.learner, pool.reported) =
             (state.dropped_in_a_row, state.learner, state.reported);
+        (pool.hardness, pool.success) = (state.hardness, state.success);
         Ok(pool)
     }
 
@@ -234,6 +270,8 @@ impl PromptPool {
             dropped_in_a_row: self.dropped_in_a_row,
             learner: self.learner,
             reported: self.reported,
+            hardness: self.hardness,
+            success: self.success,
         }
     }
 
@@ -246,11 +284,11 @@ impl PromptPool {
         if rank >= self.params.budget() {
             return Ok(None);
         }
-        let (i, group_size) = self.choose()?;
+        let Choice { prompt, group_size, chosen } = self.choose()?;
         let group_size = group_size + self.params.baselines;
-        let min_version = self.min_version(rank);
+        let (prompt, min_version) = (self.prompts[prompt].id, self.min_version(rank));
         let id = TaskId(self.next_task);
-        self.issued(id, Outstanding { prompt: self.prompts[i].id, group_size, min_version })?;
+        self.issued(id, Outstanding { prompt, group_size, min_version, chosen: Some(chosen) })?;
         Ok(Some(self.task(id).expect("just issued")))
     }
 
@@ -277,6 +315,11 @@ impl PromptPool {
         })
     }
 
+    /// Which rule chose an outstanding task.
+    pub fn chosen(&self, id: TaskId) -> Option<&Chosen> {
+        self.outstanding.get(&id)?.chosen.as_ref()
+    }
+
     /// The tasks that have not ended, in issue order.
     pub fn outstanding(&self) -> Vec<TaskId> {
         self.outstanding.keys().copied().collect()
@@ -290,9 +333,10 @@ impl PromptPool {
     pub fn replay(&mut self, record: &PoolRecord) -> Result<(), PoolError> {
         match record {
             PoolRecord::Issued { task, .. } if task.0 < self.next_task => Ok(()),
-            PoolRecord::Issued { task, prompt, group_size, min_version } => {
+            PoolRecord::Issued { task, prompt, group_size, min_version, chosen } => {
                 let (prompt, group_size, min_version) = (*prompt, *group_size, *min_version);
-                self.issued(*task, Outstanding { prompt, group_size, min_version })
+                let chosen = chosen.clone();
+                self.issued(*task, Outstanding { prompt, group_size, min_version, chosen })
             }
             PoolRecord::Ended(outcome) => {
                 self.apply(outcome);
@@ -329,6 +373,7 @@ impl PromptPool {
                 let made = PolicyVersion::new(outcome.version.epoch, step);
                 if made > self.learner {
                     (self.learner, self.reported) = (made, 0);
+                    self.harden();
                 }
                 self.reported += u32::from(made == self.learner);
                 self.trained += 1;
@@ -359,11 +404,27 @@ impl PromptPool {
         if outcome.scored == 0 {
             return;
         }
-        let (right, n, version) = (outcome.correct, outcome.scored, outcome.sampled_by.step);
+        let (mut right, n, version) = (outcome.correct, outcome.scored, outcome.sampled_by.step);
+        if matches!(outcome.fate, GroupFate::Trained { .. }) && (right == 0 || right == n) {
+            // It had contrast, though not between right and wrong: in rewards that are not yes or no, or in costs.
+            right = n / 2;
+        }
+        let rate = f64::from(right) / f64::from(n);
+        self.success = Some(self.success.map_or(rate, |mean| mean + (rate - mean) / SUCCESS_OVER));
         let decay = self.params.curriculum.decay;
         self.states[i].posterior.observe(right, n, version, decay);
         for tag in &self.prompts[i].tags {
             self.tags.entry(tag.clone()).or_default().observe(right, n, version, decay);
+        }
+    }
+
+    /// After an update: the band moves towards what the run's progress allows, at most twice as fast as even progress would, and
+    /// only while the policy solves what it is asked as often as the band's lower half says.
+    fn harden(&mut self) {
+        let steps = self.params.steps.max(1) as f64;
+        let allowed = (self.learner.step as f64 / steps).min(1.0);
+        if self.success >= Some(self.target() - self.params.curriculum.band_width / 2.0) {
+            self.hardness = (self.hardness + 2.0 / steps).min(allowed).max(self.hardness);
         }
     }
 
@@ -379,102 +440,6 @@ impl PromptPool {
         } else if state.unscored_in_a_row >= UNSCORED_MAX {
             state.quarantined = Some(format!("{UNSCORED_MAX} groups in a row could not be scored"));
         }
-    }
-
-    /// What the tags of each tag set have shown.
-    fn priors(&self) -> Vec<Prior> {
-        let prior = |tags: &Vec<String>| {
-            let known: Vec<&Posterior> = tags.iter().filter_map(|tag| self.tags.get(tag)).collect();
-            let mean = known.iter().map(|p| p.mean()).sum::<f64>() / known.len().max(1) as f64;
-            let evidence = known.iter().map(|p| p.alpha + p.beta - 2.0).fold(0.0, f64::max);
-            let strength = evidence.min(self.params.curriculum.tag_prior);
-            Prior { mean, strength, fresh: self.weight(1.0 + strength * mean, 1.0 + strength * (1.0 - mean)) }
-        };
-        self.tag_sets.iter().map(prior).collect()
-    }
-
-    /// Selection weight under a belief.
-    fn weight(&self, alpha: f64, beta: f64) -> f64 {
-        informative_probability(alpha, beta, self.params.group_size).powf(self.params.curriculum.sharpness)
-    }
-
-    /// What is believed about prompt `i`: its own samples; its tags stand in for those it lacks.
-    fn belief(&self, i: usize, priors: &[Prior]) -> (f64, f64) {
-        let (own, prior) = (&self.states[i].posterior, &priors[self.tag_set[i]]);
-        let strength = (prior.strength - (own.alpha + own.beta - 2.0)).max(0.0);
-        (own.alpha + strength * prior.mean, own.beta + strength * (1.0 - prior.mean))
-    }
-
-    fn retired(&self, i: usize) -> bool {
-        let c = &self.params.curriculum;
-        let posterior = &self.states[i].posterior;
-        let Some(rate) = posterior.recent_rate() else { return false };
-        // Two samples of a canary that fell out of the ranks bring a prompt of one streak back at once.
-        let streak = posterior.recent >= c.retire_streak as f64 && (rate <= 0.0 || rate >= 1.0);
-        let known =
-            posterior.samples >= c.retire_samples && !(c.retire_below..=c.retire_above).contains(&rate);
-        c.selection == Selection::Informative && (streak || known)
-    }
-
-    /// The prompt of the next task and its group size.
-    fn choose(&self) -> Result<(usize, u32), PoolError> {
-        let usable: Vec<usize> =
-            (0..self.prompts.len()).filter(|i| self.states[*i].quarantined.is_none()).collect();
-        if usable.is_empty() {
-            let reason =
-                self.states.iter().rev().find_map(|state| state.quarantined.clone()).unwrap_or_default();
-            return Err(PoolError::Exhausted { prompts: self.prompts.len(), reason });
-        }
-        // A prompt that is out already is asked again only when all are.
-        let free: Vec<usize> = usable.iter().copied().filter(|i| !self.busy.contains(i)).collect();
-        let free = if free.is_empty() { usable } else { free };
-        let (retired, active): (Vec<usize>, Vec<usize>) = free.iter().partition(|i| self.retired(**i));
-        let c = &self.params.curriculum;
-        let rng = CounterRng::new(self.params.seed ^ 0x706f_6f6c, self.next_task);
-        let draw = rng.uniform(0);
-        let full = self.params.group_size;
-        if c.selection == Selection::Uniform {
-            return Ok((self.least_seen(&active, &rng), full));
-        }
-        if !retired.is_empty() && (active.is_empty() || draw < c.canary) {
-            // Two samples are enough to notice that a solved prompt no longer is.
-            let size = if active.is_empty() { full } else { 2 };
-            return Ok((self.least_seen(&retired, &rng), size));
-        }
-        if draw < c.canary + c.explore {
-            return Ok((self.least_seen(&active, &rng), full));
-        }
-        Ok((self.weighted(&active, &rng), full))
-    }
-
-    /// One of the prompts issued least often.
-    fn least_seen(&self, among: &[usize], rng: &CounterRng) -> usize {
-        let least = among.iter().map(|i| self.states[*i].issued).min().expect("not empty");
-        let least: Vec<usize> = among.iter().copied().filter(|i| self.states[*i].issued == least).collect();
-        least[rng.below(1, least.len() as u64) as usize]
-    }
-
-    /// One prompt with probability proportional to its informative probability to the power of `sharpness`.
-    fn weighted(&self, among: &[usize], rng: &CounterRng) -> usize {
-        let priors = self.priors();
-        let weight = |i: usize| {
-            if self.states[i].posterior.samples == 0 {
-                return priors[self.tag_set[i]].fresh;
-            }
-            let (alpha, beta) = self.belief(i, &priors);
-            self.weight(alpha, beta)
-        };
-        let mut total = 0.0;
-        let mut add = |i: &usize| {
-            total += weight(*i);
-            total
-        };
-        let cumulative: Vec<f64> = among.iter().map(&mut add).collect();
-        if total <= 0.0 || !total.is_finite() {
-            return self.least_seen(among, rng);
-        }
-        let target = rng.uniform(1) * total;
-        among[cumulative.partition_point(|sum| *sum <= target).min(among.len() - 1)]
     }
 
     /// The newest weights that an outcome was trained into.
@@ -523,6 +488,8 @@ impl PromptPool {
             issued: self.next_task,
             trained: self.trained,
             dropped: self.dropped,
+            target: self.target(),
+            success: self.success.unwrap_or(0.0),
         }
     }
 }

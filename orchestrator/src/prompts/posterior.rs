@@ -1,5 +1,6 @@
 //! What is believed about how often the policy solves a prompt.
 
+use freewheel_types::CounterRng;
 use serde::{Deserialize, Serialize};
 
 /// A Beta belief over the probability of a right answer, discounted as the policy changes.
@@ -59,6 +60,11 @@ impl Posterior {
         (self.recent > 0.0).then(|| self.recent_right / self.recent)
     }
 
+    /// Nothing is known: no sample, nothing measured before.
+    pub fn is_fresh(&self) -> bool {
+        self.alpha + self.beta <= 2.0
+    }
+
     /// Expected probability of a right answer.
     pub fn mean(&self) -> f64 {
         self.alpha / (self.alpha + self.beta)
@@ -90,9 +96,48 @@ pub fn informative_probability(alpha: f64, beta: f64, group_size: u32) -> f64 {
     (1.0 - all_right - all_wrong).max(0.0)
 }
 
+/// A draw from Beta(alpha, beta), both at least 1: `x / (x + y)` of two Gamma draws.
+pub fn draw_beta(alpha: f64, beta: f64, rng: &CounterRng) -> f64 {
+    let (x, y) = (draw_gamma(alpha, rng, 0), draw_gamma(beta, rng, GAMMA_TRIES));
+    x / (x + y)
+}
+
+/// Draws that one Gamma variate may take; each is refused with less than 5 %.
+const GAMMA_TRIES: u64 = 64;
+
+/// A draw from Gamma(shape, 1), shape at least 1 (Marsaglia and Tsang 2000); uses the draws from `first` on.
+fn draw_gamma(shape: f64, rng: &CounterRng, first: u64) -> f64 {
+    let d = shape - 1.0 / 3.0;
+    let c = 1.0 / (9.0 * d).sqrt();
+    for k in first..first + GAMMA_TRIES {
+        let x = rng.normal(2 * k);
+        let v = 1.0 + c * x;
+        let v = v * v * v;
+        let u = 1.0 - rng.uniform(2 * k + 1);
+        if v > 0.0 && u.ln() < 0.5 * x * x + d - d * v + d * v.ln() {
+            return d * v;
+        }
+    }
+    shape
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn drawn_skills_have_the_mean_and_variance_of_their_belief() {
+        for (alpha, beta) in [(1.0, 1.0), (3.0, 7.0), (40.0, 2.0)] {
+            let n = 20_000;
+            let draws: Vec<f64> = (0..n).map(|k| draw_beta(alpha, beta, &CounterRng::new(7, k))).collect();
+            let mean = draws.iter().sum::<f64>() / n as f64;
+            let variance = draws.iter().map(|x| (x - mean) * (x - mean)).sum::<f64>() / n as f64;
+            let total = alpha + beta;
+            let expected = alpha * beta / (total * total * (total + 1.0));
+            assert!((mean - alpha / total).abs() <= 0.006, "{alpha} {beta}: mean {mean}");
+            assert!((variance / expected - 1.0).abs() <= 0.05, "{alpha} {beta}: variance {variance}");
+        }
+    }
 
     #[test]
     fn a_fresh_prompt_is_informative_seven_times_in_nine() {

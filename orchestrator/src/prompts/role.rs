@@ -183,7 +183,8 @@ impl Role {
         }
         // Until all of them are out, a failure leaves tasks that only the pool knows.
         self.reissue = true;
-        self.append(tasks.iter().map(record).collect()).await?;
+        let records = tasks.iter().map(|task| self.record(task)).collect();
+        self.append(records).await?;
         for task in &tasks {
             self.deps.queue.issue(task).await.map_err(|error| trouble("issuing a task", error))?;
         }
@@ -206,16 +207,17 @@ impl Role {
         result.map_err(|error| Trouble::Fatal(error.into()))
     }
 
+    fn record(&self, task: &Task) -> PoolRecord {
+        let Task { id, prompt, group_size, min_version, .. } = task;
+        let (task, prompt, group_size, min_version) = (*id, prompt.id, *group_size, *min_version);
+        PoolRecord::Issued { task, prompt, group_size, min_version, chosen: self.pool.chosen(task).cloned() }
+    }
+
     fn show(&self) {
         if let Some(sender) = &self.deps.metrics {
             sender.send_replace(self.pool.metrics());
         }
     }
-}
-
-fn record(task: &Task) -> PoolRecord {
-    let Task { id, prompt, group_size, min_version, .. } = task;
-    PoolRecord::Issued { task: *id, prompt: prompt.id, group_size: *group_size, min_version: *min_version }
 }
 
 fn trouble(what: &'static str, error: QueueError) -> Trouble {
@@ -246,6 +248,7 @@ mod tests {
             groups_per_step: 2,
             max_staleness: 1,
             seed: 3,
+            steps: 100,
             curriculum: CurriculumConfig::default(),
         }
     }

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::progress::clock;
 use super::{Ended, Prepared};
+use crate::alarms::{AlarmAction, Raised};
 use crate::cli::table;
 use crate::folder::{RunFolder, RunState, StepLine, names};
 
@@ -112,6 +113,11 @@ fn text(
             )),
         );
     }
+    for (name, cost) in ended.eval.iter().flat_map(|eval| &eval.costs) {
+        let Some(mean) = cost.mean else { continue };
+        let of = format!("[{:.3}, {:.3}] over {} prompts", cost.low, cost.high, cost.prompts);
+        row(&format!("limited cost {name}"), Some(format!("{mean:.3}  {of}")));
+    }
     row("reward, last step", number("reward/mean").map(|x| format!("{x:.3}")));
     row(
         "staleness, last step",
@@ -140,6 +146,29 @@ fn text(
     let mut out = String::new();
     let _ = write!(out, "{}", table(&["run", &folder.path().display().to_string()], &rows));
     out
+}
+
+/// The alarms of a run, oldest first.
+pub fn raised(folder: &RunFolder) -> Vec<Raised> {
+    let text = std::fs::read_to_string(folder.file(names::ALARMS)).unwrap_or_default();
+    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// Says which alarms were raised since there were `before`.
+///
+/// # Errors
+/// If one of them was to stop the run.
+pub fn alarms(folder: &RunFolder, before: usize) -> anyhow::Result<()> {
+    let raised = raised(folder);
+    let new = raised.get(before..).unwrap_or_default();
+    for alarm in new {
+        eprintln!("alarm at step {}: {}", alarm.step, alarm.what);
+    }
+    match new.iter().find(|alarm| alarm.action == AlarmAction::Stop) {
+        Some(alarm) => Err(anyhow::anyhow!("the alarm {} stopped the run: {}", alarm.alarm, alarm.what)
+            .context(format!("{} failed at step {}", folder.path().display(), alarm.step))),
+        None => Ok(()),
+    }
 }
 
 /// The newest committed checkpoint of a run.

@@ -64,7 +64,8 @@ pub async fn run(prepared: &Prepared, folder: &RunFolder, signals: &Signals) -> 
     let metrics = Arc::new(
         RunMetrics::new(folder.path(), config.log.tensorboard, extras(source))
             .context("metrics cannot be written")?
-            .with_samples(SampleLog::new(folder.path(), &config.log)),
+            .with_samples(SampleLog::new(folder.path(), &config.log))
+            .with_alarms(&config.alarms),
     );
     let done = CancellationToken::new();
     let eval = start_eval(prepared, &links, folder, &metrics, done.clone());

@@ -33,6 +33,7 @@ use crate::config::Loaded;
 use crate::evaluation::{EvalReport, EvalSet};
 use crate::folder::{IfExists, RunFile, RunFolder, RunMetrics, RunState, names};
 use crate::signals::Signals;
+pub use end::latest_checkpoint;
 use evals::EvalDeps;
 use roles::Links;
 
@@ -108,6 +109,7 @@ pub async fn run(loaded: Loaded, if_exists: IfExists, json: bool) -> anyhow::Res
     };
     folder.write_run(&run_file)?;
     end::greet(&prepared, &folder);
+    let alarms_before = end::raised(&folder).len();
     let shown = CancellationToken::new();
     let progress = tokio::spawn(progress::follow(folder.path().to_owned(), steps, shown.clone()));
     let result = match prepared.loaded.config.queue.backend {
@@ -124,6 +126,7 @@ pub async fn run(loaded: Loaded, if_exists: IfExists, json: bool) -> anyhow::Res
     let report = end::report(&folder);
     let ended = result?;
     end::summary(&folder, &ended, began.elapsed(), report.as_deref(), json)?;
+    end::alarms(&folder, alarms_before)?;
     if signals.drain.is_cancelled() {
         return Err(Failure::interrupted(format!(
             "interrupted; `freewheel run {} --resume` goes on",

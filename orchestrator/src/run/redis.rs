@@ -253,5 +253,5 @@ pub fn learner_metrics(loaded: &Loaded) -> anyhow::Result<Arc<RunMetrics>> {
     let log = &loaded.config.log;
     let metrics = RunMetrics::new(&dir, log.tensorboard, extras(move || from_files(&source)))
         .context("metrics cannot be written")?;
-    Ok(Arc::new(metrics.with_samples(SampleLog::new(&dir, log))))
+    Ok(Arc::new(metrics.with_samples(SampleLog::new(&dir, log)).with_alarms(&loaded.config.alarms)))
 }

@@ -63,6 +63,12 @@ pub struct PoolStat {
     pub difficulty_mean: f64,
     /// Groups that ended; nothing is known before the first.
     pub ended: u64,
+    /// Moving mean of the share of right answers.
+    #[serde(default)]
+    pub success: f64,
+    /// Middle of the band.
+    #[serde(default)]
+    pub target: f64,
 }
 
 impl From<ActorMetrics> for ActorStat {
@@ -90,6 +96,8 @@ impl From<PoolMetrics> for PoolStat {
             retired: m.retired,
             difficulty_mean: m.difficulty_mean,
             ended: m.trained + m.dropped,
+            success: m.success,
+            target: m.target,
         }
     }
 }
@@ -112,6 +120,8 @@ pub fn extras(
             line.insert("prompts/active".into(), json!(pool.active));
             line.insert("prompts/retired".into(), json!(pool.retired));
             line.insert("prompts/difficulty_mean".into(), json!(pool.difficulty_mean));
+            line.insert("prompts/success".into(), json!(pool.success));
+            line.insert("prompts/target".into(), json!(pool.target));
         }
     })
 }

@@ -1,9 +1,9 @@
 //! The pool against synthetic policies of known skill.
 
-use freewheel_types::PromptBody;
+use freewheel_types::{CounterRng, PromptBody};
 use proptest::prelude::*;
 
-use super::super::params::CurriculumConfig;
+use super::super::params::{CurriculumConfig, Selection};
 use super::*;
 
 fn prompts(n: usize) -> Vec<Prompt> {
@@ -27,6 +27,7 @@ fn params(max_staleness: u32, groups_per_step: u32) -> PoolParams {
         groups_per_step,
         max_staleness,
         seed: 5,
+        steps: 100,
         curriculum: CurriculumConfig::default(),
     }
 }
@@ -315,6 +316,157 @@ fn parameters_out_of_range_are_named() {
     assert!(matches!(PromptPool::new(twice, params(0, 1)), Err(PoolError::Duplicate(_))));
 }
 
+fn curriculum(selection: Selection) -> CurriculumConfig {
+    CurriculumConfig { selection, ..Default::default() }
+}
+
+/// Issues and ends `n` tasks one by one; `right` says how many of a task's samples are.
+fn ended(pool: &mut PromptPool, n: u64, right: impl Fn(&Task) -> u32) -> Vec<(Task, Chosen)> {
+    let one = |n: u64| {
+        let task = fill(pool).remove(0);
+        let chosen = pool.chosen(task.id).cloned().expect("every task has a reason");
+        let count = right(&task);
+        let fate = if count == 0 || count == task.group_size {
+            GroupFate::Dropped(DropReason::ZeroSignal)
+        } else {
+            GroupFate::Trained { step: n + 1 }
+        };
+        pool.apply(&outcome(&task, count, n, fate));
+        (task, chosen)
+    };
+    (0..n).map(one).collect()
+}
+
+#[test]
+fn a_band_wastes_little_and_asks_for_what_lies_in_it() {
+    let skill = |i: usize| match i % 10 {
+        3 => 0.2 + 0.6 * (i as f64 / 400.0),
+        other => f64::from(u8::from(other % 2 == 0)),
+    };
+    let banded = trial(Selection::Band, skill);
+    println!(
+        "band: zero-signal rollouts {:.3}, posterior error {:.3}",
+        banded.zero_signal, banded.posterior_error
+    );
+    assert!(banded.zero_signal <= 0.12, "{}", banded.zero_signal);
+    // Half of the prompts are easy, half hard, and all are mixed: the band prefers the easy ones at the start.
+    let params = PoolParams { curriculum: curriculum(Selection::Band), steps: 1_000_000, ..params(0, 1) };
+    let mut pool = PromptPool::new(prompts(40), params).unwrap();
+    let right = |task: &Task| {
+        if task.prompt.tags[0] == "level-0" || task.prompt.tags[0] == "level-1" { 6 } else { 1 }
+    };
+    let asked = ended(&mut pool, 1000, right);
+    let easy = asked[200..].iter().filter(|(task, _)| right(task) == 6).count();
+    assert!(easy >= 560, "{easy} of 800: 80 % of the tasks choose, of the others half are easy");
+    let by_band = asked.iter().filter(|(_, chosen)| chosen.band == Some((0.7 - 0.3, 0.95))).count();
+    assert!(by_band >= 700, "{by_band}");
+}
+
+#[test]
+fn the_band_gets_harder_with_progress_and_only_while_the_policy_keeps_up() {
+    let params = PoolParams { curriculum: curriculum(Selection::Band), ..params(0, 1) };
+    let mut pool = PromptPool::new(prompts(40), params.clone()).unwrap();
+    ended(&mut pool, 100, |_| 6);
+    assert!((pool.target() - 0.35).abs() <= 1e-9, "{}", pool.target());
+    let mut pool = PromptPool::new(prompts(40), params).unwrap();
+    ended(&mut pool, 50, |_| 2);
+    assert_eq!(pool.target(), 0.7, "a quarter right is below the lower half of the band");
+    ended(&mut pool, 200, |_| 6);
+    assert!(pool.target() <= 0.69 && pool.target() >= 0.34, "{}", pool.target());
+}
+
+#[test]
+fn quotas_hold_in_every_batch() {
+    let quotas = BTreeMap::from([("level-0".to_owned(), 0.5), ("level-1".to_owned(), 0.25)]);
+    let curriculum = CurriculumConfig { quotas, ..curriculum(Selection::Uniform) };
+    let mut pool = PromptPool::new(prompts(40), PoolParams { curriculum, ..params(0, 1) }).unwrap();
+    let asked = ended(&mut pool, 320, |_| 4);
+    for batch in asked.chunks(32) {
+        let of = |tag: &str| batch.iter().filter(|(_, chosen)| chosen.tag.as_deref() == Some(tag)).count();
+        assert!((14..=18).contains(&of("level-0")) && (6..=10).contains(&of("level-1")), "{batch:?}");
+        assert!(
+            batch
+                .iter()
+                .all(|(task, chosen)| chosen.tag.as_ref().is_none_or(|tag| task.prompt.tags.contains(tag)))
+        );
+    }
+}
+
+#[test]
+fn file_order_is_kept_and_pools_open_one_after_the_other() {
+    let all = prompts(8);
+    let in_order = |curriculum| PoolParams { curriculum, ..params(0, 1) };
+    let mut pool = PromptPool::new(all.clone(), in_order(curriculum(Selection::File))).unwrap();
+    let asked: Vec<PromptId> =
+        ended(&mut pool, 12, |_| 4).into_iter().map(|(task, _)| task.prompt.id).collect();
+    assert_eq!(asked, (0..12).map(|i| all[i % 8].id).collect::<Vec<_>>());
+
+    let pools = ["level-0", "level-1"].map(str::to_owned).to_vec();
+    let curriculum = CurriculumConfig { pools, ..curriculum(Selection::Pools) };
+    let mut pool = PromptPool::new(prompts(40), in_order(curriculum)).unwrap();
+    let tags = |asked: Vec<(Task, Chosen)>| {
+        asked.into_iter().map(|(t, _)| t.prompt.tags[0].clone()).collect::<BTreeSet<_>>()
+    };
+    let only = |tag: &str| BTreeSet::from([tag.to_owned()]);
+    assert_eq!(tags(ended(&mut pool, 20, |_| 4)), only("level-0"), "half right is not solved");
+    while pool.open_pool() == Some("level-0") {
+        ended(&mut pool, 1, |_| 7);
+    }
+    assert_eq!(tags(ended(&mut pool, 5, |_| 4)), only("level-1"));
+    while pool.open_pool().is_some() {
+        ended(&mut pool, 1, |_| 7);
+    }
+    assert_eq!(tags(ended(&mut pool, 80, |_| 7)).len(), 4, "all are solved: everything is asked");
+}
+
+#[test]
+fn what_was_measured_before_the_run_is_where_beliefs_start() {
+    let measured = |share: f64| Some(format!("{{\"avg@4\":0.5,\"avg@64\":{share},\"x\":1}}"));
+    let all: Vec<Prompt> = prompts(2)
+        .into_iter()
+        .zip([1.0, 0.25])
+        .map(|(p, share)| Prompt { meta: measured(share), ..p })
+        .collect();
+    let pool = PromptPool::new(all.clone(), params(0, 1)).unwrap();
+    let solved = |i: usize| pool.why(all[i].id).unwrap().solved;
+    assert!(
+        (solved(0) - 0.9).abs() <= 1e-9 && (solved(1) - 0.3).abs() <= 1e-9,
+        "{} {}",
+        solved(0),
+        solved(1)
+    );
+    assert_eq!(pool.metrics().retired, 0, "a measurement of other weights retires nothing");
+}
+
+#[test]
+fn contrast_that_is_not_between_right_and_wrong_retires_nothing() {
+    let mut pool = PromptPool::new(prompts(1), params(0, 1)).unwrap();
+    for n in 0..20 {
+        let task = fill(&mut pool).remove(0);
+        pool.apply(&outcome(&task, 0, n, GroupFate::Trained { step: n + 1 }));
+    }
+    assert_eq!(
+        (pool.metrics().retired, pool.metrics().active),
+        (0, 1),
+        "rewards differed, though none counts as right"
+    );
+}
+
+#[test]
+fn a_share_of_tasks_is_kept_for_what_a_red_team_brings() {
+    let mut all = prompts(40);
+    all[7].tags.push("adversarial".into());
+    let mut pool = PromptPool::new(all, params(0, 1)).unwrap();
+    let asked = ended(&mut pool, 1000, |_| 4);
+    let intake = asked.iter().filter(|(_, chosen)| chosen.share == Share::Intake).count();
+    assert!((30..=70).contains(&intake), "{intake}");
+    assert!(
+        asked
+            .iter()
+            .all(|(t, c)| c.share != Share::Intake || t.prompt.tags.contains(&"adversarial".to_owned()))
+    );
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
@@ -336,6 +488,7 @@ proptest! {
                 prop_assert_eq!(task.id.0, issued.len() as u64);
                 log.push(PoolRecord::Issued {
                     task: task.id, prompt: task.prompt.id, group_size: task.group_size, min_version: task.min_version,
+                    chosen: pool.chosen(task.id).cloned(),
                 });
                 issued.push(task);
             }
