@@ -231,7 +231,7 @@ fn layout<'a>(
     let mut found = ParamLayout { tensors: Vec::new(), total: 0 };
     for (name, shape) in tensors {
         let module = name.strip_prefix(PREFIX);
-        let ranks = |r: usize| if fused.stacks(name) { r > 0 && r % rank == 0 } else { r == rank };
+        let ranks = |r: usize| if fused.stacks(name) { r > 0 && r.is_multiple_of(rank) } else { r == rank };
         let fits =
             match (module.is_some_and(|m| m.ends_with(A)), module.is_some_and(|m| m.ends_with(B)), shape) {
                 (true, _, [r, _]) | (_, true, [_, r]) => ranks(*r),

@@ -429,7 +429,7 @@ mod tests {
         }
         // The second row counts elsewhere.
         let mut part = vec![0.0; 12];
-        let without = RouterLosses { repeats: &[1..2], ..losses };
+        let without = RouterLosses { repeats: std::slice::from_ref(&(1..2)), ..losses };
         without.add_gradient(&logits, &mut part);
         got[4..8].fill(0.0);
         assert_eq!(part, got);
