@@ -26,8 +26,8 @@ pub(super) struct Output {
     streams: bool,
 }
 
-/// Bytes of output from which it is written past the caches.
-const STREAM_BYTES: usize = 2 << 20;
+/// Bytes of output from which it is written past the caches: half a second-level cache.
+const STREAM_BYTES: usize = 1 << 20;
 
 impl Output {
     /// The whole of `out`, rows of `n`.
