@@ -9,7 +9,8 @@ mkdir -p "$out"
 : > "$out/rates.jsonl"
 for seed in 0 1 2; do
     freewheel run configs/dual-limits.toml --force --set run.dir="\"$out\"" --set run.name="both-$seed" --set run.seed=$seed
-    freewheel run configs/dual-limits.toml --force --set run.dir="\"$out\"" --set run.name="first-$seed" --set run.seed=$seed --set "$first"
+    freewheel run configs/dual-limits.toml --force --set run.dir="\"$out\"" --set run.name="first-$seed" --set run.seed=$seed --set "$first" \
+        --set learner.steps=30    # by then it refuses everything, and nothing is left to learn from
     for arm in both first; do
         for checkpoint in models/vault "$out/$arm-$seed"/checkpoints/step-*; do
             case $checkpoint in models/vault) step=0 ;; *) step=${checkpoint##*step-}; step=${step%%-*} ;; esac

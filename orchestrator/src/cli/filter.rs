@@ -20,7 +20,7 @@ use crate::run::prepare;
 /// Prompts sampled at a time.
 const AT_ONCE: usize = 256;
 
-/// Samples every training prompt and writes those that can teach: an annotated, filtered prompt file.
+/// Sample every training prompt and write those that can teach: an annotated, filtered prompt file.
 ///
 /// Each line gets `meta` "avg@K", the share of right answers among its K samples, which a run that trains on the file starts
 /// its beliefs from. Kept are prompts with a share above --min and below --max, so by default those solved sometimes.

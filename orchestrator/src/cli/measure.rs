@@ -15,7 +15,7 @@ use crate::config::Loaded;
 use crate::evaluation::{EvalSet, draw};
 use crate::run::prepare;
 
-/// Refusal by tag, over-refusal, unequal refusal on mirrored pairs, gaps in length and hedging, lean by judges.
+/// Measure refusals by tag, over-refusal, unequal refusal on mirrored pairs, gaps in length and hedging, lean by judges.
 ///
 /// DATA is a prompt file; two prompts that mirror each other have the same `meta.pair`. Every number comes with a 95 % bootstrap interval and
 /// the digest of the file. Lean needs --judges: a config whose reward components, two or more, grade a text that holds both

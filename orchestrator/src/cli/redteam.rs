@@ -27,7 +27,7 @@ use crate::run::prepare;
 /// What is written, and what `purge` deletes.
 const FILES: [&str; 3] = ["conversations.jsonl", "intake.jsonl", "report.json"];
 
-/// A second model attacks the policy.
+/// Let a second model attack the policy.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  freewheel redteam run run.toml --set redteam.enabled=true --set redteam.attacker='\"models/attacker\"'\n  \
