@@ -15,6 +15,7 @@
 mod checkpoint;
 mod config;
 pub mod delta;
+mod embedder;
 pub mod encoder;
 mod error;
 mod generation;
@@ -39,6 +40,7 @@ pub use config::{
     ARCHITECTURES, Architecture, CLASSIFIERS, ENCODERS, encoder_spec_from_config, spec_from_config,
     supported_architectures,
 };
+pub use embedder::{Embedder, EmbedderInfo};
 pub use error::ModelError;
 pub use generation::GenerationConfig;
 pub use init::{ChatStyle, InitRequest, InitScale, TokenizerChoice, build_tokenizer, init_model};
