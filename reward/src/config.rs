@@ -1,9 +1,13 @@
 //! `[reward]`: which components judge, and how their values become one reward.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::combine_config::CombineConfig;
+use crate::guard::categories::CategoryWeight;
 use crate::remote::RemoteConfig;
 use crate::sandbox::SandboxConfig;
 
@@ -45,6 +49,17 @@ impl Default for RewardConfig {
     }
 }
 
+impl RewardConfig {
+    /// The same with every path as `resolve` has it.
+    pub fn with_paths(&self, resolve: impl Fn(&str) -> PathBuf) -> Self {
+        let mut config = self.clone();
+        for path in config.component.iter_mut().flat_map(ComponentConfig::paths) {
+            *path = resolve(path).to_string_lossy().into_owned();
+        }
+        config
+    }
+}
+
 /// What happens to a rollout without a reward.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -67,6 +82,17 @@ pub struct ComponentConfig {
     /// Factor of its value in the weighted sum; 0 measures without optimising. Default 1. A guard's value is
     /// the probability of harm and is subtracted.
     pub weight: Option<f32>,
+    /// File of `freewheel guard calibrate`: makes a probability of its score. Everything that reads the component sees the probability. Default:
+    /// the score as it is.
+    pub calibrate: Option<String>,
+    /// Log-odds that are added to its probability, so that answers near the threshold count as beyond it; 0 to 20, default 0. Guards, and whatever is
+    /// calibrated.
+    pub margin: f32,
+    /// A judge that is never optimised, to hold the reward against: it has no weight and no condition, gate or cost may read it; what it finds is
+    /// in records and metrics. A rollout that it cannot judge is none the worse. Default false.
+    pub holdout: bool,
+    /// Hold-out: share of the rollouts that it judges, chosen by their text. Above 0, up to 1; default 1.
+    pub share: Option<f64>,
     /// Normalisation of its value in the sum: `(value - norm_mean) / norm_std`, within -3 and 3. Constants of the run, so that
     /// a reward never depends on what was judged before; `freewheel score` prints them for a file of completions.
     /// Default: the value as it is.
@@ -102,8 +128,17 @@ pub struct ComponentConfig {
 
     /// Guard: whose words it reads: "response" (default), "prompt" or "both".
     pub role: GuardRole,
-    /// Guard: what it looks for.
+    /// Guard: what it is: "words" (default; words and patterns), "embedding" (a sentence encoder, `model`, with a `head` that `freewheel guard fit` makes
+    /// from labelled examples), "llama_guard_3" or "llama_guard_4" (the folder of one in `model`, or its server in `remote`), "prompt_guard" (Prompt Guard 2 or
+    /// another classifier of attacks, read in windows).
+    pub family: GuardFamily,
+    /// Guard of words: what it looks for.
     pub category: Vec<GuardCategory>,
+    /// Guard, embedding: file of `freewheel guard fit`.
+    pub head: Option<String>,
+    /// Guard, embedding or Llama Guard: what a label (S1 to S14) is worth: a factor of its probability, 0 to 1, or "hard" (1, and the guard's class is "hard" above the threshold); "default" is for the rest.
+    /// Default: 1. Classes are "safe", "unsafe" and "hard".
+    pub categories: BTreeMap<String, CategoryWeight>,
     /// Guard as a gate: fails above this probability of harm; 0 to 1, default 0.5. Verifier or model as a gate:
     /// fails below this value, default 0.5.
     pub threshold: Option<f32>,
@@ -113,13 +148,13 @@ pub struct ComponentConfig {
     pub rule: RuleKind,
     /// Repetition: words in a run. 1 to 64, default 4.
     pub ngram: Option<usize>,
-    /// Overlong: length at which the penalty reaches -1. Tokens; required by the rule. Model: longest input; default
+    /// Prompt Guard: tokens of a window; default 512. Overlong: length at which the penalty reaches -1. Tokens; required by the rule. Model: longest input; default
     /// and most: what the model was made for.
     pub max_tokens: Option<u32>,
     /// Overlong: the penalty grows over this many tokens before `max_tokens`. Tokens; default a fifth of it.
     pub buffer_tokens: Option<u32>,
 
-    /// Model: folder of a reward model or classifier in Hugging Face layout: Llama, Mistral, Qwen2, Qwen3, Mixtral,
+    /// Guard, embedding: folder of a BERT or DeBERTa-v2 encoder. Guard, Llama or Prompt Guard: its folder. Model: folder of a reward model or classifier in Hugging Face layout: Llama, Mistral, Qwen2, Qwen3, Mixtral,
     /// Qwen3-MoE, BERT or DeBERTa-v2 `...ForSequenceClassification`. Runs on this machine's processors, with as many
     /// threads as `reward.workers`.
     pub model: Option<String>,
@@ -127,7 +162,7 @@ pub struct ComponentConfig {
     /// model's chat template (a text prompt becomes the user's turn); "pair": prompt and completion as two
     /// segments; "response"; "prompt". Default "auto": "response" for BERT and DeBERTa, else "chat".
     pub input: ModelInput,
-    /// Model: the label whose score counts, by name or index; needed where the model has several.
+    /// Model: the label whose score counts, by name or index; needed where the model has several. Prompt Guard: default the last.
     pub label: Option<String>,
     /// Model: "logit", the score as it is, or "probability", softmax over the labels (sigmoid for a single one).
     /// Default "auto": "logit" for a single label, else "probability".
@@ -138,8 +173,25 @@ pub struct ComponentConfig {
     /// Model: most completions in one forward pass. 1 to 1024, default 8. No score depends on it.
     pub batch: Option<usize>,
 
-    /// Remote: the servers, and how they are asked.
+    /// Remote: the servers, and how they are asked. Llama Guard: its server, one address and `model`; `backend` is not read.
     pub remote: Option<RemoteConfig>,
+}
+
+impl ComponentConfig {
+    /// Whether it sorts completions into classes, which conditions can name.
+    pub(crate) fn has_classes(&self) -> bool {
+        match self.kind {
+            ComponentKind::Refusal => true,
+            ComponentKind::Guard => self.family != GuardFamily::Words,
+            _ => false,
+        }
+    }
+
+    /// Every path it names.
+    fn paths(&mut self) -> impl Iterator<Item = &mut String> {
+        let own = [&mut self.model, &mut self.head, &mut self.calibrate].into_iter().flatten();
+        own.chain(self.remote.as_mut().and_then(|remote| remote.ca_file.as_mut()))
+    }
 }
 
 /// The kinds of component.
@@ -159,13 +211,6 @@ pub enum ComponentKind {
     Model,
     /// A reward model or judge behind HTTP.
     Remote,
-}
-
-impl ComponentKind {
-    /// Whether its components sort completions into classes, which conditions can name.
-    pub(crate) fn has_classes(self) -> bool {
-        matches!(self, Self::Refusal)
-    }
 }
 
 /// What a model reads.
@@ -236,6 +281,25 @@ pub enum VerifierKind {
     Instructions,
 }
 
+/// The kinds of guard.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum GuardFamily {
+    /// Words and patterns.
+    #[default]
+    Words,
+    /// A sentence encoder with heads fitted to labelled examples.
+    Embedding,
+    /// Llama Guard 3.
+    #[serde(rename = "llama_guard_3")]
+    LlamaGuard3,
+    /// Llama Guard 4.
+    #[serde(rename = "llama_guard_4")]
+    LlamaGuard4,
+    /// Prompt Guard 2, or another classifier of attacks.
+    PromptGuard,
+}
+
 /// Whose words a guard reads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -247,6 +311,28 @@ pub enum GuardRole {
     Prompt,
     /// Prompt and completion.
     Both,
+}
+
+impl GuardRole {
+    /// As the config spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Response => "response",
+            Self::Prompt => "prompt",
+            Self::Both => "both",
+        }
+    }
+}
+
+impl std::str::FromStr for GuardRole {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        [Self::Response, Self::Prompt, Self::Both]
+            .into_iter()
+            .find(|role| role.name() == text)
+            .ok_or_else(|| "expected \"response\", \"prompt\" or \"both\"".into())
+    }
 }
 
 /// One `[[reward.component.category]]` of a guard.

@@ -2,7 +2,12 @@
 //!
 //! Text is normalised first, so that case, hidden characters (zero width, bidi controls, tags), full-width
 //! forms, accents written as combining marks and look-alike Cyrillic or Greek letters do not hide a word.
-//! Patterns are linear-time. It knows words, not meaning: a cheap first line, not a judge.
+//! Patterns are linear-time. It knows words, not meaning: a cheap first line, not a judge. Guards that are models lie below this module.
+
+pub(crate) mod categories;
+pub mod embedding;
+pub(crate) mod llama;
+pub(crate) mod prompt_guard;
 
 use regex::{RegexSet, RegexSetBuilder};
 
@@ -64,14 +69,18 @@ impl PolicyGuard {
 
 impl Component for PolicyGuard {
     fn judge(&self, completion: &Completion<'_>) -> Result<Judgement, Unscored> {
-        let text = match self.role {
-            GuardRole::Response => completion.text.to_owned(),
-            GuardRole::Prompt => prompt_text(completion.prompt),
-            GuardRole::Both => format!("{}\n{}", prompt_text(completion.prompt), completion.text),
-        };
-        let (value, categories) = self.check(&text);
+        let (value, categories) = self.check(&text_of(completion, self.role));
         let detail = (!categories.is_empty()).then(|| categories.join(","));
-        Ok(Judgement { value, detail, label: None })
+        Ok(Judgement { value, detail, label: None, odds: None })
+    }
+}
+
+/// The words that a guard of `role` reads.
+pub fn text_of(completion: &Completion<'_>, role: GuardRole) -> String {
+    match role {
+        GuardRole::Response => completion.text.to_owned(),
+        GuardRole::Prompt => prompt_text(completion.prompt),
+        GuardRole::Both => format!("{}\n{}", prompt_text(completion.prompt), completion.text),
     }
 }
 

@@ -11,11 +11,14 @@
 //! rollout **unscored**: it is never trained on and never counts as 0. A completion is data; nothing in it is
 //! interpreted or expanded; programs run in the sandbox alone. Only `remote` components talk to a network.
 
+mod batcher;
 mod combine;
 mod combine_config;
 mod config;
 mod error;
 mod expr;
+mod finish;
+pub mod fit;
 pub mod guard;
 mod model;
 pub mod refusal;
@@ -23,18 +26,21 @@ mod remote;
 mod role;
 mod rule;
 pub mod sandbox;
+mod shared;
 mod stack;
 mod validate;
 pub mod verifiers;
 mod when;
+mod windows;
 
 pub use combine_config::{CombineConfig, CombineMode, CostConfig, LagrangianConfig, TierConfig};
 pub use config::{
-    ComponentConfig, ComponentKind, GuardCategory, GuardRole, ModelInput, ModelOutput, OnUnscored,
-    OverlongInput, RewardConfig, RuleKind, VerifierKind,
+    ComponentConfig, ComponentKind, GuardCategory, GuardFamily, GuardRole, ModelInput, ModelOutput,
+    OnUnscored, OverlongInput, RewardConfig, RuleKind, VerifierKind,
 };
 pub use error::{ConfigProblem, RewardError};
+pub use finish::{Calibration, Odds};
 pub use remote::{Backend, Ensemble, JudgeMode, RemoteConfig};
 pub use role::{RewardDeps, RewardSummary, run};
 pub use sandbox::{Sandbox, SandboxConfig};
-pub use stack::{Completion, Component, Judgement, RewardStack, Unscored};
+pub use stack::{Completion, Component, Judgement, RawScore, RewardStack, Unscored};

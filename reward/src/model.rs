@@ -8,11 +8,8 @@
 //! that wait. A score does not depend on its batch, so neither does a reward. Special tokens in a prompt or completion are plain
 //! text. An input that does not fit is unscored, or cut with a note in the record; never cut silently.
 
-use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::SystemTime;
+use std::sync::Arc;
 
 use freewheel_kernels::Threads;
 use freewheel_kernels::activation::sigmoid;
@@ -20,8 +17,10 @@ use freewheel_kernels::softmax::softmax_row;
 use freewheel_model::{Framed, ModelError, RenderOptions, Scorer, ScorerInfo, Tokenizer};
 use freewheel_types::{ContentPart, Message, MessageContent, Prompt, PromptBody};
 
+use crate::batcher::Batcher;
 use crate::config::{ComponentConfig, ModelInput, ModelOutput, OverlongInput};
 use crate::guard::prompt_text;
+use crate::shared::{Shared, chain};
 use crate::stack::{Completion, Component, Judgement, Unscored};
 
 /// Completions in one forward pass, where the configuration says nothing.
@@ -83,13 +82,6 @@ impl Plan {
     }
 }
 
-fn chain(error: &ModelError) -> String {
-    match std::error::Error::source(error) {
-        Some(cause) => format!("{error}: {cause}"),
-        None => error.to_string(),
-    }
-}
-
 fn check_input(asked: ModelInput, info: &ScorerInfo) -> Result<ModelInput, String> {
     let template = info.tokenizer.has_template();
     match asked {
@@ -107,7 +99,7 @@ fn check_input(asked: ModelInput, info: &ScorerInfo) -> Result<ModelInput, Strin
 }
 
 /// A name of `labels`, or an index into them.
-fn choose_label(asked: Option<&str>, labels: &[String]) -> Result<usize, String> {
+pub(crate) fn choose_label(asked: Option<&str>, labels: &[String]) -> Result<usize, String> {
     let known = || {
         let shown: Vec<_> =
             labels.iter().take(20).enumerate().map(|(i, name)| format!("{i} {name:?}")).collect();
@@ -124,6 +116,8 @@ fn choose_label(asked: Option<&str>, labels: &[String]) -> Result<usize, String>
     }
 }
 
+pub(crate) static SCORERS: Shared<Scorer> = Shared::new();
+
 /// The component.
 pub(crate) struct ModelJudge {
     plan: Plan,
@@ -136,7 +130,7 @@ impl ModelJudge {
     /// Loads the model.
     pub(crate) fn new(plan: Plan, threads: usize) -> Result<Self, String> {
         let threads = Threads::new(threads);
-        let scorer = load_shared(&plan.dir, &threads).map_err(|e| chain(&e))?;
+        let scorer = SCORERS.load(&plan.dir, |dir| Scorer::load(dir, &threads)).map_err(|e| chain(&e))?;
         Ok(Self { batcher: Batcher::new(plan.batch), plan, scorer, threads })
     }
 
@@ -215,7 +209,7 @@ impl Component for ModelJudge {
     fn judge(&self, completion: &Completion<'_>) -> Result<Judgement, Unscored> {
         let (input, detail) = self.encode(completion)?;
         let scores = self.batcher.score(input, |batch| self.scorer.score(&self.threads, batch))?;
-        Ok(Judgement { value: self.value(scores), detail, label: None })
+        Ok(Judgement { value: self.value(scores), detail, ..Judgement::default() })
     }
 
     fn version(&self) -> Option<&str> {
@@ -233,7 +227,7 @@ fn conversation(completion: &Completion<'_>) -> Vec<Message> {
     messages
 }
 
-fn holds_image(prompt: &Prompt) -> bool {
+pub(crate) fn holds_image(prompt: &Prompt) -> bool {
     let PromptBody::Messages(messages) = &prompt.body else { return false };
     messages.iter().any(|message| match &message.content {
         MessageContent::Text(_) => false,
@@ -241,124 +235,9 @@ fn holds_image(prompt: &Prompt) -> bool {
     })
 }
 
-/// A loaded model is shared by all stacks of a process that use it: weights are large.
-type Shared = BTreeMap<(PathBuf, Option<SystemTime>), Weak<Scorer>>;
-
-static LOADED: Mutex<Shared> = Mutex::new(BTreeMap::new());
-
-fn load_shared(dir: &Path, threads: &Threads) -> Result<Arc<Scorer>, ModelError> {
-    // Files that changed since are another model.
-    let changed = std::fs::read_dir(dir)
-        .ok()
-        .and_then(|entries| entries.flatten().filter_map(|e| e.metadata().ok()?.modified().ok()).max());
-    let key = (dir.canonicalize().unwrap_or_else(|_| dir.to_owned()), changed);
-    // Held while loading, so that two stacks do not load the same model at once.
-    let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(scorer) = loaded.get(&key).and_then(Weak::upgrade) {
-        return Ok(scorer);
-    }
-    let scorer = Arc::new(Scorer::load(dir, threads)?);
-    loaded.retain(|_, weak| weak.strong_count() > 0);
-    loaded.insert(key, Arc::downgrade(&scorer));
-    Ok(scorer)
-}
-
-/// Brings together inputs of several threads: whoever finds nobody leading leads a batch of what waits.
-struct Batcher {
-    state: Mutex<Waiting>,
-    done: Condvar,
-    max: usize,
-}
-
-#[derive(Default)]
-struct Waiting {
-    inputs: Vec<(u64, Framed)>,
-    results: BTreeMap<u64, Result<Vec<f32>, Unscored>>,
-    next_ticket: u64,
-    led: bool,
-}
-
-impl Batcher {
-    fn new(max: usize) -> Self {
-        Self { state: Mutex::default(), done: Condvar::new(), max }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The scores of `input`; `run` is called with some batch that may or may not hold it.
-    fn score(&self, input: Framed, run: impl Fn(&[Framed]) -> Vec<Vec<f32>>) -> Result<Vec<f32>, Unscored> {
-        let mut state = self.lock();
-        let ticket = state.next_ticket;
-        state.next_ticket += 1;
-        state.inputs.push((ticket, input));
-        loop {
-            if let Some(result) = state.results.remove(&ticket) {
-                return result;
-            }
-            if state.led {
-                state = self.done.wait(state).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            }
-            state.led = true;
-            let count = state.inputs.len().min(self.max);
-            let (tickets, inputs): (Vec<u64>, Vec<Framed>) = state.inputs.drain(..count).unzip();
-            drop(state);
-            // Whatever happens, those who wait must hear of it.
-            let scores = catch_unwind(AssertUnwindSafe(|| run(&inputs)));
-            state = self.lock();
-            state.led = false;
-            match scores {
-                Ok(scores) => state.results.extend(tickets.into_iter().zip(scores.into_iter().map(Ok))),
-                Err(_) => {
-                    let failed = || Err(Unscored("the model panicked; please report this input".into()));
-                    state.results.extend(tickets.into_iter().map(|ticket| (ticket, failed())));
-                }
-            }
-            self.done.notify_all();
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
-
     use super::*;
-
-    fn input(id: u32) -> Framed {
-        Framed { ids: vec![id], token_types: vec![0] }
-    }
-
-    #[test]
-    fn threads_share_passes_and_each_gets_its_own_score() {
-        let (batcher, passes) = (Batcher::new(4), AtomicUsize::new(0));
-        std::thread::scope(|scope| {
-            for id in 0..16 {
-                let (batcher, passes) = (&batcher, &passes);
-                scope.spawn(move || {
-                    let scores = batcher.score(input(id), |batch| {
-                        passes.fetch_add(1, Ordering::Relaxed);
-                        assert!((1..=4).contains(&batch.len()), "a batch of {}", batch.len());
-                        std::thread::sleep(std::time::Duration::from_millis(30));
-                        batch.iter().map(|input| vec![input.ids[0] as f32]).collect()
-                    });
-                    assert_eq!(scores.expect("scored"), [id as f32]);
-                });
-            }
-        });
-        let passes = passes.into_inner();
-        assert!((4..16).contains(&passes), "{passes} passes for 16 inputs");
-    }
-
-    #[test]
-    fn a_panic_fails_its_batch_and_not_the_next() {
-        let batcher = Batcher::new(1);
-        let failed = batcher.score(input(1), |_| panic!("planted"));
-        assert!(failed.expect_err("unscored").0.contains("panicked"));
-        assert_eq!(batcher.score(input(2), |_| vec![vec![2.0]]).expect("scored"), [2.0]);
-    }
 
     #[test]
     fn labels_are_chosen_by_name_or_index() {

@@ -119,7 +119,7 @@ fn offers(sentence: &str) -> bool {
 impl Component for Refusal {
     fn judge(&self, completion: &Completion<'_>) -> Result<Judgement, Unscored> {
         let class = self.classify(completion.text);
-        Ok(Judgement { value: class.value(), detail: None, label: Some(class.name().into()) })
+        Ok(Judgement { value: class.value(), detail: None, label: Some(class.name().into()), odds: None })
     }
 }
 

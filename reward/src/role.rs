@@ -57,6 +57,15 @@ pub async fn run(
     shutdown: CancellationToken,
 ) -> Result<RewardSummary, RewardError> {
     let stack = Arc::new(RewardStack::new(&config).map_err(RewardError::Config)?);
+    let asked = tokio::task::spawn_blocking({
+        let stack = Arc::clone(&stack);
+        move || stack.check_at_start()
+    });
+    tokio::select! {
+        // A panic in there is a bug of ours and goes on here.
+        checked = asked => checked.unwrap_or_else(|e| std::panic::resume_unwind(e.into_panic())).map_err(RewardError::Config)?,
+        () = shutdown.cancelled() => return Ok(RewardSummary::default()),
+    }
     let role = Arc::new(Role {
         pool: Pool::start(Arc::clone(&stack), &deps.worker, config.workers)?,
         stack,

@@ -1,13 +1,15 @@
 //! The reward stack: every component of `[reward]`, run on one rollout within the deadline.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use freewheel_types::{ComponentScore, Digest, FinishReason, Prompt, RewardRecord, Rollout};
+use freewheel_types::{ComponentScore, CounterRng, Digest, FinishReason, Prompt, RewardRecord, Rollout};
 
 use crate::ConfigProblem;
 use crate::combine::{Part, PartRole, Rules, combine};
 use crate::config::RewardConfig;
+use crate::finish::{Finish, Odds};
 use crate::validate::{Weights, build};
 use crate::when::When;
 
@@ -44,6 +46,17 @@ pub struct Judgement {
     pub detail: Option<String>,
     /// The class chosen, for components that have classes.
     pub label: Option<String>,
+    /// Its score as log-odds; then `value` is not looked at but made from them.
+    pub odds: Option<Odds>,
+}
+
+/// A score before calibration.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RawScore {
+    /// ln p / (1 - p).
+    LogOdds(f32),
+    /// A value of the component's own scale.
+    Value(f32),
 }
 
 /// A component could not judge; says why. Not a wrong answer: that is a value of 0.
@@ -58,6 +71,14 @@ pub trait Component: Send + Sync {
     /// If the component itself failed: bad reference answer, missing data.
     fn judge(&self, completion: &Completion<'_>) -> Result<Judgement, Unscored>;
 
+    /// Asks whatever it depends on whether it is fit to judge; once, before a run. A problem as (key, message).
+    ///
+    /// # Errors
+    /// If it is not, or cannot be asked.
+    fn check_at_start(&self) -> Result<(), (&'static str, String)> {
+        Ok(())
+    }
+
     /// Identity of what judges beyond the configuration (a model's weights), part of the reward version.
     fn version(&self) -> Option<&str> {
         None
@@ -68,8 +89,21 @@ pub trait Component: Send + Sync {
 pub(crate) struct Slot {
     pub(crate) name: String,
     pub(crate) when: When,
+    /// Of a judge that is never optimised: share of the rollouts that it judges.
+    pub(crate) holdout: Option<f64>,
     pub(crate) role: PartRole,
+    pub(crate) finish: Finish,
     pub(crate) component: Box<dyn Component>,
+}
+
+impl Slot {
+    /// Whether the rollout is in its share; a function of prompt and text.
+    fn draws(&self, completion: &Completion<'_>) -> bool {
+        let Some(share) = self.holdout.filter(|share| *share < 1.0) else { return true };
+        let text = [&completion.prompt.id.0[..], completion.text.as_bytes()].concat();
+        let key = u64::from_le_bytes(Digest::of(&text).0[..8].try_into().expect("8 of 32 bytes"));
+        CounterRng::new(key, 0).uniform(0) < share
+    }
 }
 
 /// Judges rollouts as `[reward]` says. Shared between threads; holds no state that a rollout could change.
@@ -95,17 +129,36 @@ impl RewardStack {
     /// Every problem of the configuration, at once.
     pub fn new(config: &RewardConfig) -> Result<Self, Vec<ConfigProblem>> {
         let (slots, rules) = build(config, Weights::Load)?;
-        // The number of threads has no part in what a reward is.
-        let judged_by = RewardConfig { workers: 1, ..config.clone() };
+        // The number of threads has no part in what a reward is, nor where files lie: what is in them is added below.
+        let judged_by = RewardConfig { workers: 1, ..config.with_paths(|_| PathBuf::new()) };
         let mut canonical = serde_json::to_vec(&judged_by).map_err(|error| {
             vec![ConfigProblem::new("reward", format!("cannot be written as JSON: {error}"))]
         })?;
-        for version in slots.iter().filter_map(|slot| slot.component.version()) {
+        let versions = slots.iter().flat_map(|slot| {
+            [slot.component.version().map(str::to_owned), slot.finish.version()].into_iter().flatten()
+        });
+        for version in versions {
             canonical.push(b'\n');
             canonical.extend_from_slice(version.as_bytes());
         }
         let version = Digest::of(&canonical).to_string()[..16].to_owned();
         Ok(Self { slots, rules, deadline: Duration::from_millis(config.deadline_ms), version })
+    }
+
+    /// Asks servers whether they are fit to judge, see [`Component::check_at_start`]; may take as long as a hundred questions.
+    ///
+    /// # Errors
+    /// Every component that is not.
+    pub fn check_at_start(&self) -> Result<(), Vec<ConfigProblem>> {
+        let unfit = |(i, slot): (usize, &Slot)| {
+            let (field, message) = slot.component.check_at_start().err()?;
+            Some(ConfigProblem::new(
+                format!("reward.component[{i}].{field}"),
+                format!("{:?} {message}", slot.name),
+            ))
+        };
+        let problems: Vec<ConfigProblem> = self.slots.iter().enumerate().filter_map(unfit).collect();
+        if problems.is_empty() { Ok(()) } else { Err(problems) }
     }
 
     /// Hash of the configuration that judges and of the weights of its models, 16 hex digits.
@@ -136,7 +189,11 @@ impl RewardStack {
             .map(|(slot, (result, _))| Part {
                 name: &slot.name,
                 part: slot.role,
-                value: result.as_ref().map(|r| r.as_ref().map(|j| j.value).map_err(|why| why.0.as_str())),
+                // To the combination a hold-out is not there.
+                value: result
+                    .as_ref()
+                    .filter(|_| slot.holdout.is_none())
+                    .map(|r| r.as_ref().map(|j| j.value).map_err(|why| why.0.as_str())),
                 label: result.as_ref().and_then(|r| r.as_ref().ok()?.label.as_deref()),
             })
             .collect();
@@ -160,6 +217,23 @@ impl RewardStack {
         }
     }
 
+    /// What the component called `name` finds, before calibration; `None` if there is none of that name or it does not apply to the prompt.
+    ///
+    /// # Errors
+    /// If the component could not judge.
+    pub fn raw(&self, name: &str, completion: &Completion<'_>) -> Option<Result<RawScore, Unscored>> {
+        let slot = self.slots.iter().find(|slot| slot.name == name)?;
+        slot.when.applies(&completion.prompt.tags).then(|| {
+            let Judgement { value, odds, .. } = slot.component.judge(completion)?;
+            Ok(odds.map_or(RawScore::Value(value), |odds| RawScore::LogOdds(odds.logit)))
+        })
+    }
+
+    /// Version of the model of the component called `name`, if it has one.
+    pub fn model_version(&self, name: &str) -> Option<&str> {
+        self.slots.iter().find(|slot| slot.name == name)?.component.version()
+    }
+
     /// The record of a rollout that could not be judged at all.
     pub fn unscored(&self, reason: impl Into<String>) -> RewardRecord {
         RewardRecord::unscored(reason, &*self.version)
@@ -171,7 +245,7 @@ impl RewardStack {
         completion: &Completion<'_>,
         start: Instant,
     ) -> (Option<Result<Judgement, Unscored>>, f32) {
-        if !slot.when.applies(&completion.prompt.tags) {
+        if !slot.when.applies(&completion.prompt.tags) || !slot.draws(completion) {
             return (None, 0.0);
         }
         let late = || Unscored(format!("not done within deadline_ms = {}", self.deadline.as_millis()));
@@ -184,15 +258,9 @@ impl RewardStack {
             .unwrap_or_else(|_| {
                 Err(Unscored("the component panicked; please report this prompt and answer".into()))
             })
-            .and_then(|judgement| {
-                if judgement.value.is_finite() {
-                    Ok(judgement)
-                } else {
-                    Err(Unscored(format!(
-                        "the component gave {}, which is not a finite number",
-                        judgement.value
-                    )))
-                }
+            .and_then(|judgement| match judgement.odds.map_or(judgement.value, |odds| odds.logit) {
+                score if score.is_finite() => Ok(slot.finish.apply(judgement)),
+                score => Err(Unscored(format!("the component gave {score}, which is not a finite number"))),
             });
         let result = if start.elapsed() > self.deadline { Err(late()) } else { result };
         (Some(result), ms(begin.elapsed()))
@@ -205,7 +273,9 @@ impl RewardStack {
         let slots = components.into_iter().map(|(name, component)| Slot {
             name: name.into(),
             when: When::Always,
+            holdout: None,
             role: PartRole { factor: 1.0, norm: None, decides: true, gate: None },
+            finish: Finish::default(),
             component,
         });
         Self { slots: slots.collect(), deadline, ..base }

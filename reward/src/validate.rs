@@ -3,15 +3,20 @@
 mod combine;
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::time::Duration;
 
 use crate::ConfigProblem;
 use crate::combine::{Gate, PartRole, Rules};
 use crate::config::{
-    ComponentConfig, ComponentKind, GuardCategory, GuardRole, ModelInput, ModelOutput, OverlongInput,
-    RewardConfig, RuleKind, VerifierKind,
+    ComponentConfig, ComponentKind, GuardCategory, GuardFamily, GuardRole, ModelInput, ModelOutput,
+    OverlongInput, RewardConfig, RuleKind, VerifierKind,
 };
+use crate::finish::{Calibration, Finish};
 use crate::guard::PolicyGuard;
+use crate::guard::embedding::{self, EmbeddingGuard};
+use crate::guard::llama::{self, LlamaGuard};
+use crate::guard::prompt_guard::{self, PromptGuard};
 use crate::model::{ModelJudge, Plan};
 use crate::refusal::Refusal;
 use crate::remote::Remote;
@@ -41,11 +46,17 @@ pub(crate) fn build(
         let key = format!("reward.component[{i}]");
         check_name(component, &key, &mut names, &mut problems);
         check_unused_keys(component, &key, &mut problems);
+        check_holdout(config, component, &key, &mut problems);
         if let Some(slot) = build_slot(config, component, &key, weights, &mut problems) {
             slots.push(slot);
         }
     }
     let rules = combine::rules(config, &names, &mut problems);
+    for i in rules.read().into_iter().filter(|i| config.component[*i].holdout) {
+        let message =
+            format!("{:?} is a hold-out, which nothing that is optimised may read", config.component[i].name);
+        problems.push(ConfigProblem::new(format!("reward.component[{i}].holdout"), message));
+    }
     if !problems.is_empty() {
         return Err(problems);
     }
@@ -97,9 +108,25 @@ fn check_name<'a>(
     }
 }
 
+/// A hold-out has no part in the reward.
+fn check_holdout(config: &RewardConfig, c: &ComponentConfig, key: &str, problems: &mut Vec<ConfigProblem>) {
+    let mut problem = |field: &str, message: String| {
+        problems.push(ConfigProblem::new(format!("{key}.{field}"), message));
+    };
+    if let Some(share) = c.share
+        && !(c.holdout && share > 0.0 && share <= 1.0)
+    {
+        problem("share", format!("must be above 0, up to 1, with holdout = true; is {share}"));
+    }
+    if c.holdout && (combine::weight(config, c).is_some() || config.combine.gates.contains(&c.name)) {
+        problem("holdout", format!("{:?} has a weight or is a gate; a hold-out is never optimised", c.name));
+    }
+}
+
 /// A key that the chosen kind never reads is a mistake, not a detail.
 fn check_unused_keys(c: &ComponentConfig, key: &str, problems: &mut Vec<ConfigProblem>) {
-    use {ComponentKind as K, VerifierKind as V};
+    use {ComponentKind as K, GuardFamily as F, VerifierKind as V};
+    let guard = |families: &[F]| c.kind == K::Guard && families.contains(&c.family);
     let verifier = |kinds: &[V]| c.kind == K::Verifier && kinds.contains(&c.verifier);
     let set = [
         ("verifier", c.verifier != V::Auto, c.kind == K::Verifier, "kind = \"verifier\""),
@@ -135,13 +162,26 @@ fn check_unused_keys(c: &ComponentConfig, key: &str, problems: &mut Vec<ConfigPr
             c.kind == K::Rule && c.rule == RuleKind::Repetition,
             "rule = \"repetition\"",
         ),
-        ("remote", c.remote.is_some(), c.kind == K::Remote, "kind = \"remote\""),
+        (
+            "remote",
+            c.remote.is_some(),
+            c.kind == K::Remote || guard(&[F::LlamaGuard3, F::LlamaGuard4]),
+            "kind = \"remote\" or a Llama Guard",
+        ),
         ("contains", !c.contains.is_empty(), verifier(&[V::Format]), "verifier = \"format\""),
         ("excludes", !c.excludes.is_empty(), verifier(&[V::Format]), "verifier = \"format\""),
         ("length_min", c.length_min != 0, verifier(&[V::Format]), "verifier = \"format\""),
         ("length_max", c.length_max.is_some(), verifier(&[V::Format]), "verifier = \"format\""),
         ("role", c.role != GuardRole::Response, c.kind == K::Guard, "kind = \"guard\""),
-        ("category", !c.category.is_empty(), c.kind == K::Guard, "kind = \"guard\""),
+        ("family", c.family != F::Words, c.kind == K::Guard, "kind = \"guard\""),
+        ("category", !c.category.is_empty(), guard(&[F::Words]), "kind = \"guard\", family = \"words\""),
+        ("head", c.head.is_some(), guard(&[F::Embedding]), "kind = \"guard\", family = \"embedding\""),
+        (
+            "categories",
+            !c.categories.is_empty(),
+            guard(&[F::Embedding, F::LlamaGuard3, F::LlamaGuard4]),
+            "a guard that is a model",
+        ),
         (
             "threshold",
             c.threshold.is_some(),
@@ -151,8 +191,10 @@ fn check_unused_keys(c: &ComponentConfig, key: &str, problems: &mut Vec<ConfigPr
         (
             "max_tokens",
             c.max_tokens.is_some(),
-            c.kind == K::Model || (c.kind == K::Rule && c.rule == RuleKind::Overlong),
-            "rule = \"overlong\" or kind = \"model\"",
+            c.kind == K::Model
+                || guard(&[F::PromptGuard])
+                || (c.kind == K::Rule && c.rule == RuleKind::Overlong),
+            "rule = \"overlong\", kind = \"model\" or family = \"prompt_guard\"",
         ),
         (
             "buffer_tokens",
@@ -160,13 +202,30 @@ fn check_unused_keys(c: &ComponentConfig, key: &str, problems: &mut Vec<ConfigPr
             c.kind == K::Rule && c.rule == RuleKind::Overlong,
             "rule = \"overlong\"",
         ),
-        ("model", c.model.is_some(), c.kind == K::Model, "kind = \"model\""),
+        (
+            "calibrate",
+            c.calibrate.is_some(),
+            matches!(c.kind, K::Guard | K::Model | K::Remote),
+            "kind = \"guard\", \"model\" or \"remote\"",
+        ),
+        (
+            "margin",
+            c.margin != 0.0,
+            c.kind == K::Guard || c.calibrate.is_some(),
+            "kind = \"guard\" or with calibrate",
+        ),
+        (
+            "model",
+            c.model.is_some(),
+            c.kind == K::Model || (c.kind == K::Guard && c.family != F::Words),
+            "kind = \"model\" or a guard that is a model",
+        ),
         ("input", c.input != ModelInput::Auto, c.kind == K::Model, "kind = \"model\""),
         (
             "label",
             c.label.is_some(),
-            matches!(c.kind, K::Model | K::Remote),
-            "kind = \"model\" or \"remote\"",
+            matches!(c.kind, K::Model | K::Remote) || guard(&[F::PromptGuard]),
+            "kind = \"model\" or \"remote\", or family = \"prompt_guard\"",
         ),
         ("output", c.output != ModelOutput::Auto, c.kind == K::Model, "kind = \"model\""),
         ("overlong", c.overlong != OverlongInput::Unscored, c.kind == K::Model, "kind = \"model\""),
@@ -221,11 +280,32 @@ fn build_slot(
         ComponentKind::Model => build_model(config, c, key, weights, problems),
         _ => build_component(config, c, key, weights, problems),
     };
-    Some(Slot { name: c.name.clone(), when: when?, role: part_role(config, c), component: component? })
+    let finish = build_finish(c, key, problems);
+    let (component, finish) = (component?, finish?);
+    if let Some(message) = finish.mismatch(component.version()) {
+        problems.push(ConfigProblem::new(format!("{key}.calibrate"), message));
+    }
+    let holdout = c.holdout.then_some(c.share.unwrap_or(1.0));
+    Some(Slot { name: c.name.clone(), when: when?, holdout, role: part_role(config, c), finish, component })
+}
+
+fn build_finish(c: &ComponentConfig, key: &str, problems: &mut Vec<ConfigProblem>) -> Option<Finish> {
+    if !(0.0..=20.0).contains(&c.margin) {
+        let message = format!("must be 0 to 20, is {}", c.margin);
+        problems.push(ConfigProblem::new(format!("{key}.margin"), message));
+    }
+    let calibration = c.calibrate.as_deref().map(|path| Calibration::read(Path::new(path))).transpose();
+    match calibration {
+        Ok(calibration) => Some(Finish::new(calibration, c.margin, c.threshold.unwrap_or(0.5))),
+        Err(message) => {
+            problems.push(ConfigProblem::new(format!("{key}.calibrate"), message));
+            None
+        }
+    }
 }
 
 fn part_role(config: &RewardConfig, c: &ComponentConfig) -> PartRole {
-    let weight = combine::weight(config, c).unwrap_or(1.0);
+    let weight = if c.holdout { 0.0 } else { combine::weight(config, c).unwrap_or(1.0) };
     let threshold = c.threshold.unwrap_or(0.5);
     let is_gate = config.combine.gates.contains(&c.name);
     let guard = c.kind == ComponentKind::Guard;
@@ -233,9 +313,28 @@ fn part_role(config: &RewardConfig, c: &ComponentConfig) -> PartRole {
         factor: if guard { -weight } else { weight },
         norm: (c.norm_mean.is_some() || c.norm_std.is_some())
             .then_some((c.norm_mean.unwrap_or(0.0), c.norm_std.unwrap_or(1.0))),
-        decides: c.kind == ComponentKind::Verifier && c.verifier != VerifierKind::Format,
+        decides: c.kind == ComponentKind::Verifier && c.verifier != VerifierKind::Format && !c.holdout,
         gate: is_gate.then_some(if guard { Gate::Above(threshold) } else { Gate::Below(threshold) }),
     }
+}
+
+/// Notes problems of fields below `key`.
+fn named(found: Vec<(&str, String)>, key: &str, problems: &mut Vec<ConfigProblem>) {
+    let named = |(field, message)| ConfigProblem::new(format!("{key}.{field}"), message);
+    problems.extend(found.into_iter().map(named));
+}
+
+/// What `build` loads, unless weights are to be left or something is wrong already: `workers` out of range has been noted, and no more threads than that
+/// are started for it.
+fn load<C: Component + 'static>(
+    weights: Weights,
+    problems: &mut Vec<ConfigProblem>,
+    build: impl FnOnce(&mut Vec<ConfigProblem>) -> Option<C>,
+) -> Option<Box<dyn Component>> {
+    if weights == Weights::Leave || !problems.is_empty() {
+        return None;
+    }
+    Some(Box::new(build(problems)?))
 }
 
 fn build_model(
@@ -245,23 +344,11 @@ fn build_model(
     weights: Weights,
     problems: &mut Vec<ConfigProblem>,
 ) -> Option<Box<dyn Component>> {
-    let plan = Plan::new(c)
-        .map_err(|found| {
-            let named = |(field, message)| ConfigProblem::new(format!("{key}.{field}"), message);
-            problems.extend(found.into_iter().map(named));
-        })
-        .ok()?;
-    // `workers` out of range has been noted; no more threads than that are started for it.
-    if weights == Weights::Leave || !problems.is_empty() {
-        return None;
-    }
-    match ModelJudge::new(plan, config.workers) {
-        Ok(judge) => Some(Box::new(judge)),
-        Err(message) => {
-            problems.push(ConfigProblem::new(format!("{key}.model"), message));
-            None
-        }
-    }
+    let plan = Plan::new(c).map_err(|found| named(found, key, problems)).ok()?;
+    load(weights, problems, |problems| {
+        let judge = ModelJudge::new(plan, config.workers);
+        judge.map_err(|message| named(vec![("model", message)], key, problems)).ok()
+    })
 }
 
 fn build_component(
@@ -280,25 +367,44 @@ fn build_component(
             match Verifiers::new(c, sandbox.as_ref()) {
                 Ok(verifier) => Some(Box::new(verifier)),
                 Err(found) => {
-                    problems.extend(
-                        found
-                            .into_iter()
-                            .map(|(field, message)| ConfigProblem::new(format!("{key}.{field}"), message)),
-                    );
+                    named(found, key, problems);
                     None
                 }
             }
         }
         ComponentKind::Model => unreachable!("build_slot builds models"),
-        ComponentKind::Guard => build_guard(&c.category, c.role, key, problems),
+        ComponentKind::Guard => match c.family {
+            GuardFamily::Words => build_guard(&c.category, c.role, key, problems),
+            GuardFamily::Embedding => {
+                let plan = embedding::Plan::new(c).map_err(|found| named(found, key, problems)).ok()?;
+                load(weights, problems, |problems| {
+                    let guard = EmbeddingGuard::new(plan, config.workers);
+                    guard.map_err(|problem| named(vec![problem], key, problems)).ok()
+                })
+            }
+            GuardFamily::PromptGuard => {
+                let plan = prompt_guard::Plan::new(c).map_err(|found| named(found, key, problems)).ok()?;
+                load(weights, problems, |problems| {
+                    let guard = PromptGuard::new(plan, config.workers);
+                    guard.map_err(|message| named(vec![("model", message)], key, problems)).ok()
+                })
+            }
+            GuardFamily::LlamaGuard3 | GuardFamily::LlamaGuard4 => {
+                let deadline = Duration::from_millis(config.deadline_ms);
+                let plan = llama::Plan::new(c, deadline).map_err(|found| named(found, key, problems)).ok()?;
+                load(weights, problems, |problems| {
+                    let guard = LlamaGuard::new(plan, config.workers);
+                    guard.map_err(|message| named(vec![("model", message)], key, problems)).ok()
+                })
+            }
+        },
         ComponentKind::Refusal => Some(Box::new(Refusal::new())),
         ComponentKind::Remote => {
             let deadline = Duration::from_millis(config.deadline_ms);
             match Remote::new(c, deadline) {
                 Ok(remote) => Some(Box::new(remote)),
                 Err(found) => {
-                    let named = |(field, message)| ConfigProblem::new(format!("{key}.{field}"), message);
-                    problems.extend(found.into_iter().map(named));
+                    named(found, key, problems);
                     None
                 }
             }

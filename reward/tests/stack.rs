@@ -135,6 +135,57 @@ fn a_component_of_weight_zero_measures_and_cannot_unscore() {
 }
 
 #[test]
+fn a_hold_out_judges_its_share_and_has_no_part_in_the_reward() {
+    let judge = ComponentConfig { name: "judge".into(), holdout: true, share: Some(0.3), ..guard() };
+    let plain =
+        RewardConfig { component: vec![verifier("answer", VerifierKind::Math)], ..Default::default() };
+    let held = RewardConfig {
+        component: vec![verifier("answer", VerifierKind::Math), judge.clone()],
+        ..Default::default()
+    };
+    let (plain, held) = (RewardStack::new(&plain).unwrap(), RewardStack::new(&held).unwrap());
+    let asked = prompt(Some("7"), &[]);
+    let mut judged = 0;
+    for i in 0..400 {
+        let text = format!("high {i} so 7");
+        let record = score(&held, &asked, &text, 1);
+        assert_eq!(record.verdict, score(&plain, &asked, &text, 1).verdict);
+        assert_eq!(record.components[1].value, score(&held, &asked, &text, 1).components[1].value);
+        judged += usize::from(record.components[1].value == Some(0.9));
+    }
+    assert!((90..=150).contains(&judged), "{judged} of 400");
+
+    // What nobody else judges is not scored by a hold-out.
+    let elsewhere =
+        ComponentConfig { when: Some("tag:maths".into()), ..verifier("answer", VerifierKind::Math) };
+    let all = ComponentConfig { share: None, ..judge.clone() };
+    let stack =
+        RewardStack::new(&RewardConfig { component: vec![elsewhere, all], ..Default::default() }).unwrap();
+    assert_eq!(score(&stack, &asked, "high", 1).reward(), None);
+
+    let refused = |component: ComponentConfig, combine: CombineConfig| {
+        let config = RewardConfig {
+            component: vec![verifier("answer", VerifierKind::Math), component],
+            combine,
+            ..Default::default()
+        };
+        RewardStack::check(&config).expect_err("a problem")[0].to_string()
+    };
+    let weight = ComponentConfig { weight: Some(1.0), ..judge.clone() };
+    assert!(refused(weight, CombineConfig::default()).contains("never optimised"));
+    let gates = CombineConfig { mode: CombineMode::Gate, gates: vec!["judge".into()], ..Default::default() };
+    assert!(refused(judge.clone(), gates).contains("never optimised"));
+    let safety = CombineConfig {
+        mode: CombineMode::Piecewise,
+        safety: Some("1 - judge".into()),
+        ..Default::default()
+    };
+    assert!(refused(judge.clone(), safety).contains("nothing that is optimised may read"));
+    let share = ComponentConfig { holdout: false, ..judge };
+    assert!(refused(share, CombineConfig::default()).contains("with holdout = true"));
+}
+
+#[test]
 fn all_problems_are_reported_at_once_with_their_keys() {
     let mut config = weighted();
     config.component[0].when = Some("math".into());

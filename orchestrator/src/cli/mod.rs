@@ -13,6 +13,7 @@ mod export;
 pub mod fail;
 mod filter;
 mod generate;
+mod guard;
 mod jobs;
 mod logprobs;
 mod measure;
@@ -81,6 +82,7 @@ enum Command {
     Logprobs(logprobs::LogprobsArgs),
     Tokenize(tokenize::TokenizeArgs),
     Score(score::ScoreArgs),
+    Guard(guard::GuardArgs),
     InitModel(models::InitModelArgs),
     Upcycle(models::UpcycleArgs),
     Convert(models::ConvertArgs),
@@ -137,6 +139,7 @@ pub fn main() -> ExitCode {
         Command::Logprobs(args) => args.run(),
         Command::Tokenize(args) => args.run(),
         Command::Score(args) => args.run(),
+        Command::Guard(args) => args.run(),
         Command::Config(command) => command.run(),
         Command::Doctor(args) => args.run(),
         Command::Bench(command) => command.run(),

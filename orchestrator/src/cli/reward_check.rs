@@ -92,6 +92,7 @@ impl RewardCheckArgs {
         let loaded = self.config.load()?;
         let stack = RewardStack::new(&loaded.config.reward).map_err(RewardError::Config).input()?;
         let cases = lines::read(&self.cases, Case::check)?;
+        stack.check_at_start().map_err(RewardError::Config).input()?;
         let records: Vec<RewardRecord> = cases.iter().map(|(_, case)| case.line.score(&stack)).collect();
         let by_id: BTreeMap<String, &RewardRecord> = cases
             .iter()

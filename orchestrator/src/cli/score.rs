@@ -67,11 +67,14 @@ impl Line {
     }
 
     pub(super) fn score(&self, stack: &RewardStack) -> RewardRecord {
+        self.judged(|completion| stack.score(completion))
+    }
+
+    /// What `judge` says of it.
+    pub(super) fn judged<T>(&self, judge: impl FnOnce(&Completion<'_>) -> T) -> T {
         let prompt = self.prompt();
         let tokens = self.tokens.or(self.output_ids.as_ref().map(Vec::len)).unwrap_or(0);
-        let completion =
-            Completion { prompt: &prompt, text: self.completion(), tokens, truncated: self.truncated };
-        stack.score(&completion)
+        judge(&Completion { prompt: &prompt, text: self.completion(), tokens, truncated: self.truncated })
     }
 
     fn completion(&self) -> &str {

@@ -84,10 +84,14 @@ pub fn run_config(config: &RunConfig, document: &Node, path: &Path) -> Vec<Probl
     prompts(&config.prompts, &mut checks);
     eval(&config.eval, &config.prompts, &mut checks);
     queue(config, &mut checks);
+<<<<<<< HEAD
     sections(config, &mut checks);
     let components: Vec<String> = config.reward.component.iter().map(|c| c.name.clone()).collect();
     crate::alarms::check(&config.alarms, &components, &mut checks);
     crate::redteam::check(&config.redteam, &components, &mut checks);
+=======
+    sections(config, path, &mut checks);
+>>>>>>> dfe1f14 (reward: guards that are models, calibration, judges that must prove themselves)
     checks.finish()
 }
 
@@ -103,10 +107,11 @@ pub fn model(model: &ModelSection, checks: &mut Checks<'_>) {
 }
 
 /// What the crates say about their own sections, and what hangs together across them.
-fn sections(config: &RunConfig, checks: &mut Checks<'_>) {
+fn sections(config: &RunConfig, path: &Path, checks: &mut Checks<'_>) {
     config.actor.problems().iter().for_each(|problem| checks.told(&problem.to_string()));
     config.learner.problems().iter().for_each(|problem| checks.told(problem));
-    if let Err(problems) = freewheel_reward::RewardStack::check(&config.reward) {
+    let reward = config.reward.with_paths(|file| super::resolve(file, path));
+    if let Err(problems) = freewheel_reward::RewardStack::check(&reward) {
         problems.into_iter().for_each(|problem| checks.note(&problem.key, problem.message, None));
     }
     for (key, message) in pool_params(config).problems() {

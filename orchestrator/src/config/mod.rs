@@ -87,7 +87,7 @@ pub struct Loaded<C = RunConfig> {
 /// # Errors
 /// All problems together.
 pub fn load(path: &Path, overrides: &[String]) -> Result<Loaded, ConfigError> {
-    load_as(path, overrides, &environment(), checks::run_config)
+    load_as(path, overrides, &environment(), checks::run_config).map(Loaded::with_paths)
 }
 
 /// Reads a config of type `C` (a run's, or that of another job).
@@ -131,7 +131,7 @@ where
 /// # Errors
 /// All problems together.
 pub fn load_run_part(path: &Path, text: &str, overrides: &[String]) -> Result<Loaded, ConfigError> {
-    load_part(path, text, overrides, checks::run_config)
+    load_part(path, text, overrides, checks::run_config).map(Loaded::with_paths)
 }
 
 /// A run's config from text and `--set` flags, where there is no file; `name` stands for it in messages.
@@ -199,6 +199,12 @@ pub fn schema_of<C: JsonSchema>() -> Json {
 }
 
 impl Loaded {
+    /// Paths of reward components as the config means them.
+    fn with_paths(mut self) -> Self {
+        self.config.reward = self.config.reward.with_paths(|file| resolve(file, &self.path));
+        self
+    }
+
     /// The run's name: `run.name`, or the config file's stem.
     pub fn run_id(&self) -> RunId {
         checks::run_name(&self.config, &self.path).expect("checked when the config was loaded")

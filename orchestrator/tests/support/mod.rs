@@ -32,9 +32,14 @@ pub fn write(dir: &Path, name: &str, text: &str) -> String {
 
 /// A tiny model made on the spot.
 pub fn tiny_model(dir: &Path) -> String {
-    let out = dir.join("model");
+    tiny_model_with(dir, "model", &[])
+}
+
+/// The same by another name, and made as `more` says.
+pub fn tiny_model_with(dir: &Path, name: &str, more: &[&str]) -> String {
+    let out = dir.join(name);
     let out = out.to_str().unwrap();
-    let made = freewheel(&[
+    let args = [
         "init-model",
         "llama4_text",
         "--out",
@@ -57,7 +62,8 @@ pub fn tiny_model(dir: &Path) -> String {
         "num_local_experts=4",
         "--set",
         "max_position_embeddings=64",
-    ]);
+    ];
+    let made = freewheel(&[&args[..], more].concat());
     assert!(made.status.success(), "{}", stderr(&made));
     out.to_owned()
 }

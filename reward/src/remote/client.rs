@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use freewheel_types::Digest;
 use serde_json::Value;
+use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
 /// Longest answer that is read.
 const ANSWER_BYTES_MAX: u64 = 1 << 20;
@@ -20,8 +21,8 @@ const BACKOFF: Duration = Duration::from_millis(50);
 const ATTEMPT_MIN: Duration = Duration::from_millis(5);
 
 /// How a server is asked.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) struct Rules {
+#[derive(Clone, Debug)]
+pub(crate) struct Rules {
     /// One attempt may take this long.
     pub timeout: Duration,
     /// All of a call.
@@ -31,12 +32,14 @@ pub(super) struct Rules {
     pub rate: Option<f64>,
     /// Answers kept.
     pub cache: usize,
+    /// Who may have signed certificates; if there are none, whom browsers trust.
+    pub authorities: Vec<Certificate<'static>>,
     /// Value of the `Authorization` header.
     pub authorization: Option<String>,
 }
 
 /// A server behind a base address.
-pub(super) struct Client {
+pub(crate) struct Client {
     agent: ureq::Agent,
     base: String,
     rules: Rules,
@@ -66,8 +69,13 @@ enum Failure {
 }
 
 impl Client {
-    pub(super) fn new(base: &str, rules: Rules) -> Self {
+    pub(crate) fn new(base: &str, rules: Rules) -> Self {
+        let roots = match rules.authorities.as_slice() {
+            [] => RootCerts::WebPki,
+            own => RootCerts::new_with_certs(own),
+        };
         let config = ureq::Agent::config_builder()
+            .tls_config(TlsConfig::builder().root_certs(roots).build())
             .max_redirects(0)
             .http_status_as_error(false)
             .max_idle_connections_per_host(8)
@@ -83,7 +91,7 @@ impl Client {
     }
 
     /// Posts `body` and gives the JSON answer.
-    pub(super) fn post(&self, path: &str, body: &Value) -> Result<Value, String> {
+    pub(crate) fn post(&self, path: &str, body: &Value) -> Result<Value, String> {
         let text = body.to_string();
         let key = Digest::of(format!("{path}\n{text}").as_bytes()).0;
         if let Some(answer) = lock(&self.cache).answers.get(&key) {

@@ -10,7 +10,7 @@ pub struct RemoteConfig {
     /// What answers there: "vllm_classify" (default; vLLM's /classify), "sglang" (/v1/embeddings), "openrlhf" (/get_reward), "tei" (Text
     /// Embeddings Inference, /predict), or "judge" (a chat model, /v1/chat/completions).
     pub backend: Backend,
-    /// Base addresses, "http://host:port"; several are an ensemble, of different models.
+    /// Base addresses, "http://host:port" or "https://host"; several are an ensemble, of different models.
     pub urls: Vec<String>,
     /// Name of the model, as the server knows it.
     pub model: String,
@@ -31,6 +31,11 @@ pub struct RemoteConfig {
     pub cache: usize,
     /// Environment variable that holds the key sent as `Authorization: Bearer`. Default: none.
     pub api_key_env: Option<String>,
+    /// PEM file of the authorities that may have signed the certificates of https addresses. Default: those that browsers trust.
+    pub ca_file: Option<String>,
+    /// Whether a run (and `freewheel reward check`) starts by asking its servers something: a judge must not reward answers that say nothing, a vLLM server
+    /// must heed `use_activation`. Default true.
+    pub startup_check: bool,
     /// Judge: "score" (default; a grade as JSON), "logprobs" (mean grade under the first token's probabilities) or "pair" (against the
     /// prompt's reference answer, in both orders).
     pub judge: JudgeMode,
@@ -54,6 +59,8 @@ impl Default for RemoteConfig {
             rate_per_s: None,
             cache: 10_000,
             api_key_env: None,
+            ca_file: None,
+            startup_check: true,
             judge: JudgeMode::default(),
             rubric: String::new(),
             scale: [1, 9],
@@ -135,7 +142,7 @@ pub enum JudgeMode {
 
 impl RemoteConfig {
     /// Everything out of range, as (key, message).
-    pub(super) fn problems(&self) -> Vec<(&'static str, String)> {
+    pub(crate) fn problems(&self) -> Vec<(&'static str, String)> {
         let mut problems = Vec::new();
         let mut check = |good: bool, key: &'static str, message: String| {
             if !good {
@@ -148,12 +155,9 @@ impl RemoteConfig {
             format!("must be 1 to 16 addresses, are {}", self.urls.len()),
         );
         for url in &self.urls {
-            let host = url.strip_prefix("http://").is_some_and(|rest| !rest.trim_end_matches('/').is_empty());
-            check(
-                host,
-                "remote.urls",
-                format!("{url:?} must be http://HOST:PORT (for https, put a proxy beside this process)"),
-            );
+            let rest = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://"));
+            let host = rest.is_some_and(|rest| !rest.trim_end_matches('/').is_empty());
+            check(host, "remote.urls", format!("{url:?} must be http://HOST:PORT or https://HOST"));
         }
         let needs_model = !matches!(self.backend, Backend::Openrlhf | Backend::Tei);
         check(

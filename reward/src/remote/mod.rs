@@ -10,17 +10,73 @@
 mod client;
 mod judge;
 mod protocol;
+mod startup;
 mod texts;
 
 use std::time::Duration;
 
+use ureq::tls::{Certificate, PemItem, parse_pem};
+
 use crate::config::ComponentConfig;
 use crate::stack::{Completion, Component, Judgement, Unscored};
-use client::{Client, Rules};
+pub(crate) use client::{Client, Rules};
 
 pub use config::{Backend, Ensemble, JudgeMode, RemoteConfig};
 
 mod config;
+
+impl RemoteConfig {
+    /// What is wrong with the settings of a component that asks one server in its own words.
+    pub(crate) fn problems_of_one(&self) -> Vec<(&'static str, String)> {
+        let mut problems = self.problems();
+        if self.urls.len() > 1 {
+            let message = "one component of this kind has one server; for several use several components";
+            problems.push(("remote.urls", message.into()));
+        }
+        if self.format.is_some() {
+            problems.push(("remote.format", "the server is asked in our own words; remove it".into()));
+        }
+        problems
+    }
+
+    /// How its servers are asked, for a component that has `deadline`; a problem as (key, message).
+    pub(crate) fn rules(&self, deadline: Duration) -> Result<Rules, (&'static str, String)> {
+        let authorization = match self.api_key_env.as_deref().map(|name| (name, std::env::var(name))) {
+            None => None,
+            Some((_, Ok(key))) => Some(format!("Bearer {key}")),
+            Some((name, Err(_))) => {
+                return Err(("remote.api_key_env", format!("the variable {name} is not set here")));
+            }
+        };
+        let authorities = match self.ca_file.as_deref().map(authorities) {
+            None => Vec::new(),
+            Some(Ok(found)) => found,
+            Some(Err(why)) => return Err(("remote.ca_file", why)),
+        };
+        Ok(Rules {
+            authorities,
+            timeout: Duration::from_millis(self.timeout_ms),
+            // What is late at the stack's own deadline is lost; stay below it.
+            deadline: deadline.mul_f64(0.9),
+            retries: self.retries,
+            rate: self.rate_per_s,
+            cache: self.cache,
+            authorization,
+        })
+    }
+}
+
+/// The certificates of a PEM file.
+fn authorities(path: &str) -> Result<Vec<Certificate<'static>>, String> {
+    let text = std::fs::read(path).map_err(|e| format!("{path} cannot be read: {e}"))?;
+    let certificates = parse_pem(&text).filter_map(|item| match item {
+        Ok(PemItem::Certificate(certificate)) => Some(Ok(certificate)),
+        Ok(_) => None,
+        Err(e) => Some(Err(format!("{path}: {e}"))),
+    });
+    let found: Vec<Certificate<'static>> = certificates.collect::<Result<_, _>>()?;
+    if found.is_empty() { Err(format!("{path} holds no certificate")) } else { Ok(found) }
+}
 
 /// How a judge is asked.
 #[derive(Clone, Debug)]
@@ -47,26 +103,12 @@ impl Remote {
             return Err(vec![("remote", "kind = \"remote\" needs backend and urls under it".into())]);
         };
         let mut problems = config.problems();
-        let key = match config.api_key_env.as_deref().map(std::env::var) {
-            None => None,
-            Some(Ok(key)) => Some(format!("Bearer {key}")),
-            Some(Err(_)) => {
-                let name = config.api_key_env.as_deref().unwrap_or_default();
-                problems.push(("remote.api_key_env", format!("the variable {name} is not set here")));
-                None
+        let rules = match config.rules(deadline) {
+            Ok(rules) if problems.is_empty() => rules,
+            other => {
+                problems.extend(other.err());
+                return Err(problems);
             }
-        };
-        if !problems.is_empty() {
-            return Err(problems);
-        }
-        let rules = Rules {
-            timeout: Duration::from_millis(config.timeout_ms),
-            // What is late at the stack's own deadline is lost; stay below it.
-            deadline: deadline.mul_f64(0.9),
-            retries: config.retries,
-            rate: config.rate_per_s,
-            cache: config.cache,
-            authorization: key,
         };
         let [low, high] = config.scale;
         Ok(Self {
@@ -114,10 +156,22 @@ impl Component for Remote {
         if scores.len() > 1 {
             detail = Some(format!("{scores:?}"));
         }
-        Ok(Judgement { value: self.config.ensemble.of(&scores, self.config.ensemble_k), detail, label: None })
+        Ok(Judgement {
+            value: self.config.ensemble.of(&scores, self.config.ensemble_k),
+            detail,
+            label: None,
+            odds: None,
+        })
     }
 
     fn version(&self) -> Option<&str> {
         Some(&self.version)
+    }
+
+    fn check_at_start(&self) -> Result<(), (&'static str, String)> {
+        if !self.config.startup_check {
+            return Ok(());
+        }
+        Remote::check_at_start(self).map_err(|why| ("remote", why))
     }
 }

@@ -62,7 +62,8 @@ pub(super) fn finite(number: f64) -> Result<f32, String> {
     if value.is_finite() { Ok(value) } else { Err(format!("the score {number} is not a finite number")) }
 }
 
-fn last(list: Option<&Value>) -> Option<f64> {
+/// The last number of a list.
+pub(super) fn last(list: Option<&Value>) -> Option<f64> {
     list?.as_array()?.last()?.as_f64()
 }
 

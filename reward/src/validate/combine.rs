@@ -52,9 +52,9 @@ pub(super) fn rules(
     };
     for i in rules.classes() {
         let c = &config.component[i];
-        if !c.kind.has_classes() {
+        if !c.has_classes() {
             let message = format!(
-                "{:?} has no classes, only a value; compare it with a number (kinds with classes: \"refusal\")",
+                "{:?} has no classes, only a value; compare it with a number (with classes: kind = \"refusal\", and guards that are models)",
                 c.name
             );
             problems.add("tier", message);

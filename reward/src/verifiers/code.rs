@@ -168,7 +168,7 @@ impl Verifier for Code {
         let share = passed.right as f32 / passed.all as f32;
         let detail = passed.why.map(|why| excerpt(&why));
         let value = if self.partial { share } else { f32::from(u8::from(all)) };
-        Ok(Judgement { value, detail, label: None })
+        Ok(Judgement { value, detail, label: None, odds: None })
     }
 }
 

@@ -46,7 +46,7 @@ impl Verifier for Instructions {
         let share = (all - missed.len()) as f32 / all as f32;
         let value = if self.partial { share } else { f32::from(u8::from(missed.is_empty())) };
         let detail = (!missed.is_empty()).then(|| excerpt(&format!("not followed: {}", missed.join(", "))));
-        Ok(Judgement { value, detail, label: None })
+        Ok(Judgement { value, detail, label: None, odds: None })
     }
 }
 

@@ -56,7 +56,12 @@ pub trait Verifier: Send + Sync {
 
 /// Right or wrong, with what was read as the answer.
 pub(crate) fn judged(right: bool, detail: Option<String>) -> Judgement {
-    Judgement { value: f32::from(u8::from(right)), detail: detail.map(|text| excerpt(&text)), label: None }
+    Judgement {
+        value: f32::from(u8::from(right)),
+        detail: detail.map(|text| excerpt(&text)),
+        label: None,
+        odds: None,
+    }
 }
 
 fn excerpt(text: &str) -> String {
