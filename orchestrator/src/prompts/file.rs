@@ -451,7 +451,7 @@ mod tests {
     fn measurements_before_the_run_go_into_meta_and_lines_come_back_as_they_were() {
         let text = r#"{"id":"a","prompt":"1+1=?","answer":2,"tags":["math"],"avg@16":0.25,"meta":{"b":1}}"#;
         let prompts = read(text.as_bytes()).unwrap().prompts;
-        assert_eq!(prompts[0].meta.as_deref(), Some(r#"{"avg@16":0.25,"b":1}"#));
+        assert_eq!(prompts[0].meta.as_deref(), Some(r#"{"b":1,"avg@16":0.25}"#));
         let again = read(line_of(&prompts[0]).unwrap().to_string().as_bytes()).unwrap().prompts;
         assert_eq!(again, prompts);
         let error = read(br#"{"prompt":"x","avg@16":2}"#).unwrap_err().to_string();

@@ -55,10 +55,10 @@ pub fn canaries() -> Vec<Goal> {
         "OTTER",
         "PICCOLO",
         "QUARTZ",
-        "SAFFRON",
+        "CINNAMON",
         "TURNSTILE",
         "UMBRELLA",
-        "WALNUT",
+        "PEBBLE",
     ];
     let goal = |word: &&str| Goal {
         id: format!("canary-{}", word.to_lowercase()),
@@ -97,7 +97,7 @@ mod tests {
     #[test]
     fn some_canaries_are_sealed_and_some_are_not() {
         let sealed = canaries().iter().filter(|goal| goal.is_sealed()).count();
-        assert!((1..=5).contains(&sealed), "{sealed} of ten");
+        assert_eq!(sealed, 2, "of ten");
         let many = (0..2000)
             .filter(|i| Goal { goal: format!("goal {i}"), ..canaries()[0].clone() }.is_sealed())
             .count();

@@ -358,8 +358,8 @@ fn a_band_wastes_little_and_asks_for_what_lies_in_it() {
     let asked = ended(&mut pool, 1000, right);
     let easy = asked[200..].iter().filter(|(task, _)| right(task) == 6).count();
     assert!(easy >= 560, "{easy} of 800: 80 % of the tasks choose, of the others half are easy");
-    let by_band = asked.iter().filter(|(_, chosen)| chosen.band == Some((0.7 - 0.3, 0.95))).count();
-    assert!(by_band >= 700, "{by_band}");
+    let by_band = asked.iter().filter(|(_, chosen)| chosen.band.is_some()).count();
+    assert!((800..=900).contains(&by_band), "{by_band}: 85 % where nothing is retired and nothing comes in");
 }
 
 #[test]
