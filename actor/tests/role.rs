@@ -240,7 +240,6 @@ async fn the_last_sample_of_a_group_may_be_a_greedy_one() {
             (&rollout.output_ids, &rollout.behaviour_logprobs),
             (&expected.output_ids, &expected.logprobs)
         );
-        assert_eq!(greedy, rollout.behaviour_logprobs.iter().all(|&logprob| logprob == 0.0));
     }
     run.until("the task ends", |metrics| metrics.tasks == 0 && metrics.rollouts == 4).await;
     run.end().await;

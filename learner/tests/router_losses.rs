@@ -111,7 +111,7 @@ fn the_split_changes_nothing() {
         let sequences = rollouts.sequences();
         let whole = gradient(&model, |policy| policy.micro_batches(&sequences, 1000));
         assert!(whole.iter().any(|x| x.abs() > 1e-3), "the routers' losses have a gradient");
-        for budget in [40, 17, 1] {
+        for budget in [30, 17, 1] {
             let split = gradient(&model, |policy| policy.micro_batches(&sequences, budget));
             let error = distance(&whole, &split);
             println!("replay {replay}, micro-batches of {budget} rows: {error:.1e}");

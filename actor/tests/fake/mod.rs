@@ -57,15 +57,17 @@ fn experts_of(hidden: u64) -> Vec<u16> {
 }
 
 fn draw(logits: &[f32], sampling: &SamplingParams, uniform: f64) -> Drawn {
-    let t = f64::from(sampling.temperature);
+    // Greedy tokens are judged by the untempered distribution.
+    let t = if sampling.is_greedy() { 1.0 } else { f64::from(sampling.temperature) };
     let weights: Vec<f64> = logits.iter().map(|&x| (f64::from(x) / t).exp()).collect();
     let total: f64 = weights.iter().sum();
     let mut at = uniform * total;
-    let token = weights.iter().position(|w| {
+    let drawn = weights.iter().position(|w| {
         at -= w;
         at < 0.0
     });
-    let token = token.unwrap_or(VOCAB - 1);
+    let likeliest = weights.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(token, _)| token);
+    let token = if sampling.is_greedy() { likeliest } else { drawn }.unwrap_or(VOCAB - 1);
     Drawn { token: token as u32, logprob: (weights[token] / total).ln() as f32 }
 }
 

@@ -119,8 +119,10 @@ impl Fused {
         for spec in &params.layout.tensors {
             let values = params.range_f32(spec.range());
             let stacked = spec.name.strip_prefix(PREFIX).and_then(|name| {
-                let (name, a) =
-                    name.strip_suffix(A).map_or((name.strip_suffix(B)?, false), |name| (name, true));
+                let (name, a) = match name.strip_suffix(A) {
+                    Some(name) => (name, true),
+                    None => (name.strip_suffix(B)?, false),
+                };
                 let (module, tensor) = name.rsplit_once('.')?;
                 self.holds(name).then_some((module, tensor, a))
             });
