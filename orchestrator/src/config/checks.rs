@@ -84,14 +84,10 @@ pub fn run_config(config: &RunConfig, document: &Node, path: &Path) -> Vec<Probl
     prompts(&config.prompts, &mut checks);
     eval(&config.eval, &config.prompts, &mut checks);
     queue(config, &mut checks);
-<<<<<<< HEAD
-    sections(config, &mut checks);
+    sections(config, path, &mut checks);
     let components: Vec<String> = config.reward.component.iter().map(|c| c.name.clone()).collect();
     crate::alarms::check(&config.alarms, &components, &mut checks);
     crate::redteam::check(&config.redteam, &components, &mut checks);
-=======
-    sections(config, path, &mut checks);
->>>>>>> dfe1f14 (reward: guards that are models, calibration, judges that must prove themselves)
     checks.finish()
 }
 
