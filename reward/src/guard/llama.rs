@@ -64,7 +64,7 @@ pub(crate) struct Plan {
 
 enum Source {
     Native(Box<NativePlan>),
-    Served(Served),
+    Served(Box<Served>),
 }
 
 impl Plan {
@@ -84,7 +84,9 @@ impl Plan {
             (Some(dir), None) => NativePlan::new(dir, c.family == GuardFamily::LlamaGuard4)
                 .map(|plan| Source::Native(Box::new(plan)))
                 .map_err(|message| vec![("model", message)]),
-            (None, Some(remote)) => Served::new(remote, deadline).map(Source::Served),
+            (None, Some(remote)) => {
+                Served::new(remote, deadline).map(|served| Source::Served(Box::new(served)))
+            }
             _ => Err(vec![(
                 "model",
                 "give the folder of a Llama Guard in `model`, or its server in `remote`, not both".into(),
@@ -108,7 +110,7 @@ pub(crate) struct LlamaGuard {
 
 enum Model {
     Native(Box<Native>),
-    Served(Served),
+    Served(Box<Served>),
 }
 
 impl LlamaGuard {

@@ -146,7 +146,7 @@ mod tests {
         // One word alone: the other is at most as likely as the least listed.
         close(read(&[blank.clone(), entry(("safe", 0.99), &[("safe", 0.99), ("x", 1e-6)])]), 0.891, 0.9e-6);
         let neither = entry(("I", 0.9), &[("I", 0.9), ("x", 0.05)]);
-        assert!(read(&[neither.clone()]).unwrap_err().contains("neither"));
+        assert!(read(std::slice::from_ref(&neither)).unwrap_err().contains("neither"));
         assert!(read(&[blank, neither]).unwrap_err().contains("neither"));
         assert!(read(&[json!({"token": "safe"})]).unwrap_err().contains("top_logprobs"));
         assert!(read(&[]).is_err());
