@@ -90,8 +90,7 @@ impl Default for TierConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LagrangianConfig {
-    /// How fast a multiplier follows its violation: most that its logarithm changes by in an update, reached where the cost is
-    /// twice its limit, or 0. Above 0, up to 10, default 0.05.
+    /// How fast a multiplier follows its violation, per update. Above 0, up to 10, default 0.05.
     pub lr: f64,
     /// Multipliers at the start. 0.001 to `max`, default 0.1.
     pub init: f64,
