@@ -177,7 +177,7 @@ mod tests {
 
     /// A group whose members have these rewards and costs `unsafe`.
     fn group(task: u64, members: &[(f32, Option<f32>)]) -> Group {
-        let rules = GroupRules { min_valid: 2, group_size: 3, needs_contrast: true };
+        let rules = GroupRules { min_valid: 2, group_size: 3, needs_contrast: true, greedy_baseline: false };
         let mut assembly = Assembly::new(rules);
         for (i, (reward, cost)) in members.iter().enumerate() {
             let mut sample = scored(task, i as u32, PolicyVersion::default(), *reward);

@@ -147,7 +147,9 @@ fn planted(n: usize, at: Option<usize>) -> String {
 fn an_attack_is_found_at_any_place_of_a_long_prompt() {
     let dir = tempfile::tempdir().unwrap();
     write_model(dir.path());
-    let config = RewardConfig { component: vec![component(dir.path())], ..Default::default() };
+    // Time is not what is tested: sixteen windows a prompt, on kernels that may not be optimised.
+    let config =
+        RewardConfig { component: vec![component(dir.path())], deadline_ms: 600_000, ..Default::default() };
     let stack = RewardStack::new(&config).unwrap();
     let value = |text: &str| {
         let record = score(&stack, text);
