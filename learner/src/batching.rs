@@ -152,7 +152,7 @@ mod tests {
         ) {
             let rules = BatchRules { groups_per_step, window, max_staleness, refill_max: 0, groups_min: 1 };
             let rng = CounterRng::new(seed, 0);
-            let mut assembly = Assembly::new(GroupRules { min_valid: 2, group_size: 3, needs_contrast: true, greedy_baseline: false });
+            let mut assembly = groups_of_three();
             let mut overtaking = Overtaking::default();
             // Under way: task and how many members arrived; issued at a step.
             let mut under_way: BTreeMap<u64, (u32, u64)> = BTreeMap::new();
@@ -196,6 +196,16 @@ mod tests {
         }
     }
 
+    /// Groups of three that need two valid samples and a contrast.
+    fn groups_of_three() -> Assembly {
+        Assembly::new(GroupRules {
+            min_valid: 2,
+            group_size: 3,
+            needs_contrast: true,
+            greedy_baseline: false,
+        })
+    }
+
     fn dropped(assembly: &Assembly, trained: usize) -> u64 {
         assembly.settled().len() - trained as u64
     }
@@ -204,12 +214,7 @@ mod tests {
     fn a_straggler_is_overtaken_at_most_window_times_and_then_waited_for() {
         let rules =
             BatchRules { groups_per_step: 1, window: 2, max_staleness: 10, refill_max: 0, groups_min: 1 };
-        let mut assembly = Assembly::new(GroupRules {
-            min_valid: 2,
-            group_size: 3,
-            needs_contrast: true,
-            greedy_baseline: false,
-        });
+        let mut assembly = groups_of_three();
         let mut overtaking = Overtaking::default();
         insert(&mut assembly, &mut overtaking, 0, 0, 0);
         for task in 1..5 {
@@ -232,12 +237,7 @@ mod tests {
     fn a_batch_that_waits_for_too_many_replacements_is_closed_with_what_it_has() {
         let rules =
             BatchRules { groups_per_step: 3, window: 0, max_staleness: 10, refill_max: 2, groups_min: 2 };
-        let mut assembly = Assembly::new(GroupRules {
-            min_valid: 2,
-            group_size: 3,
-            needs_contrast: true,
-            greedy_baseline: false,
-        });
+        let mut assembly = groups_of_three();
         let mut overtaking = Overtaking::default();
         let end = |overtaking: &mut Overtaking, assembly: &mut Assembly, task: u64, teaches: bool| {
             (0..3).for_each(|index| insert(assembly, overtaking, task, index, 0));
@@ -275,12 +275,7 @@ mod tests {
     fn a_group_from_weights_that_do_not_exist_is_stale() {
         let rules =
             BatchRules { groups_per_step: 1, window: 0, max_staleness: 10, refill_max: 0, groups_min: 1 };
-        let mut assembly = Assembly::new(GroupRules {
-            min_valid: 2,
-            group_size: 3,
-            needs_contrast: true,
-            greedy_baseline: false,
-        });
+        let mut assembly = groups_of_three();
         let mut overtaking = Overtaking::default();
         (0..3).for_each(|index| insert(&mut assembly, &mut overtaking, 0, index, 7));
         assert_eq!(overtaking.stale(&rules, &assembly, 6), [TaskId(0)]);

@@ -13,10 +13,9 @@ use freewheel_types::Digest;
 use serde::{Deserialize, Serialize};
 
 use crate::fit::calibration::{Curve, logistic};
+use crate::json_file;
 use crate::stack::Judgement;
 
-/// Larger files are no calibration.
-const FILE_BYTES_MAX: u64 = 64 << 20;
 /// Classes of guards whose scores are log-odds.
 pub(crate) const GUARD_CLASSES: [&str; 3] = ["safe", "unsafe", "hard"];
 
@@ -66,13 +65,7 @@ impl Calibration {
     /// If it cannot be read, is too large, is no calibration, or its curve falls.
     pub fn read(path: &Path) -> Result<Self, String> {
         let shown = path.display();
-        let size = std::fs::metadata(path).map_err(|e| format!("{shown} cannot be read: {e}"))?.len();
-        if size > FILE_BYTES_MAX {
-            return Err(format!("{shown} has {size} bytes, the limit is {FILE_BYTES_MAX}"));
-        }
-        let bytes = std::fs::read(path).map_err(|e| format!("{shown} cannot be read: {e}"))?;
-        let read: Self = serde_json::from_slice(&bytes)
-            .map_err(|e| format!("{shown} is no file of `freewheel guard calibrate`: {e}"))?;
+        let read: Self = json_file::read(path, "freewheel guard calibrate")?;
         read.curve.check().map_err(|why| format!("{shown}: {why}"))?;
         Ok(read)
     }

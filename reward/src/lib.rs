@@ -20,6 +20,7 @@ mod expr;
 mod finish;
 pub mod fit;
 pub mod guard;
+mod json_file;
 mod model;
 pub mod refusal;
 mod remote;

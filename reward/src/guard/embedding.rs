@@ -18,11 +18,11 @@ use crate::batcher::Batcher;
 use crate::config::{ComponentConfig, GuardRole};
 use crate::finish::Odds;
 use crate::fit::logistic::Linear;
+use crate::json_file;
 use crate::shared::{Shared, chain};
 use crate::stack::{Completion, Component, Judgement, Unscored};
 use crate::windows::windows;
 
-const FILE_BYTES_MAX: u64 = 256 << 20;
 const LABELS_MAX: usize = 1000;
 const BATCH: usize = 8;
 
@@ -69,13 +69,7 @@ impl Head {
     /// If it cannot be read, is too large, or is no head.
     pub fn read(path: &Path) -> Result<Self, String> {
         let shown = path.display();
-        let size = std::fs::metadata(path).map_err(|e| format!("{shown} cannot be read: {e}"))?.len();
-        if size > FILE_BYTES_MAX {
-            return Err(format!("{shown} has {size} bytes, the limit is {FILE_BYTES_MAX}"));
-        }
-        let bytes = std::fs::read(path).map_err(|e| format!("{shown} cannot be read: {e}"))?;
-        let head: Self = serde_json::from_slice(&bytes)
-            .map_err(|e| format!("{shown} is no file of `freewheel guard fit`: {e}"))?;
+        let head: Self = json_file::read(path, "freewheel guard fit")?;
         if !(1..=LABELS_MAX).contains(&head.labels.len()) {
             return Err(format!("{shown} has {} labels, must be 1 to {LABELS_MAX}", head.labels.len()));
         }
