@@ -20,7 +20,7 @@ thread_local!(static ROUNDED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new(
 
 /// Calls `f` with `x [m,k]` rounded to bf16 (kept as f32), each row padded with zeros to a multiple of 32.
 pub(super) fn with_rounded(threads: &Threads, x: &[f32], m: usize, k: usize, f: impl FnOnce(&[f32])) {
-    // Taken, not borrowed: a pool thread may start another product while it waits in this one.
+    // Taken, not borrowed: what runs on this thread meanwhile may be a product too.
     let mut rounded = ROUNDED.take();
     let padded = k.next_multiple_of(K_BLOCK);
     rounded.resize(m * padded, 0.0);

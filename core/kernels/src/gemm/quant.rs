@@ -352,7 +352,7 @@ pub(super) fn in_full(
     if w.quantisation.is_none() {
         return f(w, panels, 0);
     }
-    // Taken, not borrowed: a pool thread may start another product while it waits in this one.
+    // Taken, not borrowed: what runs on this thread meanwhile may be a product too.
     let mut full = UNFOLDED.take().unwrap_or_else(|| PackedMatrix::empty(w.precision()));
     for first in panels.clone().step_by(AT_ONCE) {
         let end = panels.end.min(first + AT_ONCE);

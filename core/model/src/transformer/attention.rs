@@ -10,13 +10,10 @@ use freewheel_kernels::rope::{self, RopeTable, rope, rope_backward};
 
 use super::bindings::LayerBinding;
 use super::buffers::Buf;
-use super::mlp::{Context, add_bias, add_bias_grad};
+use super::mlp::{Context, MIN_VALUES, add_bias, add_bias_grad};
 use super::residual::{OutNorm, add_block, add_block_backward};
 use super::weights::LayerWeights;
 use crate::spec::{AttentionSpec, QkNorm, RopeStyle, TemperatureTuning};
-
-/// Values of a part of a copy that is worth sharing out.
-const MIN_VALUES: usize = 1 << 14;
 
 /// One attention layer with everything it reads but the rows.
 pub(super) struct AttentionLayer<'a> {

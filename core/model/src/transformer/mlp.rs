@@ -13,6 +13,9 @@ use super::buffers::{Buf, BufferPool};
 use super::weights::MlpWeights;
 use crate::spec::Activation;
 
+/// Values of a part of a row-wise operation that is worth sharing out.
+pub(super) const MIN_VALUES: usize = 1 << 14;
+
 /// What every block needs: threads, buffers, precision.
 pub(super) struct Context<'a> {
     pub threads: &'a Threads,

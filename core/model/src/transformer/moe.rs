@@ -13,12 +13,9 @@ use freewheel_kernels::{Precision, Threads, router};
 
 use super::bindings::MoeBinding;
 use super::buffers::Buf;
-use super::mlp::{self, Context};
+use super::mlp::{self, Context, MIN_VALUES};
 use super::weights::MoeWeights;
 use crate::spec::{MoeSpec, RouterKind};
-
-/// Values of a part of an operation that is worth sharing out.
-const MIN_VALUES: usize = 1 << 14;
 
 /// One MoE layer with everything it reads but the rows.
 pub(super) struct MoeLayer<'a> {

@@ -18,7 +18,7 @@ use super::bindings::FfnBinding;
 use super::buffers::Buf;
 use super::head::{CHUNK, HeadRows};
 use super::inference::interleave;
-use super::mlp::{self, Context, Part};
+use super::mlp::{self, Context, MIN_VALUES, Part};
 use super::moe::{RouterLosses, Saved as SavedMoe};
 use super::places::Places;
 use super::residual::{add_block, add_block_backward};
@@ -26,9 +26,6 @@ use super::vision::{ShownTiles, TileRows};
 use super::weights::{FfnWeights, PolicyWeights};
 use crate::sampling::{self, SampleScratch, TokenStats};
 use crate::spec::OutputHead;
-
-/// Logits of a part of a row-wise operation that is worth sharing out.
-const MIN_VALUES: usize = 1 << 14;
 
 /// One sequence of a batch, or what one adds to the sequence it branches off from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
