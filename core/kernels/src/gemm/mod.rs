@@ -22,6 +22,7 @@
 mod amx;
 mod bf16;
 mod f32;
+mod few;
 mod pack;
 mod quant;
 #[cfg(test)]
@@ -175,6 +176,9 @@ fn product(threads: &Threads, x: &[f32], m: usize, w: &PackedMatrix, out: &mut [
         }
         #[cfg(target_arch = "x86_64")]
         (Precision::Bf16, isa::Isa::Amx) => amx::product(threads, x, k, &[Group { rows: 0..m, w }], &out),
+        (Precision::Bf16, _) if few::takes(x, m, w) => bf16::with_rounded(threads, x, m, k, |x| {
+            split(threads, m, n, k, &|_, panels| few::block(x, m, w, panels, &out));
+        }),
         (Precision::Bf16, _) => bf16::with_rounded(threads, x, m, k, |x| {
             split(threads, m, n, k, &|rows, panels| {
                 quant::in_full(w, panels, &mut |w, panels, first| {

@@ -37,6 +37,8 @@ compile_error!("bf16 pairs are packed for little-endian machines");
 pub struct PackedMatrix {
     precision: Precision,
     pub(super) quantisation: Option<Quantisation>,
+    /// Of a quantised matrix: see `PackedMatrix::has_plain_scales`.
+    pub(super) plain_scales: bool,
     pub(super) n: usize,
     pub(super) k: usize,
     pub(super) lines: Pages<Line>,
@@ -86,7 +88,7 @@ impl PackedMatrix {
     }
 
     pub(super) fn empty(precision: Precision) -> Self {
-        PackedMatrix { precision, quantisation: None, n: 0, k: 0, lines: Pages::new() }
+        PackedMatrix { precision, quantisation: None, plain_scales: true, n: 0, k: 0, lines: Pages::new() }
     }
 
     /// Changes the shape, keeping the allocation where it is large enough; every value must then be filled in.

@@ -17,13 +17,14 @@
 //! A product with a quantised matrix is by definition the product with the weights so rounded
 //! ([`Quantisation::round`]), which is what training computes with: the same bits on both sides.
 
-use super::PackedMatrix;
 use super::pack::{Element, Line, Precision};
+use super::{PackedMatrix, few};
 use crate::Threads;
 use crate::simd::{LANES, Lanes, simd};
 use crate::threads::SharedMut;
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 /// Bits of a code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -42,7 +43,7 @@ pub struct Quantisation {
 }
 
 /// Values of k that share a line of codes, whatever the group: the codes of one tile.
-const TILE_K: usize = 32;
+pub(super) const TILE_K: usize = 32;
 /// Lines of a tile in full precision.
 const TILE_LINES: usize = 16;
 /// bf16 scales in a line: two groups of sixteen columns.
@@ -285,6 +286,7 @@ impl PackedMatrix {
         let (n, k, lines) = (self.n, self.k, self.lines_per_panel());
         assert_eq!(w.len(), n * k, "packing: w is [n,k] = [{n},{k}]");
         let source = Source { w, n, k, transposed };
+        let plain = AtomicBool::new(true);
         threads.for_each_row_chunk(&mut self.lines, lines.max(1), 4096 / lines.max(1) + 1, |first, block| {
             let mut values = vec![[0.0; LANES]; quantisation.group()];
             for (i, panel) in block.chunks_exact_mut(lines).enumerate() {
@@ -295,6 +297,7 @@ impl PackedMatrix {
                     let len = quantisation.group().min(k - start);
                     source.gather(first + i, start, &mut values[..len]);
                     let scale = quantisation.encode(&mut values[..len]);
+                    plain.fetch_and(few::plain(&scale), Relaxed);
                     scales[group] = scale.map(|scale| (scale.to_bits() >> 16) as u16);
                     // What is past k in its last tile is zero.
                     let padded = len.next_multiple_of(TILE_K);
@@ -309,6 +312,12 @@ impl PackedMatrix {
                 }
             }
         });
+        self.plain_scales = plain.into_inner();
+    }
+
+    /// Whether all scales are such that sums of codes may be scaled in the place of codes: [`few::plain`].
+    pub(super) fn has_plain_scales(&self) -> bool {
+        self.plain_scales
     }
 
     /// The scales of each group of a panel's sixteen rows, and its codes tile by tile.

@@ -358,6 +358,48 @@ fn quantised_products_are_those_of_the_rounded_weights() {
 }
 
 #[test]
+fn a_few_rows_meet_codes_as_the_definition_says() {
+    let mut random = Random(12);
+    let (n, k) = (70, 300);
+    // What x and w are, and whether sums of codes may be scaled: exponents 71 and 183 are those of 2^−56 and 2^56.
+    let ranges = [
+        ((71, 75), (80, 84), true),
+        ((178, 182), (180, 184), true),
+        ((71, 182), (100, 184), true),
+        ((66, 72), (80, 84), false),
+        ((1, 40), (90, 110), false),
+        ((100, 120), (60, 70), false),
+        ((100, 120), (192, 220), false),
+        ((240, 250), (110, 130), false),
+    ];
+    for (bits, group) in QUANTISATIONS {
+        for ((x_low, x_high), (w_low, w_high), taken) in ranges {
+            let w = random.wide_vec(n * k, w_low, w_high);
+            let mut packed = PackedMatrix::quantised(Quantisation::new(bits, group), Precision::Bf16, n, k);
+            packed.repack_from_f32(&Threads::single(), &w);
+            let rounded = quantise_scalar(bits, group, &w, k);
+            for m in 1..=few::MOST_ROWS + 1 {
+                let x = random.wide_vec(m * k, x_low, x_high);
+                assert_eq!(
+                    few::takes(&x, m, &packed),
+                    taken && m <= few::MOST_ROWS,
+                    "{bits:?}/{group} {m} rows {x_low} {w_low}"
+                );
+                let want = scalar_bf16(&x, &rounded, m, n, k);
+                for (isa, got) in under_each(|| {
+                    let mut out = vec![f32::NAN; m * n];
+                    matmul(&Threads::new(2), &x, m, &packed, &mut out);
+                    out
+                }) {
+                    let what = format!("{bits:?}/{group} {m} rows {x_low} {w_low} {}", isa.name());
+                    assert_same_bits(&got, &want, &what);
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn quantising_awkward_weights_follows_the_definition() {
     let mut random = Random(10);
     let (n, k) = (33, 160);

@@ -21,7 +21,7 @@ mod unfold;
 
 use super::pack::{Element, Line, Precision, transpose_lines};
 use super::tile::{Output, Store};
-use super::{Group, PackedMatrix};
+use super::{Group, PackedMatrix, few};
 use crate::simd::{LANES, simd};
 use crate::{Pages, Threads};
 use kernel::{Kernel, Operands, kernel_1x1, kernel_1x2, kernel_1x4, kernel_2x1, kernel_2x2};
@@ -50,6 +50,7 @@ const TASKS_PER_THREAD: usize = 4;
 
 #[derive(Default)]
 struct Scratch {
+    x: Vec<f32>,
     c: Vec<Line>,
     unfolded: Vec<Line>,
 }
@@ -76,7 +77,8 @@ pub(super) fn product(threads: &Threads, x: &[f32], k: usize, groups: &[Group], 
         let parts = groups.iter().map(|group| {
             let (tiles, after) = rest.split_at(group.rows.len().div_ceil(TILE) * lines_of_row(k));
             rest = after;
-            Part { a: tiles, w: group.w, m: group.rows.len(), out: out.below(group.rows.start) }
+            let few = few::takes(&x[group.rows.start * k..group.rows.end * k], group.rows.len(), group.w);
+            Part { a: tiles, w: group.w, m: group.rows.len(), few, out: out.below(group.rows.start) }
         });
         multiply(threads, &parts.collect::<Vec<_>>());
     });
@@ -97,7 +99,7 @@ pub(super) fn product_transposed(threads: &Threads, x_km: &[f32], m: usize, w: &
                 transpose_tiles(tiles);
             }
         });
-        multiply(threads, &[Part { a, w, m, out: *out }]);
+        multiply(threads, &[Part { a, w, m, few: false, out: *out }]);
     });
 }
 
@@ -133,6 +135,8 @@ struct Part<'a> {
     a: &'a [Line],
     w: &'a PackedMatrix,
     m: usize,
+    /// Whether it needs no tiles: `few`.
+    few: bool,
     out: Output,
 }
 
@@ -172,6 +176,9 @@ impl Task<'_> {
         if self.part.w.inner() == 0 {
             return self.no_inner();
         }
+        if self.part.few {
+            return self.without_tiles();
+        }
         // SAFETY: this module is reached only where `isa` found AMX and was granted its state.
         unsafe { kernel::configure() };
         SCRATCH.with_borrow_mut(|scratch| {
@@ -189,6 +196,21 @@ impl Task<'_> {
             kernel::release();
             _mm_sfence();
         }
+    }
+
+    /// A product of a few rows with codes.
+    fn without_tiles(&self) {
+        let Part { a, w, m, out, .. } = self.part;
+        SCRATCH.with_borrow_mut(|Scratch { x, .. }| {
+            let padded = w.inner().next_multiple_of(TILE_K);
+            x.resize(m * padded, 0.0);
+            for (row, x) in x.chunks_exact_mut(padded).enumerate() {
+                for (tile, x) in a.chunks_exact(TILE_LINES).zip(x.chunks_exact_mut(TILE_K)) {
+                    widen(&tile[row], x);
+                }
+            }
+            few::block(x, *m, w, self.panels.clone(), out);
+        });
     }
 
     /// A product over an empty k is zero.
@@ -213,7 +235,7 @@ impl Task<'_> {
         single: Kernel,
         scratch: &mut Scratch,
     ) -> usize {
-        let Part { a, w, m, out } = self.part;
+        let Part { a, w, m, out, .. } = self.part;
         let (k_tiles, lines) = (w.inner().div_ceil(TILE_K), lines_of_row(w.inner()));
         let quantised = w.quantisation().is_some();
         let most = match (quantised, self.rows.len()) {
@@ -260,6 +282,13 @@ impl Task<'_> {
             }
         }
         PANELS
+    }
+}
+
+/// The thirty-two bf16 of a line, as f32.
+fn widen(line: &Line, out: &mut [f32]) {
+    for (pair, out) in line.0.iter().zip(out.as_chunks_mut::<2>().0) {
+        *out = [f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000)];
     }
 }
 
