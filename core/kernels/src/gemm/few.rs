@@ -21,6 +21,9 @@ pub(super) const MOST_ROWS: usize = 4;
 const LEAST: u32 = (127 - 56) << 23;
 const MOST: u32 = (127 + 56) << 23;
 
+/// Bytes of codes that are asked for ahead of their use.
+const AHEAD: usize = 4096;
+
 /// Whether [`block`] may multiply `x`, some rows, by `w`.
 pub(super) fn takes(x: &[f32], rows: usize, w: &PackedMatrix) -> bool {
     rows <= MOST_ROWS && w.quantisation().is_some() && w.has_plain_scales() && plain(x)
@@ -84,9 +87,11 @@ fn strip<S: Lanes, const ROWS: usize, const PANELS: usize, const FOUR: bool>(
     let tiles_per_group = w.quantisation().map_or(1, |quantisation| quantisation.group() / TILE_K);
     let (x, _) = x.as_chunks::<TILE_K>();
     let (mut groups, mut codes) = ([&[][..]; PANELS], [&[][..]; PANELS]);
+    let mut ahead = [&[][..]; PANELS];
     for p in 0..PANELS {
         let (scales, lines) = w.scales_and_codes(panel + p);
         (groups[p], codes[p]) = (scales, bytemuck::cast_slice::<Line, [u8; LANES]>(lines));
+        ahead[p] = bytemuck::cast_slice::<Line, f32>(lines);
     }
     let mut sums = [[S::splat(0.0); PANELS]; ROWS];
     for tile in 0..tiles {
@@ -98,6 +103,12 @@ fn strip<S: Lanes, const ROWS: usize, const PANELS: usize, const FOUR: bool>(
         let mut odd = even;
         for pair in 0..TILE_K / 2 {
             for p in 0..PANELS {
+                // Bytes of a pair's codes, and where they are.
+                let bytes = if FOUR { LANES } else { 2 * LANES };
+                let at = (tile * TILE_K / 2 + pair) * bytes;
+                if at.is_multiple_of(size_of::<Line>()) {
+                    S::prefetch(ahead[p], (at + AHEAD) / size_of::<f32>());
+                }
                 let (w_even, w_odd) = if FOUR {
                     let (low, high) = S::from_i4(&codes[p][tile * TILE_K / 2 + pair]);
                     (low.mul(scales[p]), high.mul(scales[p]))
