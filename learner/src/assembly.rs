@@ -150,6 +150,14 @@ impl Group {
         (0..costs).any(|k| is_informative(self.scored().map(|s| value(s, k))))
     }
 
+    /// Rewards of the scored, if no component says of any of them whether it is right.
+    pub fn graded(&self) -> Vec<f32> {
+        if self.scored().any(|s| s.reward.correct().is_some()) {
+            return Vec::new();
+        }
+        self.scored().filter_map(|s| s.reward.reward()).collect()
+    }
+
     /// Counts for the report.
     pub fn summary(&self) -> GroupSummary {
         let rewards: Vec<f32> = self.scored().filter_map(|s| s.reward.reward()).collect();
@@ -505,5 +513,20 @@ mod tests {
         let told = outcome(&groups[0], PolicyVersion::new(1, 4), GroupFate::Trained { step: 5 });
         assert_eq!(told.dropped, [(TaskId(0).rollout(1), DropReason::Invalid)]);
         assert_eq!((told.scored, told.correct, told.reward_mean), (2, 1, Some(0.5)));
+        assert!(told.graded.is_empty(), "a verifier says what is right");
+    }
+
+    #[test]
+    fn the_outcome_has_the_rewards_where_nobody_says_what_is_right() {
+        let mut assembly = Assembly::new(RULES);
+        for (index, reward) in [0.25, -0.5, 0.75].into_iter().enumerate() {
+            let Arrival::Scored(mut scored) = sample(index as u32, reward) else { unreachable!() };
+            scored.reward.verdict =
+                freewheel_types::Verdict::Scored { reward, correct: None, gated_by: None };
+            assembly.insert(Arrival::Scored(scored));
+        }
+        let groups = assembly.take(&[TaskId(0)]);
+        let told = outcome(&groups[0], PolicyVersion::new(1, 4), GroupFate::Trained { step: 5 });
+        assert_eq!((told.graded, told.scored, told.correct), (vec![0.25, -0.5, 0.75], 3, 2));
     }
 }

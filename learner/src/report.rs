@@ -224,6 +224,7 @@ pub fn outcome(group: &Group, version: PolicyVersion, fate: GroupFate) -> GroupO
         scored: summary.scored,
         correct: summary.correct,
         reward_mean: summary.reward_mean,
+        graded: group.graded(),
         fate,
         dropped: group.dropped_members(),
         given_up: group.given_up().map(str::to_owned),

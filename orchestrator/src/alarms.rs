@@ -19,17 +19,19 @@ use crate::folder::StepLine;
 pub struct AlarmConfig {
     /// "length": completions get longer or shorter. "diversity": the runs of four tokens that are new within a group get rarer
     /// (`rollout/distinct_4`). "refusal": refusals get more or fewer. "judge": the reward rises while a judge that is not part of it falls.
-    /// "disagreement": two reward models drift apart. Default "length".
+    /// "disagreement": two reward models drift apart. "gap": `component` is above `against`, as a judge that is held out above the guard that is
+    /// optimised. Default "length".
     pub watch: Watch,
     /// What is done: "log" (default), "pause": the run drains, writes a checkpoint and ends as if stopped; "stop": the same, and the
     /// run has failed (exit code 1). `--resume` goes on after either.
     pub action: AlarmAction,
     /// How much is too much: a share of the mean before for "length" (default 0.3) and "diversity" (default 0.3), a difference for "refusal"
-    /// (default 0.05) and "judge" (default 0.05), standard deviations of the first steps for "disagreement" (default 2).
+    /// (default 0.05), "judge" (default 0.05) and "gap" (default 0.1), standard deviations of the first steps for "disagreement" (default 2).
     pub threshold: Option<f64>,
-    /// Refusal: the component of kind "refusal". Judge: a component of weight 0. Disagreement: the first model's.
+    /// Refusal: the component of kind "refusal". Judge: a component of weight 0. Disagreement: the first model's. Gap: the one that must not be
+    /// higher.
     pub component: Option<String>,
-    /// Disagreement: the second model's component.
+    /// Disagreement: the second model's component. Gap: what it must not be higher than.
     pub against: Option<String>,
     /// Steps that each mean is over. 1 to 10,000, default 10.
     #[schemars(range(min = 1, max = 10_000))]
@@ -68,6 +70,8 @@ pub enum Watch {
     Judge,
     /// One reward model against another.
     Disagreement,
+    /// One component above another.
+    Gap,
 }
 
 impl Watch {
@@ -78,6 +82,7 @@ impl Watch {
             Self::Refusal => "refusal",
             Self::Judge => "judge",
             Self::Disagreement => "disagreement",
+            Self::Gap => "gap",
         }
     }
 
@@ -86,6 +91,7 @@ impl Watch {
             Self::Length | Self::Diversity => 0.3,
             Self::Refusal | Self::Judge => 0.05,
             Self::Disagreement => 2.0,
+            Self::Gap => 0.1,
         }
     }
 }
@@ -124,7 +130,7 @@ pub fn check(alarms: &[AlarmConfig], components: &[String], checks: &mut Checks<
         let wanted = match alarm.watch {
             Watch::Length | Watch::Diversity => 0,
             Watch::Refusal | Watch::Judge => 1,
-            Watch::Disagreement => 2,
+            Watch::Disagreement | Watch::Gap => 2,
         };
         for (key, component) in ["component", "against"].into_iter().zip(named) {
             let needed = if key == "component" { wanted >= 1 } else { wanted >= 2 };
@@ -211,7 +217,9 @@ impl Alarm {
             Watch::Length => number("rollout/length_mean")?,
             Watch::Diversity => number("rollout/distinct_4")?,
             Watch::Refusal | Watch::Judge => component(&self.config.component)?,
-            Watch::Disagreement => component(&self.config.component)? - component(&self.config.against)?,
+            Watch::Disagreement | Watch::Gap => {
+                component(&self.config.component)? - component(&self.config.against)?
+            }
         };
         Some((watched, number("reward/mean")?))
     }
@@ -245,6 +253,8 @@ impl Alarm {
             Watch::Judge if rewards[1] > rewards[0] => (before - now).max(0.0),
             Watch::Judge => 0.0,
             Watch::Disagreement => (now - before).abs() / deviation(&first, before).max(1e-9),
+            // Wherever it began: a hold-out that finds more from the start is no better than one that comes to.
+            Watch::Gap => now.max(0.0),
         };
         let threshold = self.config.threshold.unwrap_or_else(|| self.config.watch.threshold());
         let mut what = format!("{} went from {before:.4} to {now:.4}", self.name());
@@ -322,6 +332,24 @@ mod tests {
         // Differences 0.1 and -0.1: a deviation of 0.1, two of them are 0.2.
         assert_eq!(raised(apart.clone(), &[line(1.1), line(0.9), line(1.4), line(1.4), line(1.4)]), [4]);
         assert!(raised(apart, &[line(1.1), line(0.9), line(1.1), line(1.1), line(1.1)]).is_empty());
+    }
+
+    #[test]
+    fn a_hold_out_that_finds_more_than_the_guard_is_told_wherever_it_began() {
+        let gap = AlarmConfig {
+            component: Some("held".into()),
+            against: Some("guard".into()),
+            window: 1,
+            steps: 3,
+            ..config(Watch::Gap)
+        };
+        let line = |held: f64, guard: f64| json!({"reward/held/mean": held, "reward/guard/mean": guard});
+        let apart = [line(0.3, 0.1), line(0.1, 0.1), line(0.3, 0.1), line(0.35, 0.2), line(0.3, 0.1)];
+        assert_eq!(raised(gap.clone(), &apart), [4], "three steps in a row");
+        let [guarded, near] = [line(0.0, 0.9), line(0.19, 0.1)];
+        for fine in [guarded, near] {
+            assert!(raised(gap.clone(), &[fine.clone(), fine.clone(), fine.clone(), fine]).is_empty());
+        }
     }
 
     #[test]

@@ -261,3 +261,66 @@ fn a_llama_guard_scores_what_freewheel_logprobs_says() {
     assert_eq!(refused.status.code(), Some(78));
     assert!(stderr(&refused).contains("\"safe\" is 4 tokens"), "{}", stderr(&refused));
 }
+
+#[test]
+fn weights_of_rules_are_fitted_to_ranked_answers_and_judge_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let rules = "{\"statements\": [{\"name\": \"sorry\", \"pattern\": \"(?i)sorry\"}, {\"name\": \"number\", \"pattern\": \"[0-9]\"}, \
+                 {\"name\": \"the\", \"pattern\": \"the\"}]}";
+    write(dir.path(), "style.json", rules);
+    let component = "[[reward.component]]\nname = \"style\"\nkind = \"rbr\"\nrules = \"style.json\"\n";
+    let config = run_config(dir.path(), "m", component);
+    let mut ranked = String::new();
+    for group in 0..12 {
+        // "the" is in the best or in the worst, by turns: it says nothing.
+        let (best, worst) = if group % 2 == 0 { ("the ", "") } else { ("", "the ") };
+        for (rank, text) in
+            [(2, format!("{best}{group}")), (1, "no idea".into()), (0, format!("Sorry, {worst}no"))]
+        {
+            ranked += &json!({"completion": text, "group": format!("g{group}"), "rank": rank}).to_string();
+            ranked.push('\n');
+        }
+    }
+    let ranked = write(dir.path(), "ranked.jsonl", &ranked);
+    let fitted = dir.path().join("fitted.json");
+    let fitted = fitted.to_str().unwrap();
+    let fit = |file: &str| {
+        freewheel(&[
+            "guard",
+            "rules",
+            &config,
+            file,
+            "--component",
+            "style",
+            "--l2",
+            "0.01",
+            "--out",
+            fitted,
+            "--json",
+        ])
+    };
+    let told = stdout_json(&fit(&ranked));
+    assert_eq!(
+        (told["pairs"].as_u64(), told["right_before"].as_u64(), told["right_after"].as_u64()),
+        (Some(36), Some(0), Some(36))
+    );
+    let weight = |name: &str| told["weights"][name].as_f64().unwrap();
+    assert!(weight("number") > 0.8 && weight("sorry") < -0.8 && weight("the").abs() <= 0.15, "{told}");
+
+    // The file is one of statements, with weights.
+    let with_weights = std::fs::read_to_string(&config).unwrap().replace("style.json", "fitted.json");
+    let with_weights = write(dir.path(), "fitted.toml", &with_weights);
+    let cases = write(
+        dir.path(),
+        "cases.jsonl",
+        "{\"id\": \"a\", \"completion\": \"seven is 7\", \"expect\": {\"reward\": [0.8, 1.5]}}\n\
+         {\"completion\": \"sorry, 7\", \"expect\": {\"below\": \"a\"}}\n",
+    );
+    let checked = freewheel(&["reward", "check", &with_weights, &cases]);
+    assert!(checked.status.success(), "{}{}", String::from_utf8_lossy(&checked.stdout), stderr(&checked));
+
+    let alone = write(dir.path(), "alone.jsonl", "{\"completion\": \"x\", \"group\": \"a\", \"rank\": 1}\n");
+    let output = fit(&alone);
+    assert_eq!(output.status.code(), Some(78));
+    assert!(stderr(&output).contains("no group holds two answers of unequal rank"), "{}", stderr(&output));
+}

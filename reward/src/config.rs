@@ -75,7 +75,8 @@ pub enum OnUnscored {
 pub struct ComponentConfig {
     /// Name, unique; used in `combine.weights`, in metrics (`reward/<name>/mean`) and in records.
     pub name: String,
-    /// "verifier" (default), "guard", "refusal", "rule", "model" or "remote".
+    /// "verifier" (default), "guard", "refusal", "rule", "model", "remote" or "rbr" (rule-based: weighted statements about the answer, `rules`; the
+    /// value is the sum of the weights of the true ones).
     pub kind: ComponentKind,
     /// Prompts it applies to: "tag:math", several as "tag:math|physics". Default: all.
     pub when: Option<String>,
@@ -143,6 +144,10 @@ pub struct ComponentConfig {
     /// fails below this value, default 0.5.
     pub threshold: Option<f32>,
 
+    /// Rbr: JSON file with `{"statements": [{"name": …, "text": …, "weight": …}]}`: what a chat model (`remote`) finds true or false of the answer; or,
+    /// instead of `text`, a `pattern`, true where it matches. `freewheel guard rules` fits the weights.
+    pub rules: Option<String>,
+
     /// Rule: "overlong" (default), the soft length penalty of DAPO (arXiv 2503.14476, eq. 13); "repetition", minus the share of runs of
     /// `ngram` words that occurred before in the completion.
     pub rule: RuleKind,
@@ -173,7 +178,7 @@ pub struct ComponentConfig {
     /// Model: most completions in one forward pass. 1 to 1024, default 8. No score depends on it.
     pub batch: Option<usize>,
 
-    /// Remote: the servers, and how they are asked. Llama Guard: its server, one address and `model`; `backend` is not read.
+    /// Remote: the servers, and how they are asked. Llama Guard, rbr: the server, one address and `model`; `backend` is not read.
     pub remote: Option<RemoteConfig>,
 }
 
@@ -189,7 +194,8 @@ impl ComponentConfig {
 
     /// Every path it names.
     fn paths(&mut self) -> impl Iterator<Item = &mut String> {
-        let own = [&mut self.model, &mut self.head, &mut self.calibrate].into_iter().flatten();
+        let own =
+            [&mut self.model, &mut self.head, &mut self.calibrate, &mut self.rules].into_iter().flatten();
         own.chain(self.remote.as_mut().and_then(|remote| remote.ca_file.as_mut()))
     }
 }
@@ -211,6 +217,8 @@ pub enum ComponentKind {
     Model,
     /// A reward model or judge behind HTTP.
     Remote,
+    /// Weighted statements that a model finds true or false.
+    Rbr,
 }
 
 /// What a model reads.

@@ -22,6 +22,7 @@ pub mod fit;
 pub mod guard;
 mod json_file;
 mod model;
+pub mod rbr;
 pub mod refusal;
 mod remote;
 mod role;

@@ -18,6 +18,7 @@ use crate::guard::embedding::{self, EmbeddingGuard};
 use crate::guard::llama::{self, LlamaGuard};
 use crate::guard::prompt_guard::{self, PromptGuard};
 use crate::model::{ModelJudge, Plan};
+use crate::rbr::RuleBased;
 use crate::refusal::Refusal;
 use crate::remote::Remote;
 use crate::rule::{Overlong, Repetition};
@@ -165,8 +166,8 @@ fn check_unused_keys(c: &ComponentConfig, key: &str, problems: &mut Vec<ConfigPr
         (
             "remote",
             c.remote.is_some(),
-            c.kind == K::Remote || guard(&[F::LlamaGuard3, F::LlamaGuard4]),
-            "kind = \"remote\" or a Llama Guard",
+            matches!(c.kind, K::Remote | K::Rbr) || guard(&[F::LlamaGuard3, F::LlamaGuard4]),
+            "kind = \"remote\" or \"rbr\", or a Llama Guard",
         ),
         ("contains", !c.contains.is_empty(), verifier(&[V::Format]), "verifier = \"format\""),
         ("excludes", !c.excludes.is_empty(), verifier(&[V::Format]), "verifier = \"format\""),
@@ -185,8 +186,8 @@ fn check_unused_keys(c: &ComponentConfig, key: &str, problems: &mut Vec<ConfigPr
         (
             "threshold",
             c.threshold.is_some(),
-            matches!(c.kind, K::Guard | K::Verifier | K::Model | K::Remote),
-            "kind = \"guard\", \"verifier\", \"model\" or \"remote\"",
+            matches!(c.kind, K::Guard | K::Verifier | K::Model | K::Remote | K::Rbr),
+            "kind = \"guard\", \"verifier\", \"model\", \"remote\" or \"rbr\"",
         ),
         (
             "max_tokens",
@@ -202,6 +203,7 @@ fn check_unused_keys(c: &ComponentConfig, key: &str, problems: &mut Vec<ConfigPr
             c.kind == K::Rule && c.rule == RuleKind::Overlong,
             "rule = \"overlong\"",
         ),
+        ("rules", c.rules.is_some(), c.kind == K::Rbr, "kind = \"rbr\""),
         (
             "calibrate",
             c.calibrate.is_some(),
@@ -269,7 +271,7 @@ fn build_slot(
         problems.push(ConfigProblem::new(format!("{key}.weight"), message));
     }
     // A model's value may be a logit, which has no bounds.
-    let unbounded = matches!(c.kind, ComponentKind::Model | ComponentKind::Remote);
+    let unbounded = matches!(c.kind, ComponentKind::Model | ComponentKind::Remote | ComponentKind::Rbr);
     let fine = |t: f32| if unbounded { t.is_finite() } else { (0.0..=1.0).contains(&t) };
     if let Some(threshold) = c.threshold.filter(|t| !fine(*t)) {
         let range = if unbounded { "be finite" } else { "be 0 to 1" };
@@ -399,6 +401,11 @@ fn build_component(
             }
         },
         ComponentKind::Refusal => Some(Box::new(Refusal::new())),
+        ComponentKind::Rbr => {
+            let deadline = Duration::from_millis(config.deadline_ms);
+            let rules = RuleBased::new(c, deadline).map_err(|found| named(found, key, problems)).ok()?;
+            Some(Box::new(rules))
+        }
         ComponentKind::Remote => {
             let deadline = Duration::from_millis(config.deadline_ms);
             match Remote::new(c, deadline) {

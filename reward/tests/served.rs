@@ -259,3 +259,69 @@ fn wrong_settings_of_a_guard_are_named() {
     let categories = serde_json::from_value(json!({"S15": 0.5})).unwrap();
     assert!(problems(ComponentConfig { categories, ..Default::default() }).contains("no category \"S15\""));
 }
+
+#[test]
+fn rules_are_found_true_or_false_and_their_weights_are_summed() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("style.json");
+    let statements = json!({"statements": [
+        {"name": "apology", "text": "The answer apologises.", "weight": -0.5},
+        {"name": "judges", "text": "The answer judges who asks.", "weight": -1.0},
+        {"name": "helps", "text": "The answer helps.", "weight": 0.75},
+        {"name": "shouts", "pattern": "!", "weight": -0.125},
+    ]});
+    std::fs::write(&file, statements.to_string()).unwrap();
+    let component = |server: &Server| ComponentConfig {
+        kind: ComponentKind::Rbr,
+        rules: Some(file.to_str().unwrap().to_owned()),
+        remote: Some(RemoteConfig { model: "judge".into(), ..to(server) }),
+        ..Default::default()
+    };
+    let grading = server(|_, head, body, stream| {
+        assert!(head.starts_with("post /v1/chat/completions"));
+        let body: Value = serde_json::from_str(body).unwrap();
+        let question = body["messages"][0]["content"].as_str().unwrap();
+        assert!(question.contains("\njudges: The answer judges who asks."), "{question}");
+        let schema = &body["response_format"]["json_schema"]["schema"];
+        assert_eq!(schema["required"], json!(["apology", "judges", "helps"]));
+        let sorry = body["messages"][1]["content"].as_str().unwrap().contains("Sorry");
+        let said = json!({"apology": sorry, "judges": false, "helps": true}).to_string();
+        answer(stream, "200 OK", &json!({"choices": [{"message": {"content": said}}]}).to_string());
+    });
+    let stack = self::stack(component(&grading));
+    let record = score(&stack, "Sorry, it is 7.");
+    assert_eq!(
+        (record.reward(), record.components[0].detail.as_deref()),
+        (Some(0.25), Some("apology,helps"))
+    );
+    assert_eq!(score(&stack, "7").reward(), Some(0.75));
+    assert_eq!(score(&stack, "7!").reward(), Some(0.625), "a pattern needs no model");
+    // An answer for fewer statements than were asked, or none, is no answer.
+    for said in
+        ["{\"apology\": true, \"helps\": true}", "{\"apology\": 1, \"judges\": 0, \"helps\": 1}", "all true"]
+    {
+        let body = json!({"choices": [{"message": {"content": said}}]}).to_string();
+        let server = server(move |_, _, _, stream| answer(stream, "200 OK", &body));
+        let record = score(&self::stack(component(&server)), "7");
+        assert_eq!(record.reward(), None, "{said}");
+    }
+    let refused = |text: &str, component: ComponentConfig| {
+        std::fs::write(&file, text).unwrap();
+        let config = ComponentConfig { name: "style".into(), ..component };
+        let found = RewardStack::check(&RewardConfig { component: vec![config], ..Default::default() });
+        found.unwrap_err()[0].to_string()
+    };
+    for (text, why) in [
+        (r#"{"statements": [{"name": "a", "text": "b"}, {"name": "a", "text": "c"}]}"#, "used twice"),
+        (r#"{"statements": [{"name": "a"}]}"#, "needs one of `text` (not empty) and `pattern`"),
+        (r#"{"statements": [{"name": "a", "pattern": "("}]}"#, "does not compile"),
+        (r#"{"statements": []}"#, "must have 1 to 64 statements"),
+        (r#"{"statements": [{"name": "a", "pattern": "b"}]}"#, "nobody is asked; remove it"),
+    ] {
+        let found = refused(text, component(&grading));
+        assert!(found.contains(why), "{found}");
+    }
+    let alone = ComponentConfig { remote: None, ..component(&grading) };
+    let found = refused(r#"{"statements": [{"name": "a", "text": "b"}]}"#, alone);
+    assert!(found.contains("need the url and name of a chat model"), "{found}");
+}

@@ -21,6 +21,9 @@ pub struct GroupOutcome {
     pub correct: u32,
     /// Mean reward of the scored samples; `None` if there were none.
     pub reward_mean: Option<f32>,
+    /// Rewards of the scored samples where no component says what is right; empty where one does.
+    #[serde(default)]
+    pub graded: Vec<f32>,
     /// What became of the group.
     pub fate: GroupFate,
     /// Samples dropped on their own, with the reason (the rest shared `fate`).

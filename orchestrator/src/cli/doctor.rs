@@ -7,7 +7,7 @@ use freewheel_kernels::gpu::{self, Gpus};
 use freewheel_kernels::measure;
 use freewheel_queue::Backend;
 use freewheel_queue::redis::managed::ManagedServer;
-use freewheel_reward::sandbox::attempt_escapes;
+use freewheel_reward::sandbox::{Job, Outcome, attempt_escapes};
 use freewheel_reward::{Sandbox, SandboxConfig};
 use freewheel_types::WeightsDtype;
 use serde_json::{Map, Value, json};
@@ -32,7 +32,8 @@ pub struct DoctorArgs {
     /// Measure memory bandwidth and compute peak (a second each).
     #[arg(long)]
     measure: bool,
-    /// Try the code sandbox with every program of the escape corpus; exit code 1 if one gets out.
+    /// Try the code sandbox with every program of the escape corpus, exit code 1 if one gets out; and tell how many short programs two threads judge a
+    /// second.
     #[arg(long)]
     sandbox: bool,
     /// Print as JSON.
@@ -104,7 +105,34 @@ fn sandbox(found: &mut Findings, config: &SandboxConfig) -> anyhow::Result<usize
     let escaped: Vec<&str> = attempts.iter().filter(|a| a.escaped).map(|a| a.name).collect();
     found.facts.insert("sandbox_escapes_tried".into(), json!(attempts.len()));
     found.facts.insert("sandbox_escaped".into(), json!(escaped));
+    if config.command == SandboxConfig::default().command {
+        found.facts.insert("sandbox_programs_per_s".into(), json!((rate(&sandbox)? * 10.0).round() / 10.0));
+    }
     Ok(escaped.len())
+}
+
+/// Short Python programs a second, each in a sandbox of its own, on two threads.
+fn rate(sandbox: &Sandbox) -> anyhow::Result<f64> {
+    const EACH: usize = 50;
+    let mut command = sandbox.config().command.clone();
+    command.push("main.py".into());
+    let files = vec![("main.py".to_owned(), "print(int(input()) + 1)".to_owned())];
+    let job = Job { command, files, inputs: vec!["1".into()] };
+    let begin = std::time::Instant::now();
+    let one = || -> anyhow::Result<()> {
+        for _ in 0..EACH {
+            let finished = sandbox.run(&job)?;
+            anyhow::ensure!(
+                matches!(finished.as_slice(), [one] if one.outcome == Outcome::Exit(0)),
+                "{finished:?}"
+            );
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| [scope.spawn(one), scope.spawn(one)].map(|thread| thread.join()))
+        .into_iter()
+        .try_for_each(|done| done.expect("judging a program does not panic"))?;
+    Ok(2.0 * EACH as f64 / begin.elapsed().as_secs_f64())
 }
 
 fn machine(found: &mut Findings, measured: bool) {

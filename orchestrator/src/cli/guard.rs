@@ -2,6 +2,7 @@
 
 mod calibrate;
 mod fit;
+mod rules;
 
 use clap::{Args, Subcommand};
 use serde::Deserialize;
@@ -12,6 +13,7 @@ use super::score::Line;
 #[derive(Debug, Args)]
 #[command(
     after_help = "Examples:\n  freewheel guard fit labelled.jsonl --model models/minilm --out canary.head.json\n  \
+    freewheel guard rules styled.toml ranked.jsonl --component style --out style.json\n  \
     freewheel guard calibrate guarded.toml labelled.jsonl --component guard --out guard.cal.json"
 )]
 pub struct GuardArgs {
@@ -22,6 +24,7 @@ pub struct GuardArgs {
 #[derive(Debug, Subcommand)]
 enum GuardTool {
     Fit(fit::FitArgs),
+    Rules(rules::RulesArgs),
     Calibrate(calibrate::CalibrateArgs),
 }
 
@@ -29,6 +32,7 @@ impl GuardArgs {
     pub(super) fn run(self) -> anyhow::Result<()> {
         match self.tool {
             GuardTool::Fit(args) => args.run(),
+            GuardTool::Rules(args) => args.run(),
             GuardTool::Calibrate(args) => args.run(),
         }
     }

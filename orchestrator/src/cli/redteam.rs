@@ -25,7 +25,7 @@ use crate::redteam::{
 use crate::run::prepare;
 
 /// What is written, and what `purge` deletes.
-const FILES: [&str; 3] = ["conversations.jsonl", "intake.jsonl", "report.json"];
+const FILES: [&str; 3] = ["conversations.jsonl.zst", "intake.jsonl", "report.json"];
 
 /// Let a second model attack the policy.
 #[derive(Debug, Args)]
@@ -57,7 +57,7 @@ struct RunArgs {
     /// Attack this model instead of the config's.
     #[arg(long)]
     target: Option<PathBuf>,
-    /// Folder to write: conversations.jsonl, intake.jsonl (a prompt file), report.json.
+    /// Folder to write: conversations.jsonl.zst, intake.jsonl (a prompt file), report.json.
     #[arg(long, default_value = "redteam")]
     out: PathBuf,
     /// Compute threads; 0 takes all cores.
@@ -199,10 +199,12 @@ impl RunArgs {
         let line = |c: &Conversation| {
             json!({"goal": goals[c.goal].digest().to_string(), "conversation": c}).to_string()
         };
-        let conversations: Vec<String> = all.iter().map(line).collect();
-        let intake: Vec<String> = intake.lines.iter().map(Value::to_string).collect();
-        let texts = [conversations.join("\n"), intake.join("\n"), format!("{report:#}")];
-        let bytes: usize = texts.iter().map(String::len).sum();
+        let conversations: String = all.iter().map(|c| line(c) + "\n").collect();
+        let intake: String = intake.lines.iter().map(|line| format!("{line}\n")).collect();
+        let packed =
+            zstd::bulk::compress(conversations.as_bytes(), 3).context("packing the conversations")?;
+        let files = [packed, intake.into_bytes(), format!("{report:#}\n").into_bytes()];
+        let bytes: usize = files.iter().map(Vec::len).sum();
         if bytes as u64 > max_mib << 20 {
             anyhow::bail!(
                 "the red team's files would take {bytes} bytes, more than redteam.max_mib = {max_mib}; nothing is written"
@@ -210,13 +212,11 @@ impl RunArgs {
         }
         let refused = || self.out.display().to_string();
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.out).with_context(refused)?;
-        for (name, text) in FILES.iter().zip(texts) {
+        for (name, bytes) in FILES.iter().zip(files) {
             let path = self.out.join(name);
             let _ = std::fs::remove_file(&path);
             let file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
-            let end = if text.is_empty() { "" } else { "\n" };
-            file.and_then(|mut file| file.write_all(format!("{text}{end}").as_bytes()))
-                .with_context(|| path.display().to_string())?;
+            file.and_then(|mut file| file.write_all(&bytes)).with_context(|| path.display().to_string())?;
         }
         Ok(())
     }

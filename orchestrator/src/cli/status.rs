@@ -9,7 +9,9 @@ use serde_json::{Value, json};
 
 use super::fail::Explain as _;
 use super::table::table;
+use crate::alarms::Raised;
 use crate::folder::{RunFolder, RunState, StepLine, names};
+use crate::run::raised;
 
 /// Show where a run stands.
 #[derive(Debug, Args)]
@@ -75,10 +77,12 @@ impl StatusArgs {
         };
         let line = folder.last_line(names::METRICS).unwrap_or_default();
         let eval = folder.last_line(names::EVAL).unwrap_or_default();
+        let alarms = raised(&folder);
         if self.json {
             let value = json!({
                 "run": folder.path(), "state": state, "pid": alive, "steps": file.as_ref().map(|file| file.steps),
                 "error": file.as_ref().and_then(|file| file.error.clone()), "metrics": line, "eval": eval,
+                "alarms": alarms,
             });
             println!("{}", serde_json::to_string_pretty(&value)?);
             return Ok(());
@@ -92,9 +96,16 @@ impl StatusArgs {
         }
         rows.extend(SHOWN.iter().filter_map(|key| Some(vec![(*key).to_owned(), number(line.get(*key)?)])));
         rows.extend(accuracy_rows(&eval));
+        rows.extend(alarms.iter().map(alarm_row));
         print!("{}", table(&["run", &folder.path().display().to_string()], &rows));
         Ok(())
     }
+}
+
+fn alarm_row(raised: &Raised) -> Vec<String> {
+    let action = json!(raised.action);
+    let action = action.as_str().unwrap_or_default();
+    vec![format!("alarm (step {})", raised.step), format!("{}; action: {action}", raised.what)]
 }
 
 fn number(value: &Value) -> String {

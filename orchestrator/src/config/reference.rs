@@ -28,6 +28,7 @@ pub fn markdown() -> String {
     for (name, section) in properties(&schema, &schema) {
         let _ = write!(out, "\n## [{name}]\n\n{}\n\n", describe(section));
         section_keys(&schema, section, &defaults[name], name, &mut out);
+        elements(&schema, section, name, &mut out);
     }
     out
 }
@@ -226,6 +227,6 @@ mod tests {
         let bare: Vec<&str> =
             text.lines().filter(|line| line.starts_with("- **") && line.ends_with("): ")).collect();
         assert!(bare.is_empty(), "{bare:#?}");
-        assert!(text.contains("`group_size`"));
+        assert!(text.contains("`group_size`") && text.contains("`watch` of `[[alarms]]`"));
     }
 }

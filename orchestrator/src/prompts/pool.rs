@@ -9,10 +9,12 @@
 //!
 //! **Choice.** Mostly by the probability that the group will hold both right and wrong answers, under a
 //! Beta belief per prompt that starts from what its tags have shown, or from a measurement before the run; some prompts least
-//! seen; some retired ones, to notice when they stop being solved. Every choice is a function of (seed, task id, state)
+//! seen; some retired ones, to notice when they stop being solved ([`canaries`]). Every choice is a function of (seed, task id, state)
 //! and goes into the log with its reason.
 
+mod canaries;
 mod choice;
+mod grades;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,7 +24,9 @@ use serde::{Deserialize, Serialize};
 use super::log::PoolRecord;
 use super::params::{PoolError, PoolParams};
 use super::posterior::{Posterior, informative_probability};
+use canaries::{ClassKey, ClassState};
 use choice::{Choice, measured_before};
+use grades::{Grade, Spread};
 
 pub use choice::{Chosen, Share};
 
@@ -50,6 +54,9 @@ struct PromptState {
     issued: u64,
     unscored_in_a_row: u32,
     quarantined: Option<String>,
+    /// Where rewards are not yes or no: how far those of a group lie apart.
+    #[serde(default)]
+    spread: Option<Spread>,
 }
 
 impl PromptState {
@@ -100,6 +107,12 @@ pub struct PoolState {
     /// Moving mean of the share of right answers.
     #[serde(default)]
     success: Option<f64>,
+    /// What canaries of retired prompts found.
+    #[serde(default)]
+    canaries: Vec<ClassState>,
+    /// Rewards by tag, where they are not yes or no.
+    #[serde(default)]
+    grades: Vec<(String, Grade)>,
 }
 
 /// What the pool tells about itself; names as in the metrics, `prompts/…`.
@@ -134,7 +147,8 @@ pub struct PoolMetrics {
 pub struct PromptBelief {
     /// Believed probability of a right answer.
     pub solved: f64,
-    /// Probability that a group holds right and wrong answers; most tasks are chosen by it.
+    /// Probability that a group holds right and wrong answers; most tasks are chosen by it. Where rewards are not yes or no: how far those of a group lie
+    /// apart, beside what is usual, up to 1.
     pub informative: f64,
     /// Samples seen.
     pub samples: u64,
@@ -179,6 +193,9 @@ pub struct PromptPool {
     reported: u32,
     hardness: f64,
     success: Option<f64>,
+    /// The last canaries of each class of retired prompts: whether they found something else than what retired them.
+    canaries: BTreeMap<ClassKey, Vec<bool>>,
+    grades: BTreeMap<String, Grade>,
 }
 
 impl PromptPool {
@@ -222,6 +239,8 @@ impl PromptPool {
             reported: 0,
             hardness: 0.0,
             success: None,
+            canaries: BTreeMap::new(),
+            grades: BTreeMap::new(),
         })
     }
 
@@ -253,6 +272,8 @@ impl PromptPool {
         (pool.dropped_in_a_row, pool.learner, pool.reported) =
             (state.dropped_in_a_row, state.learner, state.reported);
         (pool.hardness, pool.success) = (state.hardness, state.success);
+        pool.grades = state.grades.into_iter().collect();
+        pool.canaries = pool.classes_of(state.canaries);
         Ok(pool)
     }
 
@@ -272,6 +293,8 @@ impl PromptPool {
             reported: self.reported,
             hardness: self.hardness,
             success: self.success,
+            canaries: self.class_states(),
+            grades: self.grades.iter().map(|(tag, grade)| (tag.clone(), *grade)).collect(),
         }
     }
 
@@ -367,7 +390,11 @@ impl PromptPool {
         if !self.outstanding.values().any(|other| other.prompt == ended.prompt) {
             self.busy.remove(&i);
         }
-        self.learn(i, outcome);
+        let class = self.class_asked(i, &ended);
+        let right = self.learn(i, outcome);
+        if let (Some(class), Some(right)) = (class, right) {
+            self.checked(class, right, outcome);
+        }
         match outcome.fate {
             GroupFate::Trained { step } => {
                 let made = PolicyVersion::new(outcome.version.epoch, step);
@@ -400,13 +427,16 @@ impl PromptPool {
         Applied::Ended
     }
 
-    fn learn(&mut self, i: usize, outcome: &GroupOutcome) {
+    /// Takes in what the samples of a group show; how many of them count as right, `None` if there were none.
+    fn learn(&mut self, i: usize, outcome: &GroupOutcome) -> Option<u32> {
         if outcome.scored == 0 {
-            return;
+            return None;
         }
         let (mut right, n, version) = (outcome.correct, outcome.scored, outcome.sampled_by.step);
-        if matches!(outcome.fate, GroupFate::Trained { .. }) && (right == 0 || right == n) {
-            // It had contrast, though not between right and wrong: in rewards that are not yes or no, or in costs.
+        if !outcome.graded.is_empty() {
+            right = self.grade(i, &outcome.graded);
+        } else if matches!(outcome.fate, GroupFate::Trained { .. }) && (right == 0 || right == n) {
+            // It had contrast, though not between right and wrong: in other parts of the reward, or in costs.
             right = n / 2;
         }
         let rate = f64::from(right) / f64::from(n);
@@ -416,6 +446,7 @@ impl PromptPool {
         for tag in &self.prompts[i].tags {
             self.tags.entry(tag.clone()).or_default().observe(right, n, version, decay);
         }
+        Some(right)
     }
 
     /// After an update: the band moves towards what the run's progress allows, at most twice as fast as even progress would, and
@@ -454,7 +485,9 @@ impl PromptPool {
         let state = &self.states[i];
         Some(PromptBelief {
             solved: alpha / (alpha + beta),
-            informative: informative_probability(alpha, beta, self.params.group_size),
+            informative: self
+                .contrast(i)
+                .unwrap_or_else(|| informative_probability(alpha, beta, self.params.group_size)),
             samples: state.posterior.samples,
             issued: state.issued,
             retired: self.retired(i),

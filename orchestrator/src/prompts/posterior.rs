@@ -60,6 +60,15 @@ impl Posterior {
         (self.recent > 0.0).then(|| self.recent_right / self.recent)
     }
 
+    /// What was seen counts no more than `worth` samples, and retires nothing.
+    pub fn fade_to(&mut self, worth: f64) {
+        let evidence = self.alpha + self.beta - 2.0;
+        let keep = if evidence > worth { worth / evidence } else { 1.0 };
+        self.alpha = 1.0 + (self.alpha - 1.0) * keep;
+        self.beta = 1.0 + (self.beta - 1.0) * keep;
+        (self.recent_right, self.recent) = (0.0, 0.0);
+    }
+
     /// Nothing is known: no sample, nothing measured before.
     pub fn is_fresh(&self) -> bool {
         self.alpha + self.beta <= 2.0

@@ -281,6 +281,7 @@ mod tests {
             scored: 4,
             correct: 2,
             reward_mean: Some(0.5),
+            graded: vec![],
             fate,
             dropped: vec![],
             given_up: None,

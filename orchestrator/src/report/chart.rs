@@ -30,6 +30,8 @@ pub(super) struct Chart {
     pub bounds: Option<(f64, f64)>,
     /// Takes the room of two.
     pub wide: bool,
+    /// Steps with an upright line: alarms.
+    pub marks: Vec<f64>,
 }
 
 const HEIGHT: f64 = 190.0;
@@ -63,6 +65,7 @@ impl Chart {
             escape(&format!("{}: {}", self.title, self.summary()))
         );
         frame.grid(&mut svg);
+        frame.marks(&mut svg, &self.marks);
         for (index, series) in self.series.iter().enumerate() {
             frame.line(&mut svg, index % 4 + 1, series);
         }
@@ -190,6 +193,13 @@ impl Frame {
             LEFT - 6.0,
             HEIGHT - 7.0
         );
+    }
+
+    fn marks(&self, svg: &mut String, steps: &[f64]) {
+        for step in steps.iter().filter(|step| (self.x_min..=self.x_max).contains(*step)) {
+            let bottom = HEIGHT - BOTTOM;
+            let _ = write!(svg, "<path class=\"mark\" d=\"M{:.1} {TOP}V{bottom}\"/>", self.x(*step));
+        }
     }
 
     fn line(&self, svg: &mut String, colour: usize, series: &Series) {

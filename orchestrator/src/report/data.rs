@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use serde_json::{Map, Value};
 
+use crate::alarms::Raised;
+use crate::folder::names;
+
 type Line = Map<String, Value>;
 
 /// Everything the page shows.
@@ -15,6 +18,8 @@ pub(super) struct RunData {
     pub name: String,
     pub metrics: Vec<Line>,
     pub evals: Vec<Line>,
+    /// Alarms that were raised, oldest first.
+    pub alarms: Vec<Raised>,
     pub config: Option<String>,
     /// Samples of the first and of the last steps.
     pub first_samples: Vec<Line>,
@@ -47,6 +52,8 @@ impl RunData {
         };
         data.metrics = data.lines(&dir.join("metrics.jsonl"))?;
         data.evals = data.lines(&dir.join("eval.jsonl"))?;
+        let alarms = data.lines(&dir.join(names::ALARMS))?.into_iter();
+        data.alarms = alarms.filter_map(|line| serde_json::from_value(line.into()).ok()).collect();
         let files = sample_files(&dir.join("rollouts"))?;
         if let [first, ..] = files.as_slice() {
             let lines = data.lines(first)?;

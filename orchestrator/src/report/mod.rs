@@ -1,7 +1,7 @@
 //! `report.html`: one self-contained page over a run's folder.
 //!
 //! ```text
-//! metrics.jsonl  eval.jsonl  rollouts/*.jsonl  config.toml ─► data ─► page (tiles, charts, accounting, samples, config) ─► report.html
+//! metrics.jsonl  eval.jsonl  alarms.jsonl  rollouts/*.jsonl  config.toml ─► data ─► page (tiles, alarms, charts, accounting, samples, config) ─► report.html
 //! ```
 //!
 //! Inline SVG and CSS, no script, nothing from the network; light and dark. Prompts and completions are hostile text: everything
@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 
+use crate::alarms::AlarmAction;
 use data::RunData;
 use text::{count, duration, escape, number};
 
@@ -51,6 +52,7 @@ fn page(data: &RunData) -> String {
         lede(data)
     );
     html += &tiles(data);
+    html += &alarms(data);
     for section in panels::sections(data) {
         let _ = write!(
             html,
@@ -121,6 +123,32 @@ fn tiles(data: &RunData) -> String {
         tile("Same-version gap", number(gap), note);
     }
     if tiles.is_empty() { tiles } else { format!("<dl class=\"tiles\">{tiles}</dl>") }
+}
+
+/// The alarms that were raised, with what was done.
+fn alarms(data: &RunData) -> String {
+    let rows = data.alarms.iter().fold(String::new(), |mut rows, raised| {
+        let action = match raised.action {
+            AlarmAction::Log => "told",
+            AlarmAction::Pause => "paused the run",
+            AlarmAction::Stop => "stopped the run",
+        };
+        let _ = write!(
+            rows,
+            "<tr><td class=\"n\">{}</td><th scope=\"row\">{}</th><td>{}</td><td class=\"poor\">{action}</td></tr>",
+            raised.step,
+            escape(&raised.alarm),
+            escape(&raised.what)
+        );
+        rows
+    });
+    if rows.is_empty() {
+        return String::new();
+    }
+    format!(
+        "<section><h2>Alarms</h2><div class=\"card\"><table class=\"ledger\"><thead><tr><th scope=\"col\" class=\"n\">step</th>\
+         <th scope=\"col\">alarm</th><th scope=\"col\">what</th><th scope=\"col\"></th></tr></thead><tbody>{rows}</tbody></table></div></section>"
+    )
 }
 
 /// Where every rollout is, and whether the sum is right.

@@ -32,12 +32,12 @@ fn outcome(data: &RunData) -> Vec<Chart> {
         band: set.band,
         exact: true,
     };
-    let components = data.matching("reward/", "/mean").into_iter();
-    let component = |(key, name): (String, String)| Series {
-        points: data.series(&key),
-        label: name,
-        ..Series::default()
+    let named = |prefix: &str, suffix: &str| -> Vec<Series> {
+        let series =
+            |(key, label): (String, String)| Series { points: data.series(&key), label, ..Series::default() };
+        data.matching(prefix, suffix).into_iter().map(series).collect()
     };
+    let marks: Vec<f64> = data.alarms.iter().map(|raised| raised.step as f64).collect();
     vec![
         Chart {
             title: "Held-out accuracy",
@@ -50,6 +50,7 @@ fn outcome(data: &RunData) -> Vec<Chart> {
         Chart {
             title: "Reward",
             note: "mean over the step's rollouts",
+            marks: marks.clone(),
             ..lines(data, &[("reward/mean", "")])
         },
         Chart {
@@ -61,7 +62,16 @@ fn outcome(data: &RunData) -> Vec<Chart> {
         Chart {
             title: "Reward components",
             note: "mean of each",
-            series: components.map(component).collect(),
+            series: named("reward/", "/mean"),
+            marks: marks.clone(),
+            ..Chart::default()
+        },
+        Chart {
+            title: "Alarms",
+            note: "how near: 1 is too much",
+            series: named("alarm/", ""),
+            from_zero: true,
+            marks,
             ..Chart::default()
         },
     ]

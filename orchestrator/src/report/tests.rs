@@ -68,6 +68,22 @@ fn the_page_tells_the_run() {
 }
 
 #[test]
+fn alarms_are_listed_and_marked_in_the_charts() {
+    let dir = run_folder();
+    let calm = fs::read_to_string(write(dir.path()).unwrap()).unwrap();
+    assert!(!calm.contains("<h2>Alarms</h2>") && !calm.contains("class=\"mark\""));
+    let raised = json!({"step": 120, "alarm": "gap_held_guard", "action": "stop", "what": format!("from 0 to 0.3 {HOSTILE}")});
+    fs::write(dir.path().join("alarms.jsonl"), format!("{raised}\n")).unwrap();
+    let html = fs::read_to_string(write(dir.path()).unwrap()).unwrap();
+    for said in ["<h2>Alarms</h2>", "gap_held_guard", "stopped the run", "from 0 to 0.3 &lt;/p&gt;"] {
+        assert!(html.contains(said), "the page does not say {said:?}");
+    }
+    // In the charts of the reward and of its components.
+    assert_eq!(html.matches("class=\"mark\"").count(), 2);
+    assert!(!html.contains("<script"));
+}
+
+#[test]
 fn hostile_text_stays_text_and_nothing_is_loaded() {
     let dir = run_folder();
     let html = fs::read_to_string(write(dir.path()).unwrap()).unwrap();

@@ -33,7 +33,7 @@ use crate::config::Loaded;
 use crate::evaluation::{EvalReport, EvalSet};
 use crate::folder::{IfExists, RunFile, RunFolder, RunMetrics, RunState, names};
 use crate::signals::Signals;
-pub use end::latest_checkpoint;
+pub use end::{latest_checkpoint, raised};
 use evals::EvalDeps;
 use roles::Links;
 

@@ -2,6 +2,7 @@
 
 pub mod calibration;
 mod folds;
+pub mod hinge;
 pub mod logistic;
 mod measures;
 

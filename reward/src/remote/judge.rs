@@ -75,6 +75,19 @@ fn graded(
     Ok((within(score, how)?, reason))
 }
 
+/// The answer to `question` about a completion, as text of `format`.
+pub(crate) fn ask_judge(
+    client: &Client,
+    model: &str,
+    question: &str,
+    completion: &Completion<'_>,
+    max_tokens: u32,
+    format: Value,
+) -> Result<String, String> {
+    let answer = ask(client, model, question, &shown(completion), max_tokens, Some(format))?;
+    content(&answer).map(str::to_owned)
+}
+
 fn paired(
     client: &Client,
     model: &str,

@@ -20,6 +20,7 @@ use ureq::tls::{Certificate, PemItem, parse_pem};
 use crate::config::ComponentConfig;
 use crate::stack::{Completion, Component, Judgement, Unscored};
 pub(crate) use client::{Client, Rules};
+pub(crate) use judge::ask_judge;
 
 pub use config::{Backend, Ensemble, JudgeMode, RemoteConfig};
 

@@ -224,6 +224,7 @@ pub fn outcome(task: &Task) -> GroupOutcome {
         scored: task.group_size,
         correct: 1,
         reward_mean: Some(0.1),
+        graded: vec![],
         fate: GroupFate::Trained { step: 4 },
         dropped: vec![(task.id.rollout(0), DropReason::Stale)],
         given_up: None,

@@ -15,6 +15,8 @@ use super::{Prior, PromptPool};
 
 /// Prompts that a Thompson draw is made for, at most; more are drawn from at random.
 const CANDIDATES: usize = 256;
+/// Two samples are enough to notice that a solved prompt no longer is.
+const CANARY_SIZE: u32 = 2;
 /// The fraction of the golden ratio: its multiples fall evenly into 0 to 1, so quotas hold in every batch, not only on average.
 const GOLDEN: f64 = 0.618_033_988_749_894_9;
 
@@ -83,9 +85,11 @@ impl PromptPool {
             return Ok(self.select(&active, &rng));
         }
         let draw = rng.uniform(0);
+        if let Some(suspects) = self.suspects(&retired) {
+            return Ok(Choice::plain(self.least_seen(&suspects, &rng), CANARY_SIZE, Share::Canary));
+        }
         if !retired.is_empty() && (active.is_empty() || draw < c.canary) {
-            // Two samples are enough to notice that a solved prompt no longer is.
-            let size = if active.is_empty() { full } else { 2 };
+            let size = if active.is_empty() { full } else { CANARY_SIZE };
             return Ok(Choice::plain(self.least_seen(&retired, &rng), size, Share::Canary));
         }
         if draw < c.canary + c.explore {
@@ -193,7 +197,7 @@ impl PromptPool {
             // A stream a prompt and task: no draw depends on who else is a candidate.
             let own = CounterRng::new(self.params.seed ^ 0x7468_6f6d, self.next_task << 32 ^ *i as u64);
             let drawn = draw_beta(alpha, beta, &own);
-            total += if (low..=high).contains(&drawn) { self.weight(alpha, beta) } else { 0.0 };
+            total += if (low..=high).contains(&drawn) { self.worth(*i, alpha, beta) } else { 0.0 };
             cumulative.push(total);
             draws.push(drawn);
         }
@@ -224,7 +228,7 @@ impl PromptPool {
                 return priors[self.tag_set[i]].fresh;
             }
             let (alpha, beta) = self.belief(i, &priors);
-            self.weight(alpha, beta)
+            self.worth(i, alpha, beta)
         };
         let mut total = 0.0;
         let mut add = |i: &usize| {
@@ -251,6 +255,14 @@ impl PromptPool {
         self.tag_sets.iter().map(prior).collect()
     }
 
+    /// Selection weight of prompt `i`, of which that is believed.
+    fn worth(&self, i: usize, alpha: f64, beta: f64) -> f64 {
+        match self.contrast(i) {
+            Some(contrast) => contrast.powf(self.params.curriculum.sharpness),
+            None => self.weight(alpha, beta),
+        }
+    }
+
     /// Selection weight under a belief.
     fn weight(&self, alpha: f64, beta: f64) -> f64 {
         informative_probability(alpha, beta, self.params.group_size).powf(self.params.curriculum.sharpness)
@@ -265,6 +277,10 @@ impl PromptPool {
 
     pub(super) fn retired(&self, i: usize) -> bool {
         let c = &self.params.curriculum;
+        if let Some(spread) = &self.states[i].spread {
+            // Rewards that are not yes or no: by how far they lie apart, whatever their mean.
+            return c.selection.learns() && spread.alike >= c.retire_streak;
+        }
         let posterior = &self.states[i].posterior;
         let Some(rate) = posterior.recent_rate() else { return false };
         // Two samples of a canary that fell out of the ranks bring a prompt of one streak back at once.

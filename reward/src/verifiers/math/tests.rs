@@ -31,13 +31,14 @@ fn text_of(value: &Value) -> String {
 #[test]
 fn agrees_with_the_oracle() {
     let cases = cases();
-    let (mut wrong, mut unlike_sensible) = (Vec::new(), Vec::new());
+    let (mut wrong, mut unlike_sensible, mut agree) = (Vec::new(), Vec::new(), 0);
     for case in &cases {
         let (gold, answer) = (text_of(&case["gold"]), text_of(&case["answer"]));
         let ours = verify(&gold, &answer).unwrap_or(false);
         let verdict = case["verdict"].as_bool().unwrap();
         let sensible = case["sensible"].as_bool().unwrap();
         let line = format!("#{} gold {:?} answer {:?}: {ours}", case["id"], excerpt(&gold), excerpt(&answer));
+        agree += usize::from(ours == verdict);
         if ours != sensible {
             unlike_sensible.push(line.clone());
         }
@@ -45,7 +46,12 @@ fn agrees_with_the_oracle() {
             wrong.push(line);
         }
     }
-    println!("{} cases, {} unlike what a careful person says", cases.len(), unlike_sensible.len());
+    println!(
+        "{} cases: {agree} as math-verify says, {} neither so nor as a careful person says, {} unlike what a careful person says",
+        cases.len(),
+        wrong.len(),
+        unlike_sensible.len()
+    );
     println!("{}", unlike_sensible.join("\n"));
     assert!(cases.len() >= 100, "only {} cases", cases.len());
     assert!(wrong.len() * 100 <= cases.len(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
