@@ -17,10 +17,10 @@ use super::reward_check::RewardCheckArgs;
 use crate::config::Loaded;
 use crate::folder::{IfExists, names};
 use crate::prompts::PoolMetrics;
-use crate::run::prepare;
 use crate::run::redis::{connect, learner_metrics};
 use crate::run::roles::{self, Links};
 use crate::run::stats::{ActorStat, PoolStat, to_file};
+use crate::run::{cores, prepare};
 use crate::signals::Signals;
 
 /// Run the whole job on this machine: all roles, live progress, final summary and report.
@@ -195,7 +195,10 @@ impl ActorArgs {
         runtime()?.block_on(async {
             let Joined { loaded, links, name, shutdown } = self.role.join("actor").await?;
             let model = prepare::model(&loaded)?;
-            let (threads, _) = prepare::share_threads(&loaded);
+            let (threads, _) = cores::share(&loaded);
+            let index = name.rsplit('-').next().and_then(|index| index.parse().ok());
+            let index = index.filter(|&index: &usize| index < loaded.config.actor.processes).unwrap_or(0);
+            cores::pin(&loaded, index * threads, threads);
             let (sender, view) = watch::channel(ActorMetrics::default());
             tokio::spawn(to_file::<ActorMetrics, ActorStat>(loaded.run_dir(), name.clone(), view));
             roles::actor(&loaded, &model, links, name, threads, sender, shutdown).await.map(drop)
@@ -226,7 +229,8 @@ impl LearnerArgs {
         runtime()?.block_on(async {
             let Joined { loaded, links, shutdown, .. } = self.role.join("learner").await?;
             let model = prepare::model(&loaded)?;
-            let (_, threads) = prepare::share_threads(&loaded);
+            let (actor_threads, threads) = cores::share(&loaded);
+            cores::pin(&loaded, loaded.config.actor.processes * actor_threads, threads);
             std::fs::create_dir_all(loaded.run_dir().join(names::ROLLOUTS))?;
             let metrics = learner_metrics(&loaded)?;
             let dir = loaded.run_dir();

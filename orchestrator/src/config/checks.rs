@@ -75,6 +75,12 @@ pub fn run_config(config: &RunConfig, document: &Node, path: &Path) -> Vec<Probl
         checks.note("run.name", message, None);
     }
     checks.require(
+        !config.run.pin_cores || config.queue.backend == Backend::Redis,
+        "run.pin_cores",
+        "is set, but with queue.backend = \"memory\" actor and learner are one process",
+        Some("set queue.backend = \"redis\""),
+    );
+    checks.require(
         !config.model.path.is_empty(),
         "model.path",
         "is not set",

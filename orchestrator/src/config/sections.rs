@@ -23,11 +23,15 @@ pub struct RunSection {
     /// Wall time after which the run drains and ends well. Minutes, above 0. Default: no limit.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub time_limit_min: Option<f64>,
+    /// Whether actor and learner processes keep to cores of their own: actors to the first, the learner to those after them,
+    /// as many as each has threads. Needs a Redis queue and as many cores as threads; else the operating system shares the
+    /// cores out. Default false.
+    pub pin_cores: bool,
 }
 
 impl Default for RunSection {
     fn default() -> Self {
-        Self { name: None, dir: "runs".into(), seed: 0, time_limit_min: None }
+        Self { name: None, dir: "runs".into(), seed: 0, time_limit_min: None, pin_cores: false }
     }
 }
 

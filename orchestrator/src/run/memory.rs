@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::roles::{self, Links};
 use super::stats::{ActorStat, PoolStat, extras};
-use super::{Ended, Prepared, follow_wishes, prepare, start_eval};
+use super::{Ended, Prepared, cores, follow_wishes, start_eval};
 use crate::folder::{RunFolder, RunMetrics, RunState, SampleLog, names};
 use crate::prompts::PoolMetrics;
 use crate::signals::Signals;
@@ -33,7 +33,7 @@ pub async fn run(prepared: &Prepared, folder: &RunFolder, signals: &Signals) -> 
     let shutdown = CancellationToken::new();
     // However this function ends, the roles do too.
     let _end = shutdown.clone().drop_guard();
-    let (actor_threads, learner_threads) = prepare::share_threads(&prepared.loaded);
+    let (actor_threads, learner_threads) = cores::share(&prepared.loaded);
 
     let mut others: JoinSet<anyhow::Result<()>> = JoinSet::new();
     let mut actor_views = Vec::new();

@@ -8,6 +8,7 @@
 //!
 //! The learner decides when a run is over; everybody else ends after it.
 
+pub mod cores;
 mod end;
 pub mod evals;
 mod memory;
@@ -181,7 +182,7 @@ fn start_eval(
     done: CancellationToken,
 ) -> Option<JoinHandle<anyhow::Result<Option<EvalReport>>>> {
     let set = prepared.eval.clone()?;
-    let (threads, _) = prepare::share_threads(&prepared.loaded);
+    let (threads, _) = cores::share(&prepared.loaded);
     let last = folder.last_line(names::EVAL).and_then(|line| line.get("step")?.as_u64());
     let deps = EvalDeps {
         store: links.store.clone(),

@@ -150,18 +150,3 @@ pub fn reward_stack(loaded: &Loaded) -> anyhow::Result<Arc<RewardStack>> {
         RewardStack::new(&loaded.config.reward).map_err(freewheel_reward::RewardError::Config).input()?;
     Ok(Arc::new(stack))
 }
-
-/// How the cores of this machine are shared: threads of one actor, and of the learner.
-pub fn share_threads(loaded: &Loaded) -> (usize, usize) {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let actors = loaded.config.actor.processes;
-    let actor = match loaded.config.actor.threads {
-        0 => (cores / (actors + 1)).max(1),
-        given => given,
-    };
-    let learner = match loaded.config.learner.threads {
-        0 => cores.saturating_sub(actor * actors).max(1),
-        given => given,
-    };
-    (actor, learner)
-}

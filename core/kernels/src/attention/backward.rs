@@ -4,7 +4,7 @@
 //! first rows: key blocks of the trunk ascending, then each branch's own; and for each block the queries that see it, by
 //! sequence, row, then head. dk and dv thus add queries in ascending order, dq adds key blocks in ascending order.
 
-use super::forward::{accumulate_full, accumulate_part, hide, scores};
+use super::forward::{accumulate, hide, scores};
 use super::{AttentionMask, AttentionSeq, AttentionShape, KV_BLOCK};
 use crate::Threads;
 use crate::math::exp;
@@ -268,10 +268,11 @@ fn queries<S: Lanes, const N: usize>(
     add_outer::<S, N>(&mut scratch.dk, &q_rows, &ds);
     add_outer::<S, N>(&mut scratch.dv, &douts, &p);
     if lanes == [(0, LANES); N] {
-        accumulate_full::<S, N>(&output.dq, &index, &[1.0; LANES], &ds_lanes, &scratch.keys, head_dim);
+        accumulate::<S, N>(&output.dq, &index, &[1.0; LANES], &ds_lanes, (0, LANES), &scratch.keys, head_dim);
     } else {
         for i in 0..N {
-            accumulate_part::<S>(&output.dq, index[i], 1.0, &ds_lanes[i], lanes[i], &scratch.keys, head_dim);
+            let (index, ds) = ([index[i]], [ds_lanes[i]]);
+            accumulate::<S, 1>(&output.dq, &index, &[1.0; LANES], &ds, lanes[i], &scratch.keys, head_dim);
         }
     }
     N

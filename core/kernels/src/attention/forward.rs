@@ -10,6 +10,10 @@ use std::ops::Range;
 /// Rows of one task.
 const ROWS_PER_TASK: usize = 32;
 
+/// Parts that tasks are cut into for each thread, and the most tasks of a part.
+const PARTS_PER_THREAD: usize = 16;
+const MAX_RUN: usize = 8;
+
 /// Multiply-adds below which other threads are not woken.
 const MIN_WORK: usize = 1 << 19;
 
@@ -49,11 +53,23 @@ pub fn attention(
     }
     let output = Output { out: SharedMut::new(out), lse: lse.map(SharedMut::new) };
     let input = Input { shape: *shape, q, k_pages, v_pages };
-    let run = |task: usize| {
-        let (s, kv_head, rows) = tasks[task].clone();
-        run_task(&input, &seqs[s], kv_head, rows, &output);
+    let run = |range: Range<usize>| {
+        for task in range.clone() {
+            if let Some((s, kv_head, _)) = tasks[..range.end].get(task + 1) {
+                ask_for_first_page(&input, &seqs[*s], *kv_head);
+            }
+            let (s, kv_head, rows) = tasks[task].clone();
+            run_task(&input, &seqs[s], kv_head, rows, &output);
+        }
     };
-    if work < MIN_WORK { (0..tasks.len()).for_each(run) } else { threads.for_each(tasks.len(), &run) }
+    if work < MIN_WORK {
+        return run(0..tasks.len());
+    }
+    // Tasks of a token each are short: a thread takes a few at a time.
+    let run_len = (tasks.len() / (PARTS_PER_THREAD * threads.count())).clamp(1, MAX_RUN);
+    threads.for_each(tasks.len().div_ceil(run_len), &|part| {
+        run(part * run_len..tasks.len().min((part + 1) * run_len));
+    });
 }
 
 struct Input<'a> {
@@ -85,6 +101,25 @@ simd! {
             };
         }
     }
+}
+
+simd! {
+    /// Asks for what a task of `seq` reads first.
+    fn ask_for_first_page<S>(input: &Input, seq: &AttentionSeq, kv_head: usize) {
+        let first = input.shape.mask.first_visible(seq.position) / KV_BLOCK;
+        if let Some(&page) = seq.pages.get(first) {
+            ask_for::<S>(input, page, kv_head);
+        }
+    }
+}
+
+/// Asks for a page's keys and values.
+#[inline(always)]
+fn ask_for<S: Lanes>(input: &Input, page: u32, kv_head: usize) {
+    let keys = input.shape.key_page(input.k_pages, page, kv_head);
+    (0..keys.len()).step_by(LANES).for_each(|at| S::prefetch(keys, at));
+    let values = input.shape.value_page(input.v_pages, page, kv_head);
+    (0..values.len()).step_by(LANES).for_each(|at| S::prefetch(values, at));
 }
 
 /// Computes queries `first..first + N` of a sequence (counted by row, then head of the group) together, so that each
@@ -121,13 +156,7 @@ fn queries<S: Lanes, const N: usize, const AHEAD: usize>(
         let page = seq.pages[block];
         if block < last {
             // Each page starts a stream that the processor's own prefetcher does not foresee.
-            let next = seq.pages[block + 1];
-            for at in (0..head_dim * KV_BLOCK).step_by(LANES) {
-                S::prefetch(input.shape.key_page(input.k_pages, next, kv_head), at);
-            }
-            for at in (0..value_dim * KV_BLOCK).step_by(LANES) {
-                S::prefetch(input.shape.value_page(input.v_pages, next, kv_head), at);
-            }
+            ask_for::<S>(input, seq.pages[block + 1], kv_head);
         }
         if (block - first_block).is_multiple_of(AHEAD) {
             let mut keys: [&[f32]; AHEAD] = [&[]; AHEAD];
@@ -158,19 +187,14 @@ fn queries<S: Lanes, const N: usize, const AHEAD: usize>(
         }
         let values = input.shape.value_page(input.v_pages, page, kv_head);
         if lanes == [(0, LANES); N] {
-            accumulate_full::<S, N>(&output.out, &index, &rescale, &p, values, value_dim);
+            accumulate::<S, N>(&output.out, &index, &rescale, &p, (0, LANES), values, value_dim);
+        } else if lanes == [lanes[0]; N] && lanes[0].0 < lanes[0].1 {
+            accumulate::<S, N>(&output.out, &index, &rescale, &p, lanes[0], values, value_dim);
         } else {
             for i in 0..N {
                 if lanes[i].0 < lanes[i].1 {
-                    accumulate_part::<S>(
-                        &output.out,
-                        index[i],
-                        rescale[i],
-                        &p[i],
-                        lanes[i],
-                        values,
-                        value_dim,
-                    );
+                    let (index, rescale, p) = ([index[i]], [rescale[i]; LANES], [p[i]]);
+                    accumulate::<S, 1>(&output.out, &index, &rescale, &p, lanes[i], values, value_dim);
                 }
             }
         }
@@ -229,18 +253,20 @@ pub(super) fn hide<S: Lanes>(value: S, visible: (usize, usize), fill: f32) -> S 
     lane.select_lt(S::splat(visible.0 as f32), fill, value)
 }
 
-/// For `N` queries, rows `index` of `out`: `out = out·rescale`, then adds weight·row for the sixteen `rows`, ascending.
+/// For `N` queries, rows `index` of `out`: `out = out·rescale`, then adds weight·row for the keys of `visible` (start, end)
+/// among the sixteen `rows`, ascending.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "`key` names a row and a weight of each query alike")]
-pub(super) fn accumulate_full<S: Lanes, const N: usize>(
+pub(super) fn accumulate<S: Lanes, const N: usize>(
     out: &SharedMut<f32>,
     index: &[usize; N],
     rescale: &[f32; LANES],
     weights: &[[f32; LANES]; N],
+    visible: (usize, usize),
     rows: &[f32],
     head_dim: usize,
 ) {
-    assert_eq!(rows.len(), KV_BLOCK * head_dim);
+    assert!(rows.len() == KV_BLOCK * head_dim && visible.1 <= KV_BLOCK);
     for at in (0..head_dim).step_by(LANES) {
         let width = LANES.min(head_dim - at);
         let mut sums = [S::splat(0.0); N];
@@ -249,7 +275,7 @@ pub(super) fn accumulate_full<S: Lanes, const N: usize>(
             let out = unsafe { out.slice(index[i] * head_dim + at, width) };
             sums[i] = S::read(out, 0.0).mul(S::splat(rescale[i]));
         }
-        for key in 0..KV_BLOCK {
+        for key in visible.0..visible.1 {
             // SAFETY: `key < 16` and `at + width <= head_dim`, so this is inside `rows` by the assertion.
             let row =
                 S::read(unsafe { rows.get_unchecked(key * head_dim + at..key * head_dim + at + width) }, 0.0);
@@ -261,28 +287,5 @@ pub(super) fn accumulate_full<S: Lanes, const N: usize>(
             // SAFETY: as above.
             sums[i].write(unsafe { out.slice(index[i] * head_dim + at, width) });
         }
-    }
-}
-
-/// As [`accumulate_full`] for one query that sees the keys of `visible` (start, end) only.
-#[inline(always)]
-pub(super) fn accumulate_part<S: Lanes>(
-    out: &SharedMut<f32>,
-    index: usize,
-    rescale: f32,
-    weights: &[f32; LANES],
-    visible: (usize, usize),
-    rows: &[f32],
-    head_dim: usize,
-) {
-    for at in (0..head_dim).step_by(LANES) {
-        let width = LANES.min(head_dim - at);
-        // SAFETY: each (row, head) belongs to one task.
-        let out = unsafe { out.slice(index * head_dim + at, width) };
-        let mut sum = S::read(out, 0.0).mul(S::splat(rescale));
-        for (key, &weight) in weights.iter().enumerate().take(visible.1).skip(visible.0) {
-            sum = S::splat(weight).fma(S::read(&rows[key * head_dim + at..][..width], 0.0), sum);
-        }
-        sum.write(out);
     }
 }
