@@ -133,6 +133,9 @@ class Comparison:
                 mine = statistics.median(rows[index]["flops_per_s"] for rows in rounds)
                 row = {"what": "gemm", "model": name, "product": one["what"], **shape, "cold": cold, "precision": one["precision"]}
                 row |= {"freewheel": mine, "oneDNN": flops / statistics.median(theirs)}
+                if one["precision"] == "bf16" and not cold:
+                    theirs = torch.ask(**shape, dtype="mixed", cold=cold)["seconds"]
+                    row["oneDNN f32"] = flops / statistics.median(theirs)
                 row |= {"peak_fraction": mine / one["machine"]["peak_flops_per_s"], "count": one["count"]}
                 self.rows.append(row)
         self.write()
@@ -183,10 +186,24 @@ def gemm_table(rows):
         cells = []
         for m in sizes:
             row = by_rows[m]
-            cells.append(f"{row['freewheel'] / 1e9:,.0f} / {row['oneDNN'] / 1e9:,.0f} ({times(row['freewheel'], row['oneDNN'])})")
+            rates = [row[name] for name in ("freewheel", "oneDNN", "oneDNN f32") if name in row]
+            cells.append(" / ".join(f"{rate / 1e9:,.0f}" for rate in rates) + f" ({times(rates[0], rates[1])})")
         what = product if precision == "bf16" else f"{product} ({precision})"
         lines.append(f"| {model} | {what} | {n} × {k} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def decode_at_onednn(gemms):
+    """Tokens/s of decoding if nothing but the products cost, at oneDNN's rates: by model and batch, where no expert is chosen."""
+    found = {}
+    for row in gemms:
+        found.setdefault((row["model"], row["m"]), []).append(row)
+    lines = []
+    for (model, m), products in found.items():
+        if m <= 128 and not any("expert" in row["product"] for row in products):
+            seconds = sum(row["count"] * 2 * row["m"] * row["n"] * row["k"] / row["oneDNN"] for row in products)
+            lines.append(f"{model}, {m} at once: {m / seconds:,.0f}")
+    return "; ".join(lines)
 
 
 def report(rows, machine):
@@ -206,7 +223,9 @@ def report(rows, machine):
         parts += [f"Training step at {TRAINED[0]} × {TRAINED[1]}, tokens/s:", speed_table(of("train"), peers, "batch")]
         parts += ["Memory at its peak:", memory_table(of("train"), peers)]
     if of("gemm"):
-        parts += ["Products, GFLOP/s (ours / oneDNN; weights from memory below 128 rows):", gemm_table(of("gemm"))]
+        legend = "ours / oneDNN in bf16 / oneDNN on f32 computing in bf16; weights from memory below 128 rows"
+        parts += [f"Products, GFLOP/s ({legend}):", gemm_table(of("gemm"))]
+        parts += ["Decoding, tokens/s, if products at oneDNN's bf16 rates were all: " + decode_at_onednn(of("gemm"))]
     return "\n\n".join(parts) + "\n"
 
 

@@ -2,7 +2,7 @@
 
 Requests: {"what": "decode", "batch", "prompt", "length"} (`generate`, timed from its first token to its last),
 {"what": "prefill", "length"}, {"what": "train", "batch", "length"} (forward, backward, AdamW, fused), and, for `gemm`,
-{"m", "n", "k", "dtype", "cold"}. `autocast` keeps f32 parameters and computes in bf16, as is usual in training.
+{"m", "n", "k", "dtype": "bf16" | "f32" | "mixed", "cold"}. `autocast` keeps f32 parameters and computes in bf16, as is usual in training.
 """
 
 import sys
@@ -78,8 +78,9 @@ class Model:
 
 @torch.inference_mode()
 def gemm(m, n, k, dtype, cold):
-    """Seconds of single products, rising."""
-    dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[dtype]
+    """Seconds of single products, rising. "mixed": f32 in and out, computed in bf16, as ours are."""
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if dtype == "mixed" else "ieee"
+    dtype = {"bf16": torch.bfloat16, "f32": torch.float32, "mixed": torch.float32}[dtype]
     x, w = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
     copies = -(-COLD_BYTES // (w.numel() * w.element_size())) if cold else 1
     weights, times = [w.clone() for _ in range(copies)], []
