@@ -2,7 +2,7 @@
 
     python3 docs/runs/lines.py out.svg --title T --x step --y train/loss [--log-x] [--smooth 9] NAME=FILE[:key=value,...] ...
 
-One line a NAME=FILE; what follows a colon keeps only the lines of the file with these values.
+One line a NAME=FILE; what follows a colon keeps only the lines of the file with these values, what follows an @ is its y.
 """
 
 import argparse
@@ -15,6 +15,8 @@ LEFT, WIDTH, TOP, HEIGHT = 60, 560, 40, 260
 
 def read(spec, x, y, smooth):
     name, rest = spec.split("=", 1)
+    rest, _, own = rest.partition("@")
+    y = own or y
     path, _, conditions = rest.partition(":")
     wanted = dict(part.split("=") for part in conditions.split(",") if part)
     points = []

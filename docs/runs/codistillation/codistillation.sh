@@ -1,0 +1,45 @@
+# Codistillation under each rule for the weight of soft targets: a student and a larger teacher, both from random weights, learn the
+# same examples at once. FREEWHEEL names the binary; writes NAME.jsonl and the plots here.
+set -e
+FREEWHEEL=${FREEWHEEL:-freewheel}
+init() {
+    $FREEWHEEL init-model llama --set hidden_size=$2 --set num_hidden_layers=$3 --set num_attention_heads=$4 \
+        --set num_key_value_heads=$4 --set head_dim=$(($2 / $4)) --set intermediate_size=$(($2 * 2)) --dtype f32 --out $1
+}
+init student 48 2 2
+init teacher 128 4 4
+cat > codistillation.toml <<'T2'
+[model]
+path = "student"
+[teacher]
+path = "teacher"
+train = true
+output = "teacher-out"
+[data]
+generator = "arithmetic"
+levels = [1, 2, 3]
+count = 12000
+worked = 1.0
+[distill]
+steps = 240
+batch_size = 32
+learning_rate = 3e-3
+warmup_steps = 10
+threads = 1
+[output]
+dir = "out"
+T2
+arm() {
+    name=$1; shift
+    $FREEWHEEL distill codistillation.toml --force "$@"
+    cp out/metrics.jsonl $name.jsonl
+}
+arm falling --set distill.weighting=schedule
+arm progress --set distill.weighting=progress
+arm confidence --set distill.weighting=confidence
+plot() {
+    python3 ../lines.py $1.svg --title "$2" --x step --y $3 --smooth 9 falling=falling.jsonl \
+        progress=progress.jsonl confidence=confidence.jsonl
+}
+plot weights "weight of soft targets" distill/weight
+plot losses "loss of the student on what is written, nats a token" distill/hard_loss
