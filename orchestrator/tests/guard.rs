@@ -324,3 +324,32 @@ fn weights_of_rules_are_fitted_to_ranked_answers_and_judge_others() {
     assert_eq!(output.status.code(), Some(78));
     assert!(stderr(&output).contains("no group holds two answers of unequal rank"), "{}", stderr(&output));
 }
+
+#[test]
+fn score_tells_what_of_a_value_is_owed_to_length() {
+    let dir = tempfile::tempdir().unwrap();
+    let rule =
+        "[[reward.component]]\nname = \"long\"\nkind = \"rule\"\nmax_tokens = 100\nbuffer_tokens = 100\n";
+    let config = run_config(dir.path(), "m", rule);
+    let input = write(
+        dir.path(),
+        "c.jsonl",
+        "{\"completion\": \"a\", \"tokens\": 0}\n{\"completion\": \"a\", \"tokens\": 100}\n",
+    );
+    let scored = freewheel(&["score", &config, "--input", &input]);
+    let shown = String::from_utf8_lossy(&scored.stdout).into_owned();
+    let row = shown.lines().find(|line| line.starts_with("long ")).unwrap_or_else(|| panic!("{shown}"));
+    let numbers: Vec<f64> = row.split_whitespace().skip(1).map(|word| word.parse().unwrap()).collect();
+    // Values, mean, deviation, slope -1 / ln 101, and nothing is left.
+    assert_eq!(numbers, [2.0, -0.5, 0.5, -0.2167, 0.0, 0.0], "{shown}");
+
+    // With the slope in the config, length no longer counts.
+    let text = std::fs::read_to_string(&config)
+        .unwrap()
+        .replace("buffer_tokens", "norm_length = -0.2166790\nbuffer_tokens");
+    let config = write(dir.path(), "residual.toml", &text);
+    let cases = "{\"id\": \"short\", \"completion\": \"a\", \"tokens\": 0, \"expect\": {\"reward\": [-0.001, 0.001]}}\n\
+                 {\"completion\": \"a\", \"tokens\": 100, \"expect\": {\"reward\": [-0.001, 0.001]}}\n";
+    let checked = freewheel(&["reward", "check", &config, &write(dir.path(), "cases.jsonl", cases)]);
+    assert!(checked.status.success(), "{}{}", String::from_utf8_lossy(&checked.stdout), stderr(&checked));
+}

@@ -9,6 +9,8 @@ use freewheel_types::{CostScore, TierHit, Verdict};
 use crate::expr::{Expr, Scope};
 use crate::when::When;
 
+/// Normalised values lie within this of 0.
+const NORM_MAX: f64 = 3.0;
 /// Worth of a tier: more than the whole range of the sum within one.
 pub(crate) const TIER_STEP: f32 = 2.5;
 
@@ -23,6 +25,8 @@ pub(crate) struct Part<'a> {
     pub(crate) value: Option<Result<f32, &'a str>>,
     /// The class it chose.
     pub(crate) label: Option<&'a str>,
+    /// Natural logarithm of the completion's tokens plus 1.
+    pub(crate) log_length: f64,
 }
 
 /// How a component takes part.
@@ -30,12 +34,31 @@ pub(crate) struct Part<'a> {
 pub(crate) struct PartRole {
     /// Signed factor in the sum; a guard's is negative.
     pub(crate) factor: f32,
-    /// What is subtracted from its value and what the rest is divided by, before the factor.
-    pub(crate) norm: Option<(f32, f32)>,
+    /// What becomes of its value before the factor.
+    pub(crate) norm: Option<Norm>,
     /// Whether it decides if the answer is right.
     pub(crate) decides: bool,
     /// Set for a gate: what makes it fail.
     pub(crate) gate: Option<Gate>,
+}
+
+/// Normalisation of a value in the sum.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Norm {
+    /// Times the logarithm of the length, subtracted first.
+    pub(crate) length: f32,
+    /// Subtracted next.
+    pub(crate) mean: f32,
+    /// What the rest is divided by.
+    pub(crate) std: f32,
+}
+
+impl Norm {
+    /// The value of a completion whose length has that logarithm, within 3 deviations.
+    fn of(self, value: f32, log_length: f64) -> f64 {
+        let rest = f64::from(value) - f64::from(self.length) * log_length - f64::from(self.mean);
+        (rest / f64::from(self.std)).clamp(-NORM_MAX, NORM_MAX)
+    }
 }
 
 /// When a gate fails.

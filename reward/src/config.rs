@@ -100,6 +100,9 @@ pub struct ComponentConfig {
     pub norm_mean: Option<f32>,
     /// The deviation that goes with `norm_mean`. Above 0, default 1.
     pub norm_std: Option<f32>,
+    /// How much of its value is owed to length: `norm_length * ln(1 + tokens)` is subtracted before `norm_mean`, so that a reward model that likes long answers
+    /// does not make them longer. `freewheel score` prints the slope, and mean and deviation of the rest. Default 0.
+    pub norm_length: Option<f32>,
 
     /// Verifier: "math", "number", "exact", "choice" (options A to J), "regex", "format", "schema" (JSON Schema), "instructions" (the
     /// checks of IFEval), "code" (runs it in `reward.sandbox`), or "auto" (default): the one the prompt names,

@@ -182,6 +182,7 @@ impl RewardStack {
     pub fn score(&self, completion: &Completion<'_>) -> RewardRecord {
         let start = Instant::now();
         let results: Vec<_> = self.slots.iter().map(|slot| self.judge(slot, completion, start)).collect();
+        let log_length = (completion.tokens as f64).ln_1p();
         let parts: Vec<_> = self
             .slots
             .iter()
@@ -195,6 +196,7 @@ impl RewardStack {
                     .filter(|_| slot.holdout.is_none())
                     .map(|r| r.as_ref().map(|j| j.value).map_err(|why| why.0.as_str())),
                 label: result.as_ref().and_then(|r| r.as_ref().ok()?.label.as_deref()),
+                log_length,
             })
             .collect();
         let combined = combine(&parts, &completion.prompt.tags, &self.rules);

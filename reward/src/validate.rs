@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::ConfigProblem;
-use crate::combine::{Gate, PartRole, Rules};
+use crate::combine::{Gate, Norm, PartRole, Rules};
 use crate::config::{
     ComponentConfig, ComponentKind, GuardCategory, GuardFamily, GuardRole, ModelInput, ModelOutput,
     OverlongInput, RewardConfig, RuleKind, VerifierKind,
@@ -260,6 +260,9 @@ fn build_slot(
     if c.norm_mean.is_some_and(|mean| !mean.is_finite()) {
         problems.push(ConfigProblem::new(format!("{key}.norm_mean"), "must be finite"));
     }
+    if c.norm_length.is_some_and(|slope| !slope.is_finite()) {
+        problems.push(ConfigProblem::new(format!("{key}.norm_length"), "must be finite"));
+    }
     if c.norm_std.is_some_and(|std| !(std > 0.0 && std.is_finite())) {
         problems.push(ConfigProblem::new(format!("{key}.norm_std"), "must be finite and above 0"));
     }
@@ -313,8 +316,11 @@ fn part_role(config: &RewardConfig, c: &ComponentConfig) -> PartRole {
     let guard = c.kind == ComponentKind::Guard;
     PartRole {
         factor: if guard { -weight } else { weight },
-        norm: (c.norm_mean.is_some() || c.norm_std.is_some())
-            .then_some((c.norm_mean.unwrap_or(0.0), c.norm_std.unwrap_or(1.0))),
+        norm: (c.norm_mean.is_some() || c.norm_std.is_some() || c.norm_length.is_some()).then_some(Norm {
+            length: c.norm_length.unwrap_or(0.0),
+            mean: c.norm_mean.unwrap_or(0.0),
+            std: c.norm_std.unwrap_or(1.0),
+        }),
         decides: c.kind == ComponentKind::Verifier && c.verifier != VerifierKind::Format && !c.holdout,
         gate: is_gate.then_some(if guard { Gate::Above(threshold) } else { Gate::Below(threshold) }),
     }

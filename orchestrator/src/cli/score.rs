@@ -73,8 +73,12 @@ impl Line {
     /// What `judge` says of it.
     pub(super) fn judged<T>(&self, judge: impl FnOnce(&Completion<'_>) -> T) -> T {
         let prompt = self.prompt();
-        let tokens = self.tokens.or(self.output_ids.as_ref().map(Vec::len)).unwrap_or(0);
-        judge(&Completion { prompt: &prompt, text: self.completion(), tokens, truncated: self.truncated })
+        let (text, tokens) = (self.completion(), self.tokens());
+        judge(&Completion { prompt: &prompt, text, tokens, truncated: self.truncated })
+    }
+
+    fn tokens(&self) -> usize {
+        self.tokens.or(self.output_ids.as_ref().map(Vec::len)).unwrap_or(0)
     }
 
     fn completion(&self) -> &str {
@@ -115,7 +119,7 @@ impl ScoreArgs {
         let (mut rows, mut spread) = (Vec::new(), Spread::default());
         for (at, line) in &lines {
             let record = line.score(&stack);
-            spread.add(&record);
+            spread.add(&record, line.tokens());
             if self.json {
                 writeln!(out, "{}", json_row(*at, line, &record))?;
             } else {
@@ -133,26 +137,37 @@ impl ScoreArgs {
     }
 }
 
-/// Mean and deviation of every component's value: what `norm_mean` and `norm_std` take.
+/// Mean and deviation of every component's value, what `norm_mean` and `norm_std` take; and how it goes with length, for `norm_length`.
 #[derive(Default)]
-struct Spread(BTreeMap<String, Vec<f64>>);
+struct Spread(BTreeMap<String, Vec<(f64, f64)>>);
 
 impl Spread {
-    fn add(&mut self, record: &RewardRecord) {
+    /// Notes every value with the logarithm of the completion's length.
+    fn add(&mut self, record: &RewardRecord, tokens: usize) {
+        let log_length = (tokens as f64).ln_1p();
         for part in &record.components {
-            self.0.entry(part.name.clone()).or_default().extend(part.value.map(f64::from));
+            let value = part.value.map(|value| (f64::from(value), log_length));
+            self.0.entry(part.name.clone()).or_default().extend(value);
         }
     }
 
     fn table(&self) -> String {
-        let row = |(name, values): (&String, &Vec<f64>)| {
-            let n = values.len() as f64;
-            let mean = values.iter().sum::<f64>() / n;
-            let std = (values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / n).sqrt();
-            let shown = |x: f64| if values.is_empty() { "-".to_owned() } else { format!("{x:.4}") };
-            vec![name.clone(), values.len().to_string(), shown(mean), shown(std)]
+        let row = |(name, values): (&String, &Vec<(f64, f64)>)| {
+            let mean_of =
+                |of: &dyn Fn(&(f64, f64)) -> f64| values.iter().map(of).sum::<f64>() / values.len() as f64;
+            let (mean, length) = (mean_of(&|v| v.0), mean_of(&|v| v.1));
+            let std = mean_of(&|v| (v.0 - mean).powi(2)).sqrt();
+            // Least squares; completions of one length say nothing about it.
+            let slope = mean_of(&|v| (v.0 - mean) * (v.1 - length)) / mean_of(&|v| (v.1 - length).powi(2));
+            let shown = |x: f64| if x.is_finite() { format!("{x:.4}") } else { "-".to_owned() };
+            let rest = mean - slope * length;
+            let rest_std = mean_of(&|v| (v.0 - slope * v.1 - rest).powi(2)).sqrt();
+            let mut row = vec![name.clone(), values.len().to_string()];
+            row.extend([mean, std, slope, rest, rest_std].map(shown));
+            row
         };
-        table(&["component", "values", "mean", "std"], &self.0.iter().map(row).collect::<Vec<_>>())
+        let header = ["component", "values", "mean", "std", "length", "mean without", "std without"];
+        table(&header, &self.0.iter().map(row).collect::<Vec<_>>())
     }
 }
 

@@ -2,9 +2,6 @@
 
 use super::Part;
 
-/// Normalised values lie within this of 0.
-const NORM_MAX: f64 = 3.0;
-
 /// Name of the first gate that fails.
 pub(super) fn failed_gate<'a>(parts: &[Part<'a>]) -> Result<Option<&'a str>, String> {
     let mut failed = None;
@@ -31,12 +28,7 @@ pub(super) fn weighted(parts: &[Part<'_>]) -> Result<f32, String> {
             None => {}
             Some(Err(why)) => return Err(format!("{}: {why}", part.name)),
             Some(Ok(value)) => {
-                let value = match part.part.norm {
-                    None => f64::from(value),
-                    Some((mean, std)) => {
-                        ((f64::from(value) - f64::from(mean)) / f64::from(std)).clamp(-NORM_MAX, NORM_MAX)
-                    }
-                };
+                let value = part.part.norm.map_or(f64::from(value), |norm| norm.of(value, part.log_length));
                 sum += f64::from(part.part.factor) * value;
             }
         }

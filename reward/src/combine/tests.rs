@@ -11,7 +11,13 @@ fn role(factor: f32) -> PartRole {
 }
 
 fn parts(help: f32, guard: f32, class: &'static str) -> Vec<Part<'static>> {
-    let part = |name, factor, value, label| Part { name, part: role(factor), value: Some(Ok(value)), label };
+    let part = |name, factor, value, label| Part {
+        name,
+        part: role(factor),
+        value: Some(Ok(value)),
+        label,
+        log_length: 2.0,
+    };
     vec![
         part("help", 1.0, help, None),
         part("guard", 0.0, guard, None),
@@ -151,8 +157,20 @@ fn whatever_is_missing_or_not_finite_is_unscored_with_the_reason() {
 #[test]
 fn normalised_values_stay_within_three_deviations() {
     let mut parts = parts(10.0, 0.0, "comply");
-    parts[0].part = PartRole { norm: Some((4.0, 3.0)), ..role(0.5) };
+    parts[0].part = PartRole { norm: Some(Norm { length: 0.0, mean: 4.0, std: 3.0 }), ..role(0.5) };
     assert_eq!(reward(&combine(&parts, &[], &rules())), 1.0);
     parts[0].value = Some(Ok(1e6));
     assert_eq!(reward(&combine(&parts, &[], &rules())), 1.5);
+}
+
+#[test]
+fn what_a_score_owes_to_length_is_taken_off() {
+    // A reward model that gives 3 for every unit of log length: with a slope of 3 only the rest counts.
+    let of = |log_length: f64, more: f32| {
+        let mut parts = parts(3.0 * log_length as f32 + more, 0.0, "comply");
+        parts[0].part = PartRole { norm: Some(Norm { length: 3.0, mean: 1.0, std: 2.0 }), ..role(1.0) };
+        parts[0].log_length = log_length;
+        reward(&combine(&parts, &[], &rules()))
+    };
+    assert_eq!([of(2.0, 2.0), of(5.0, 2.0), of(5.0, 3.0)], [0.5, 0.5, 1.0]);
 }
