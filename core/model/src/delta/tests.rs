@@ -200,3 +200,14 @@ fn a_frame_is_checked_before_the_shadow_is_touched() {
             .contains("the manifest says")
     );
 }
+
+#[test]
+fn a_body_that_unfolds_to_more_than_its_block_is_refused() {
+    // 64 MiB of zeros in a few thousand bytes, for a block of a thousand.
+    let bomb = zstd::bulk::compress(&vec![0; 64 << 20], 19).unwrap();
+    assert!(bomb.len() < 1 << 14, "{} bytes", bomb.len());
+    let mut block = vec![7_u16; 512];
+    assert_eq!((apply_dense(&mut block, &bomb), &block[..2]), (None, &[7, 7][..]));
+    let exact = zstd::bulk::compress(&vec![0; 1024], 19).unwrap();
+    assert_eq!(apply_dense(&mut block, &exact), Some(()));
+}
