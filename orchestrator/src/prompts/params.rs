@@ -56,6 +56,8 @@ pub struct CurriculumConfig {
     pub retire_streak: u64,
     /// Replacements per consumed group above which a warning is given. Default 4.
     pub refill_warn: u32,
+    /// Replacements per group of an update, none of them trained on, after which the run ends: nothing teaches any more. 0 = never. Default 250.
+    pub refill_stop: u32,
 }
 
 impl Default for CurriculumConfig {
@@ -81,6 +83,7 @@ impl Default for CurriculumConfig {
             retire_samples: 32,
             retire_streak: 16,
             refill_warn: 4,
+            refill_stop: 250,
         }
     }
 }
@@ -202,6 +205,17 @@ pub enum PoolError {
         prompts: usize,
         /// Why the last one was set aside.
         reason: String,
+    },
+    /// Nothing was trained on for very long.
+    #[error(
+        "the last {groups} groups were all dropped, most recently {why}: the prompts teach nothing any more (solved always or never), or the reward is wrong; \
+         prompts.curriculum.refill_stop = 0 goes on for ever"
+    )]
+    Starved {
+        /// How many.
+        groups: u32,
+        /// Why the last one was.
+        why: &'static str,
     },
     /// Two prompts share an id.
     #[error("two prompts have the id {0}")]

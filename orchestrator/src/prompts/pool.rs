@@ -189,6 +189,8 @@ pub struct PromptPool {
     dropped: u64,
     recent_zero_signal: std::collections::VecDeque<bool>,
     dropped_in_a_row: u32,
+    /// Why the last group that was dropped in this process was.
+    dropped_for: Option<DropReason>,
     learner: PolicyVersion,
     reported: u32,
     hardness: f64,
@@ -235,6 +237,7 @@ impl PromptPool {
             dropped: 0,
             recent_zero_signal: std::collections::VecDeque::new(),
             dropped_in_a_row: 0,
+            dropped_for: None,
             learner: PolicyVersion::default(),
             reported: 0,
             hardness: 0.0,
@@ -301,11 +304,15 @@ impl PromptPool {
     /// Chooses and issues the next task, if the staleness budget has room.
     ///
     /// # Errors
-    /// If every prompt has been set aside.
+    /// If every prompt has been set aside, or nothing was trained on for as long as `refill_stop` says.
     pub fn next_task(&mut self) -> Result<Option<Task>, PoolError> {
         let rank = self.outstanding.len();
         if rank >= self.params.budget() {
             return Ok(None);
+        }
+        let stop = self.params.curriculum.refill_stop.saturating_mul(self.params.groups_per_step);
+        if let Some(why) = self.dropped_for.filter(|_| stop > 0 && self.dropped_in_a_row >= stop) {
+            return Err(PoolError::Starved { groups: self.dropped_in_a_row, why: why.name() });
         }
         let Choice { prompt, group_size, chosen } = self.choose()?;
         let group_size = group_size + self.params.baselines;
@@ -409,6 +416,7 @@ impl PromptPool {
             GroupFate::Dropped(reason) => {
                 self.dropped += 1;
                 self.dropped_in_a_row += 1;
+                self.dropped_for = Some(reason);
                 self.set_aside(i, reason, outcome.given_up.as_deref());
                 let warn_at = self.params.curriculum.refill_warn.saturating_mul(self.params.groups_per_step);
                 if self.dropped_in_a_row.is_multiple_of(warn_at.max(1)) {

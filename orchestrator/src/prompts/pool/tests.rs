@@ -427,6 +427,34 @@ fn curriculum(selection: Selection) -> CurriculumConfig {
     CurriculumConfig { selection, ..Default::default() }
 }
 
+#[test]
+fn a_pool_that_teaches_nothing_any_more_ends_the_run() {
+    let curriculum = CurriculumConfig { refill_stop: 5, ..Default::default() };
+    let of = |curriculum| PromptPool::new(prompts(40), PoolParams { curriculum, ..params(0, 4) }).unwrap();
+    let solved = |pool: &mut PromptPool| {
+        for task in fill(pool) {
+            pool.apply(&outcome(&task, task.group_size, 0, GroupFate::Dropped(DropReason::ZeroSignal)));
+        }
+    };
+    let mut pool = of(curriculum);
+    (0..4).for_each(|_| solved(&mut pool));
+    // One that is trained on begins the count anew.
+    let task = fill(&mut pool).remove(0);
+    pool.apply(&outcome(&task, 1, 0, GroupFate::Trained { step: 1 }));
+    for id in pool.outstanding() {
+        let task = pool.task(id).unwrap();
+        pool.apply(&outcome(&task, 0, 0, GroupFate::Dropped(DropReason::ZeroSignal)));
+    }
+    (0..4).for_each(|_| solved(&mut pool));
+    let one = fill(&mut pool).remove(0);
+    pool.apply(&outcome(&one, 0, 0, GroupFate::Dropped(DropReason::ZeroSignal)));
+    let error = pool.next_task().unwrap_err();
+    assert_eq!(error, PoolError::Starved { groups: 20, why: "zero_signal" });
+    let mut patient = of(CurriculumConfig { refill_stop: 0, ..Default::default() });
+    (0..100).for_each(|_| solved(&mut patient));
+    assert!(patient.next_task().is_ok());
+}
+
 /// Issues and ends `n` tasks one by one; `right` says how many of a task's samples are.
 fn ended(pool: &mut PromptPool, n: u64, right: impl Fn(&Task) -> u32) -> Vec<(Task, Chosen)> {
     let one = |n: u64| {
