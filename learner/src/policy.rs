@@ -131,17 +131,24 @@ impl Policy {
         let outcome = match &self.lora {
             Some(lora) => {
                 let mut grads = lora.project(&self.threads, self.optimizer.masters(), &self.grads);
-                self.optimizer.step(&self.threads, &mut grads, learning_rate)
+                let outcome = self.optimizer.step(&self.threads, &mut grads, learning_rate);
+                self.discard_gradient();
+                outcome
             }
-            None => self.optimizer.step(&self.threads, &mut self.grads, learning_rate),
+            None => self.optimizer.update(&self.threads, &mut self.grads, learning_rate, &mut self.weights),
         };
-        self.discard_gradient();
         self.load = self.trainer.take_expert_load();
-        if matches!(outcome, StepOutcome::Applied { .. }) {
-            if let (Some(load), true) = (&self.load, self.router_bias_rate > 0.0) {
-                self.optimizer.balance(load, self.router_bias_rate);
-            }
-            self.write_weights();
+        if matches!(outcome, StepOutcome::Refused { .. }) {
+            return outcome;
+        }
+        let balanced = self.load.as_ref().filter(|_| self.router_bias_rate > 0.0);
+        if let Some(load) = balanced {
+            self.optimizer.balance(load, self.router_bias_rate);
+        }
+        match balanced.is_some() || self.lora.is_some() {
+            true => self.write_weights(),
+            // They were written as the masters moved.
+            false => self.trainer.load(&self.weights, self.version),
         }
         outcome
     }

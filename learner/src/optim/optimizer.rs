@@ -1,7 +1,7 @@
 //! Masters and moments of all parameters, and the update that moves them.
 //!
-//! One pass over memory an update: a part of the arena is read, moved and written back before the next is touched. Which thread has
-//! which part changes no bit.
+//! An update reads the gradient once for its norm, and then goes over memory once: a part of the arena is read, moved and written back,
+//! its weights rounded and its gradient set to zero, before the next is touched. Which thread has which part changes no bit.
 
 use std::cmp::Ordering;
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use freewheel_kernels::Threads;
 use freewheel_kernels::optim::{self as kernels, adamw_step, lion_step, sgd_step, sum_squares};
 use freewheel_model::{Growth, ParamData, ParamLayout, Params, TensorKind, TensorSpec};
 use freewheel_types::CounterRng;
+use half::bf16;
 
 use super::config::{OptimizerKind, OptimizerSettings};
 use super::moment::{BLOCK, Minifloat, Moment, MomentMut, StateValues, StateValuesMut};
@@ -139,6 +140,36 @@ impl Optimizer {
     /// # Panics
     /// If `grads` does not have the layout's length.
     pub fn step(&mut self, threads: &Threads, grads: &mut [f32], learning_rate: f64) -> StepOutcome {
+        self.run(threads, grads, learning_rate, WeightsMut::None)
+    }
+
+    /// The same, and in the same pass the masters that moved go into `weights` (rounded to nearest even where those are bf16) and the
+    /// gradient becomes zero; it does so too if it is refused.
+    ///
+    /// # Panics
+    /// If `grads` or `weights` do not have the layout's length.
+    pub fn update(
+        &mut self,
+        threads: &Threads,
+        grads: &mut [f32],
+        learning_rate: f64,
+        weights: &mut Params,
+    ) -> StepOutcome {
+        assert_eq!(weights.layout.total, self.layout.total, "weights and masters share a layout");
+        let outcome = self.run(threads, grads, learning_rate, WeightsMut::of(weights));
+        if matches!(outcome, StepOutcome::Refused { .. }) {
+            grads.fill(0.0);
+        }
+        outcome
+    }
+
+    fn run(
+        &mut self,
+        threads: &Threads,
+        grads: &mut [f32],
+        learning_rate: f64,
+        weights: WeightsMut<'_>,
+    ) -> StepOutcome {
         assert_eq!(grads.len(), self.layout.total, "one gradient for each parameter");
         for (tensor, state) in self.layout.tensors.iter().zip(&self.tensors) {
             if state.rule == Rule::Frozen {
@@ -157,7 +188,8 @@ impl Optimizer {
             step: self.steps,
             grad_scale: clip_factor as f32,
         };
-        let (mut pieces, matrices) = pieces(&self.layout, &mut self.masters, &mut self.tensors, grads);
+        let (mut pieces, matrices) =
+            pieces(&self.layout, &mut self.masters, &mut self.tensors, grads, weights);
         let least = if self.layout.total < PIECE { pieces.len() } else { 1 };
         threads.for_each_row_chunk(&mut pieces, 1, least, |_, pieces| {
             let mut scratch = [Vec::new(), Vec::new()];
@@ -317,7 +349,48 @@ struct Piece<'a> {
     params: &'a mut [f32],
     first: MomentMut<'a>,
     second: MomentMut<'a>,
-    grad: &'a [f32],
+    grad: &'a mut [f32],
+    weights: WeightsMut<'a>,
+}
+
+/// Where the weights of a part go.
+enum WeightsMut<'a> {
+    /// Nowhere, and the gradient is kept.
+    None,
+    F32(&'a mut [f32]),
+    Bf16(&'a mut [bf16]),
+}
+
+impl<'a> WeightsMut<'a> {
+    fn of(params: &'a mut Params) -> Self {
+        match &mut params.data {
+            ParamData::F32(values) => Self::F32(values),
+            ParamData::Bf16(values) => Self::Bf16(values),
+        }
+    }
+
+    /// Takes the first `len` off.
+    fn split_off(&mut self, len: usize) -> WeightsMut<'a> {
+        match self {
+            Self::None => WeightsMut::None,
+            Self::F32(values) => {
+                WeightsMut::F32(values.split_off_mut(..len).expect("as long as the masters"))
+            }
+            Self::Bf16(values) => {
+                WeightsMut::Bf16(values.split_off_mut(..len).expect("as long as the masters"))
+            }
+        }
+    }
+
+    /// Ends the update of a part: its weights follow from `masters`, its gradient is used up.
+    fn take(self, masters: &[f32], grad: &mut [f32]) {
+        match self {
+            Self::None => return,
+            Self::F32(values) => values.copy_from_slice(masters),
+            Self::Bf16(values) => freewheel_kernels::convert::f32_to_bf16(masters, values),
+        }
+        grad.fill(0.0);
+    }
 }
 
 /// Parts to move value by value, and matrices to move whole.
@@ -325,12 +398,14 @@ fn pieces<'a>(
     layout: &ParamLayout,
     mut masters: &'a mut [f32],
     tensors: &'a mut [TensorState],
-    grads: &'a [f32],
+    mut grads: &'a mut [f32],
+    mut weights: WeightsMut<'a>,
 ) -> (Vec<Piece<'a>>, Vec<Piece<'a>>) {
     let (mut pieces, mut matrices) = (Vec::new(), Vec::new());
     for (index, (spec, state)) in layout.tensors.iter().zip(tensors).enumerate() {
         let mut params = masters.split_off_mut(..spec.len()).expect("tensors fill the arena in order");
-        let mut grad = &grads[spec.range()];
+        let mut grad = grads.split_off_mut(..spec.len()).expect("one gradient for each parameter");
+        let mut weights = weights.split_off(spec.len());
         let (mut first, mut second) = (state.first.borrow(), state.second.borrow());
         let longest = match state.rule {
             Rule::Frozen => continue,
@@ -353,7 +428,8 @@ fn pieces<'a>(
                 params: params.split_off_mut(..len).expect("no longer than what is left"),
                 first: first.split_off(len),
                 second: second.split_off(len),
-                grad: grad.split_off(..len).expect("as long as the parameters"),
+                grad: grad.split_off_mut(..len).expect("as long as the parameters"),
+                weights: weights.split_off(len),
             };
             match state.rule {
                 Rule::Muon(_) => matrices.push(piece),
@@ -415,13 +491,14 @@ impl StepContext<'_> {
     ) {
         let [first_scratch, second_scratch] = scratch;
         let (random1, random2) = (self.rounding(piece.tensor, 0), self.rounding(piece.tensor, 1));
-        let strides = piece.params.chunks_mut(STRIDE).zip(piece.grad.chunks(STRIDE));
+        let strides = piece.params.chunks_mut(STRIDE).zip(piece.grad.chunks_mut(STRIDE));
         for (at, (params, grad)) in (piece.start as u64..).step_by(STRIDE).zip(strides) {
             let (mut first, mut second) =
                 (piece.first.split_off(params.len()), piece.second.split_off(params.len()));
             kernel(params, first.open(first_scratch), second.open(second_scratch), grad);
             first.close(first_scratch, &random1, at);
             second.close(second_scratch, &random2, at);
+            piece.weights.split_off(params.len()).take(params, grad);
         }
     }
 
@@ -459,5 +536,6 @@ impl StepContext<'_> {
             muon::step(threads, shape, params, momentum, grad, self.grad_scale, &step);
         }
         piece.first.close(&scratch, &self.rounding(piece.tensor, 0), piece.start as u64);
+        piece.weights.split_off(piece.params.len()).take(piece.params, piece.grad);
     }
 }

@@ -216,3 +216,31 @@ fn corrections_move_towards_balance() {
     assert_eq!(moved, [-0.25, 0.25, 0.25]);
     assert_eq!(ExpertLoad::default().max_violation(), None);
 }
+
+#[test]
+fn one_pass_writes_what_two_did() {
+    let threads = Threads::new(3);
+    for settings in all() {
+        for dtype in [freewheel_types::WeightsDtype::F32, freewheel_types::WeightsDtype::Bf16] {
+            let start = large().cast(dtype);
+            let (mut apart, mut fused) =
+                (Optimizer::new(settings.clone(), &start), Optimizer::new(settings.clone(), &start));
+            let (mut expected, mut weights) = (start.clone(), start.clone());
+            for step in 0..3 {
+                applied(&mut apart, &threads, step);
+                apart.write_weights(&threads, &mut expected);
+                let mut grads = gradient(start.layout.total, step);
+                let outcome = fused.update(&threads, &mut grads, 1e-2, &mut weights);
+                assert!(matches!(outcome, StepOutcome::Applied { .. }), "{outcome:?}");
+                assert!(grads.iter().all(|g| *g == 0.0), "the gradient is used up");
+            }
+            assert_eq!(fused, apart);
+            assert_eq!(weights, expected, "{dtype:?}");
+            assert_ne!(weights, start);
+            let mut bad = vec![f32::NAN; start.layout.total];
+            fused.update(&threads, &mut bad, 1e-2, &mut weights);
+            assert_eq!((fused, weights), (apart, expected), "a refused gradient moves nothing");
+            assert!(bad.iter().all(|g| *g == 0.0));
+        }
+    }
+}

@@ -6,7 +6,7 @@ use clap::Args;
 use freewheel_kernels::Threads;
 use freewheel_learner::optim::{Optimizer, OptimizerSettings};
 use freewheel_model::{LoadedModel, Params, PolicyWeights, Purpose, Target, TrainBatch, TrainSeq};
-use freewheel_types::{PolicyVersion, SamplingParams};
+use freewheel_types::{PolicyVersion, SamplingParams, WeightsDtype};
 use serde_json::{Value, json};
 
 use super::prefill::attention_flops;
@@ -65,8 +65,13 @@ impl TrainArgs {
         let flops = 3.0 * (products + batch as f64 * attention_flops(model, self.length));
         let per_s = rates.median();
         let flops_per_s = flops * per_s / tokens.len() as f64;
-        // AdamW reads the gradient twice, for its norm first; masters and both moments are read and written.
-        let moved = (8 + 8 + 16) * model.layout().total;
+        // AdamW reads the gradient twice, for its norm first, and sets it to zero; masters and both moments are read and written, the
+        // weights written.
+        let written = match loaded.params.dtype() {
+            WeightsDtype::Bf16 => 2,
+            WeightsDtype::F32 => 4,
+        };
+        let moved = (12 + 8 + 16 + written) * model.layout().total;
         Ok(json!({
             "what": "train", "batch": batch, "length": self.length, "rounds": rates.0.len(),
             "tokens_per_s": per_s, "tokens_per_s_extremes": rates.extremes(),
@@ -76,7 +81,9 @@ impl TrainArgs {
             "peak_fraction": flops_per_s / machine.peak_flops_per_s,
             "gemm_fraction": flops_per_s / machine.gemm_flops_per_s,
             "optimizer_bytes_per_s": moved as f64 / part(2),
-            "optimizer_bandwidth_fraction": moved as f64 / part(2) / machine.memory_bytes_per_s,
+            "optimizer_share": part(2) * per_s / tokens.len() as f64,
+            "stream_bytes_per_s": trained.stream_bytes_per_s,
+            "optimizer_stream_fraction": moved as f64 / part(2) / trained.stream_bytes_per_s,
             "memory_peak_bytes": memory_peak(),
         }))
     }
@@ -89,6 +96,8 @@ struct Trained<'a> {
     weights: PolicyWeights,
     optimizer: Optimizer,
     grads: Vec<f32>,
+    /// Bytes a second of STREAM's triad on this machine.
+    stream_bytes_per_s: f64,
 }
 
 impl<'a> Trained<'a> {
@@ -99,6 +108,7 @@ impl<'a> Trained<'a> {
             weights: PolicyWeights::pack(model, &params, version, Purpose::Training, threads),
             optimizer: Optimizer::new(OptimizerSettings::default(), &params),
             grads: vec![0.0; model.layout().total],
+            stream_bytes_per_s: triad(threads),
             threads,
             params,
         }
@@ -114,7 +124,6 @@ impl<'a> Trained<'a> {
             .collect();
         let gradient = vec![-1.0 / targets.len() as f32; targets.len()];
         let began = Instant::now();
-        self.grads.fill(0.0);
         let batch = TrainBatch { tokens, seqs: &seqs, replay: None, tiles: &[] };
         let tape = self.weights.forward_train(threads, &batch);
         std::hint::black_box(tape.log_probs(threads, &self.weights, &targets, &sampling));
@@ -122,14 +131,33 @@ impl<'a> Trained<'a> {
         tape.backward(threads, &self.weights, &targets, &sampling, &gradient, None, &mut self.grads);
         let backward = began.elapsed().as_secs_f64();
         // Small, so that what is measured stays the same model.
-        self.optimizer.step(threads, &mut self.grads, 1e-6);
+        self.optimizer.update(threads, &mut self.grads, 1e-6, &mut self.params);
         let optimizer = began.elapsed().as_secs_f64();
-        self.optimizer.write_weights(threads, &mut self.params);
         let version = PolicyVersion::new(0, self.optimizer.steps());
         self.weights.repack(&self.params, version, threads);
         let pack = began.elapsed().as_secs_f64();
         [forward, backward - forward, optimizer - backward, pack - optimizer]
     }
+}
+
+/// Bytes a second of a = b + s·c over arrays far larger than caches, the best of several times: STREAM's triad (McCalpin 1995), which counts
+/// two reads and a write.
+fn triad(threads: &Threads) -> f64 {
+    const VALUES: usize = 32 << 20;
+    let (mut a, b, c) = (vec![0.0f32; VALUES], vec![1.0f32; VALUES], vec![2.0f32; VALUES]);
+    let mut once = || {
+        let began = Instant::now();
+        threads.for_each_row_chunk(&mut a, 1, 1 << 16, |first, a| {
+            let range = first..first + a.len();
+            for ((a, b), c) in a.iter_mut().zip(&b[range.clone()]).zip(&c[range]) {
+                *a = b + 3.0 * c;
+            }
+        });
+        std::hint::black_box(&mut a);
+        12.0 * VALUES as f64 / began.elapsed().as_secs_f64()
+    };
+    once();
+    (0..5).map(|_| once()).fold(0.0, f64::max)
 }
 
 /// Most bytes of memory this process ever held; `None` where the system does not tell.
@@ -153,7 +181,9 @@ fn text(rows: &[Value]) -> String {
                 number(row, "pack_s", 1e3, 1),
                 number(row, "flops_per_s", 1e-9, 1),
                 number(row, "peak_fraction", 100.0, 1),
+                number(row, "optimizer_share", 100.0, 1),
                 number(row, "optimizer_bytes_per_s", 1e-9, 1),
+                number(row, "stream_bytes_per_s", 1e-9, 1),
                 row["memory_peak_bytes"].as_u64().map_or_else(|| "-".into(), bytes),
             ]
         })
@@ -168,7 +198,9 @@ fn text(rows: &[Value]) -> String {
         "weights ms",
         "GFLOP/s",
         "% of peak",
+        "AdamW %",
         "AdamW GB/s",
+        "STREAM GB/s",
         "memory",
     ];
     table(&header, &cells)
