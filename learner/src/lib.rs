@@ -19,6 +19,7 @@ pub mod checkpoint;
 mod companions;
 pub mod config;
 pub mod consumed;
+pub mod coordinates;
 pub mod core;
 pub mod critic;
 pub mod disk;

@@ -19,6 +19,7 @@ use freewheel_learner::objective::RECIPES;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::bench::median;
 use super::fail::Explain as _;
 
 /// Train with every objective, at several bounds of staleness, with several seeds.
@@ -223,8 +224,8 @@ fn grouped(cells: &[Cell]) -> Vec<(String, BTreeMap<u64, Vec<&Cell>>)> {
     all
 }
 
-/// A Markdown table: the staleness that there was, final accuracy (lowest to highest of the seeds), mean steps to the goal, mean wall
-/// time.
+/// A Markdown table: the staleness that there was, final accuracy (lowest to highest of the seeds), mean steps to the goal, median
+/// wall time.
 fn table(cells: &[Cell], goal: f64) -> String {
     let mut out = format!(
         "| objective | max_staleness | staleness | seeds | accuracy | lowest–highest | steps to {goal} | wall s |\n|---|---|---|---|---|---|---|---|\n"
@@ -233,7 +234,8 @@ fn table(cells: &[Cell], goal: f64) -> String {
         for (staleness, cells) in by_staleness {
             let accuracies: Vec<f64> = cells.iter().filter_map(|cell| cell.accuracy).collect();
             let reached: Vec<f64> = cells.iter().filter_map(|c| c.steps_to_goal).map(|s| s as f64).collect();
-            let walls: Vec<f64> = cells.iter().map(|cell| cell.wall_s).collect();
+            let mut walls: Vec<f64> = cells.iter().map(|cell| cell.wall_s).collect();
+            walls.sort_by(f64::total_cmp);
             let range = match accuracies.len() {
                 0 => "failed".to_owned(),
                 _ => format!(
@@ -255,7 +257,7 @@ fn table(cells: &[Cell], goal: f64) -> String {
                 out,
                 "| {objective} | {staleness} | {lag} | {} | {accuracy} | {range} | {goal} | {:.0} |",
                 cells.len(),
-                mean(&walls)
+                median(&walls)
             );
         }
     }

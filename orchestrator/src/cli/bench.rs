@@ -1,8 +1,9 @@
-//! `freewheel bench decode | prefill | train | gemm | objectives`: how fast, and how near to what this machine can do, measured in
+//! `freewheel bench decode | prefill | train | gemm | metap | objectives`: how fast, and how near to what this machine can do, measured in
 //! the same run.
 
 mod decode;
 mod gemm;
+mod metap;
 mod prefill;
 mod roofline;
 mod train;
@@ -45,6 +46,9 @@ enum What {
     /// Speed of the products of a model, each by itself, by rows.
     #[command(after_help = "Example:\n  freewheel bench gemm --model assets/sprout --rows 1,32,512 --cold")]
     Gemm(gemm::GemmArgs),
+    /// MetaP's coordinate check: activations by width, at the start and after some updates, with and without it.
+    #[command(after_help = "Example:\n  freewheel bench metap --widths 64,128,256,512 --svg coordinates.svg")]
+    Metap(metap::MetapArgs),
     Objectives(super::ablation::AblationArgs),
 }
 
@@ -55,6 +59,7 @@ impl BenchCommand {
             What::Prefill(args) => args.run(),
             What::Train(args) => args.run(),
             What::Gemm(args) => args.run(),
+            What::Metap(args) => args.run(),
             What::Objectives(args) => args.run(),
         }
     }
@@ -105,7 +110,7 @@ impl Rates {
 }
 
 /// The middle of values that rise, or between the two in the middle.
-fn median(rising: &[f64]) -> f64 {
+pub(super) fn median(rising: &[f64]) -> f64 {
     (rising[(rising.len() - 1) / 2] + rising[rising.len() / 2]) / 2.0
 }
 
