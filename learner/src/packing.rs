@@ -54,6 +54,7 @@ pub fn pack(sequences: &[TrainSequence<'_>], budget: usize) -> Vec<PackedBatch> 
                 replay: sequence.experts.map(|_| Vec::new()),
                 tiles: Vec::new(),
                 targets: Vec::new(),
+                soft: false,
                 sampling: sequence.sampling,
                 sequences: Vec::new(),
                 part: UpdatePart::default(),

@@ -20,8 +20,11 @@ pub struct PackedBatch {
     pub replay: Option<Vec<u16>>,
     /// Tiles of images; a tile's position is its first row in `tokens`.
     pub tiles: Vec<ImageTile>,
-    /// What is predicted: for each sequence in order, its completion tokens in order.
+    /// What is predicted: for each sequence in order, its completion tokens in order; where `soft`, several tokens for each.
     pub targets: Vec<PackedTarget>,
+    /// Whether rows have several targets, whose log-probs (without entropies) and gradients are then had from one product with the
+    /// head. All logits of the batch are held at once, and nothing but the softmax at temperature 1 is known.
+    pub soft: bool,
     /// The transform all its tokens were drawn with.
     pub sampling: SamplingParams,
     /// Which sequence of the caller's list each packed sequence is, and where its targets lie.

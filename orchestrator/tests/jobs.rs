@@ -136,6 +136,8 @@ fn a_student_is_distilled_from_stored_targets_and_beside_a_teacher_that_learns()
     let output = format!("teacher.output={learnt:?}");
     succeeds(&["distill", &config, "--force", "--set", "teacher.train=true", "--set", &output]);
     assert!(learnt.join("model.safetensors").exists());
+    let taught = column(&out, "distill/teacher_loss");
+    assert!(taught.last() < taught.first(), "the teacher learns too: {taught:?}");
 }
 
 #[test]

@@ -14,12 +14,15 @@ use crate::LearnerError;
 use crate::fit::{BatchLoss, FitConfig, FitSummary, fit, policy, threads};
 use crate::flat::flat_section;
 use crate::metrics::MetricsSink;
-use crate::optim::OptimizerConfig;
+use crate::optim::{OptimizerConfig, StepOutcome};
 use crate::packing::TrainSequence;
 use crate::policy::Policy;
 use crate::sft::{SftExample, TokenisedExample, tokenise};
 use crate::trainer::{PackedBatch, PackedTarget, TokenGradients};
 use crate::transformer::TransformerTrainer;
+
+/// Logits of the student that are held at once: 512 MiB.
+const LOGITS: usize = 128 << 20;
 
 /// How the weight a of the soft loss is found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -165,7 +168,8 @@ pub fn run_distill(
             "the stored targets hold tokens that the student does not know".into(),
         ));
     }
-    let summary = run(config, &mut pupil, &mut source, &examples, metrics)?;
+    let budget = config.micro_batch_tokens.min(LOGITS / vocabulary as usize).max(1);
+    let summary = run(config, &mut pupil, &mut source, &examples, budget, metrics)?;
     student.params = pupil.weights().clone();
     if let Source::Learning(_, learning) = source {
         teacher.params = learning.weights().clone();
@@ -184,7 +188,7 @@ pub fn train(
     examples: &[TokenisedExample],
     metrics: &dyn MetricsSink,
 ) -> Result<FitSummary, LearnerError> {
-    run(config, policy, &mut Source::Stored(targets), examples, metrics)
+    run(config, policy, &mut Source::Stored(targets), examples, config.micro_batch_tokens, metrics)
 }
 
 fn run(
@@ -192,27 +196,33 @@ fn run(
     policy: &mut Policy,
     source: &mut Source,
     examples: &[TokenisedExample],
+    budget: usize,
     metrics: &dyn MetricsSink,
 ) -> Result<FitSummary, LearnerError> {
     let mut progress = Progress::default();
+    let diverged = || BatchLoss { loss: f64::NAN, ..Default::default() };
     fit(("distill", &config.fit), policy, examples.len(), metrics, |policy, step, picked| {
         let batch: Vec<&TokenisedExample> = picked.iter().map(|&i| &examples[i]).collect();
+        let mut teacher_loss = None;
         let said = match source {
             Source::Stored(targets) => picked.iter().map(|&i| targets.examples[i].clone()).collect(),
             Source::Online(teacher) => teacher.say(&batch, config.micro_batch_tokens),
             Source::Learning(teacher, learning) => {
                 let said = teacher.say(&batch, config.micro_batch_tokens);
                 let sequences: Vec<TrainSequence> = batch.iter().map(|example| example.sequence()).collect();
-                crate::sft::accumulate(learning, &sequences, config.micro_batch_tokens);
-                learning.update(config.rate(step));
+                let learnt = crate::sft::accumulate(learning, &sequences, config.micro_batch_tokens);
+                teacher_loss = match learning.update(config.rate(step)) {
+                    StepOutcome::Applied { .. } => Some(learnt.loss),
+                    StepOutcome::Refused { .. } => return diverged(),
+                };
                 teacher.load(learning.weights());
                 said
             }
         };
         let weight = weight_of(config, step, &progress);
-        let found = Batch { config, examples: &batch, said: &said, weight }.accumulate(policy);
+        let found = Batch { config, examples: &batch, said: &said, weight, budget }.accumulate(policy);
         progress.add(found.soft, found.hard);
-        found.report()
+        found.report(teacher_loss)
     })
 }
 
@@ -258,6 +268,8 @@ struct Batch<'a> {
     examples: &'a [&'a TokenisedExample],
     said: &'a [TopK],
     weight: f64,
+    /// Rows of the student in one pass.
+    budget: usize,
 }
 
 /// Means over the tokens of a batch.
@@ -271,7 +283,8 @@ struct Found {
 }
 
 impl Found {
-    fn report(&self) -> BatchLoss {
+    /// `teacher_loss` is that of a teacher that learns, on what is written.
+    fn report(&self, teacher_loss: Option<f64>) -> BatchLoss {
         let mut out = BatchLoss { loss: self.loss, tokens: self.tokens, ..Default::default() };
         for (key, value) in [
             ("distill/weight", self.weight),
@@ -279,6 +292,9 @@ impl Found {
             ("distill/hard_loss", self.hard),
         ] {
             out.extra.insert(key.into(), json!(value));
+        }
+        if let Some(loss) = teacher_loss {
+            out.extra.insert("distill/teacher_loss".into(), json!(loss));
         }
         out
     }
@@ -290,7 +306,7 @@ impl Batch<'_> {
         let tokens: usize = sequences.iter().map(|s| s.output_ids.len()).sum();
         let share = 1.0 / tokens as f64;
         let mut out = Found { tokens: tokens as u64, ..Default::default() };
-        for packed in policy.micro_batches(&sequences, self.config.micro_batch_tokens) {
+        for packed in policy.micro_batches(&sequences, self.budget) {
             let expanded = self.expand(&packed);
             policy.accumulate(&expanded, &mut |found| {
                 let mut d_logprobs = vec![0.0f32; found.logprobs.len()];
@@ -315,7 +331,7 @@ impl Batch<'_> {
 
     /// Targets of each position: the token written, then what the teacher kept.
     fn expand(&self, packed: &PackedBatch) -> PackedBatch {
-        let mut expanded = PackedBatch { targets: Vec::new(), ..packed.clone() };
+        let mut expanded = PackedBatch { targets: Vec::new(), soft: true, ..packed.clone() };
         for sequence in &mut expanded.sequences {
             let (said, first) = (&self.said[sequence.index], expanded.targets.len());
             let k = said.ids.len() / sequence.targets.len();

@@ -154,7 +154,14 @@ fn learning(data: &RunData) -> Vec<Chart> {
             title: "Soft and hard loss",
             note: "nats per token",
             from_zero: true,
-            ..lines(data, &[("distill/soft_loss", "soft"), ("distill/hard_loss", "hard")])
+            ..lines(
+                data,
+                &[
+                    ("distill/soft_loss", "soft"),
+                    ("distill/hard_loss", "hard"),
+                    ("distill/teacher_loss", "teacher"),
+                ],
+            )
         },
         Chart {
             title: "Expert load",
