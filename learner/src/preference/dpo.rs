@@ -253,16 +253,29 @@ pub fn train(
     })
 }
 
-/// Each completion behind the prompt of the next example, for the divergence of KTO.
+/// The prompt of each example with the completion of the next one that has another prompt, for the divergence of KTO. (The two
+/// answers of a pair have the same: neither is a mismatch for the other.)
 fn mismatched(data: &Preferences) -> Vec<TokenisedExample> {
-    let completion = |unit: &Unit| match unit {
+    let of = |unit: &Unit| match unit {
         Unit::Single(index, _) | Unit::Pair(index, _) => &data.completions[*index],
     };
-    let next = data.units.iter().cycle().skip(1);
-    let pairs = data.units.iter().zip(next).map(|(unit, next)| (completion(unit), completion(next)));
-    pairs
-        .map(|(prompt, answer)| TokenisedExample { output_ids: answer.output_ids.clone(), ..prompt.clone() })
-        .collect()
+    let units: Vec<&TokenisedExample> = data.units.iter().map(of).collect();
+    let n = units.len();
+    let differ = |i: usize| units[i].prompt_ids != units[(i + 1) % n].prompt_ids;
+    // Backwards from where the prompt changes; if it never does, the next has to do.
+    let change = (0..n).find(|&i| differ(i));
+    let mut other: Vec<usize> = (0..n).map(|i| (i + 1) % n).collect();
+    for back in (1..n).filter(|_| change.is_some()) {
+        let i = (change.unwrap_or(0) + n - back) % n;
+        if !differ(i) {
+            other[i] = other[(i + 1) % n];
+        }
+    }
+    let mismatch = |(unit, &other): (&&TokenisedExample, &usize)| TokenisedExample {
+        output_ids: units[other].output_ids.clone(),
+        ..(*unit).clone()
+    };
+    units.iter().zip(&other).map(mismatch).collect()
 }
 
 /// Σ log-probs of each sequence.
@@ -407,6 +420,21 @@ mod tests {
             }
         }
         data
+    }
+
+    #[test]
+    fn a_mismatch_has_the_answer_to_another_question() {
+        let data = preferences(false);
+        let found = mismatched(&data);
+        assert_eq!(found.len(), data.units.len());
+        for (i, example) in found.iter().enumerate() {
+            assert_eq!(example.prompt_ids, data.completions[i].prompt_ids);
+            let next = &data.completions[2 * ((i / 2 + 1) % 4)];
+            assert_eq!(example.output_ids, next.output_ids, "{i}: the first answer to the next question");
+        }
+        let mut same = data;
+        same.completions.iter_mut().for_each(|completion| completion.prompt_ids = vec![0]);
+        assert_eq!(mismatched(&same)[7].output_ids, same.completions[0].output_ids, "there is no other");
     }
 
     fn run(config: &DpoConfig) -> (Vec<f64>, Vec<f64>, String) {

@@ -1,20 +1,19 @@
 //! `freewheel distill`: a student learns from a teacher's probabilities beside what is written.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use clap::Args;
 use freewheel_actor::{EngineConfig, InFlight, Request, SampleSpec, StopSpec};
 use freewheel_kernels::Threads;
 use freewheel_learner::distill::{DistillConfig, run_distill, run_on_policy};
 use freewheel_learner::sft::TokenisedExample;
-use freewheel_model::{LoadedModel, Params};
+use freewheel_model::{LoadedModel, Params, SaveOptions};
 use freewheel_types::{SamplingParams, TaskId};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::ConfigArgs;
-use super::jobs::{OutputSection, View, save, tell};
+use super::jobs::{OutputSection, Work, size};
 use super::sft::{DataSection, check_data, examples_of};
 use crate::config::{Checks, Dtype, Loaded, ModelSection, Node, Problem};
 
@@ -97,34 +96,24 @@ impl DistillArgs {
         };
         let mut student = open(&job.model.path, job.model.dtype)?;
         let mut teacher = open(&job.teacher.path, job.teacher.dtype)?;
-        eprintln!(
-            "{} demonstrations, student {:.2} M parameters, teacher {:.2} M, {} steps of {}",
-            examples.len(),
-            student.model.layout().total as f64 / 1e6,
-            teacher.model.layout().total as f64 / 1e6,
-            job.distill.steps,
-            job.distill.batch_size
-        );
-        let began = Instant::now();
-        let view = View::new(job.distill.steps);
+        let (demonstrations, pupil, master) = (examples.len(), size(&student), size(&teacher));
+        let what = format!("{demonstrations} demonstrations, student {pupil}, teacher {master}");
+        let work = Work::begin(output, &what, &job.distill.fit);
         let store = job.teacher.store.as_ref().map(PathBuf::from);
         let summary = if job.distill.keys.on_policy {
             let mut writer = Writer::new(&student, job);
             let mut draw = |params: &Params, step: u64, prompts: &[&TokenisedExample]| {
                 writer.write(params, step, prompts).map_err(|error| format!("{error:#}"))
             };
-            run_on_policy(&job.distill, &mut student, &teacher, examples, &mut draw, &view)?
+            run_on_policy(&job.distill, &mut student, &teacher, examples, &mut draw, &work.view)?
         } else {
             let (store, train) = (store.as_deref(), job.teacher.train);
-            run_distill(&job.distill, &mut student, &mut teacher, store, train, examples, &view)?
+            run_distill(&job.distill, &mut student, &mut teacher, store, train, examples, &work.view)?
         };
-        save(&output, &student, summary.adapter.as_ref(), &job.model.path)?;
         if let Some(folder) = &job.teacher.output {
-            save(Path::new(folder), &teacher, None, &job.teacher.path)?;
+            freewheel_model::save(Path::new(folder), &teacher, &teacher.params, &SaveOptions::default())?;
         }
-        view.finish(&output)?;
-        tell(&output, &summary, &student, began);
-        Ok(())
+        work.end(&summary, &student, &job.model.path)
     }
 }
 

@@ -1,7 +1,6 @@
 //! `freewheel dpo`: a model trained on preferences, against itself as it was.
 
 use std::path::Path;
-use std::time::Instant;
 
 use clap::Args;
 use freewheel_learner::preference::dpo::{DpoConfig, Judgement, PreferenceExample, run_dpo};
@@ -11,7 +10,7 @@ use serde_json::Value;
 
 use super::ConfigArgs;
 use super::fail::Explain as _;
-use super::jobs::{OutputSection, View, prompt_of, save, tell};
+use super::jobs::{OutputSection, Work, prompt_of, size};
 use crate::config::{Checks, Loaded, ModelSection, Node, Problem};
 use crate::lines;
 
@@ -154,18 +153,8 @@ pub(super) fn train(loaded: &Loaded<DpoJob>, force: bool) -> anyhow::Result<()> 
     let examples = job.data.read(&loaded.path)?;
     let path = crate::config::resolve(&job.model.path, &loaded.path);
     let mut model = crate::policy::open(&path, job.model.dtype.requested())?;
-    eprintln!(
-        "{} preferences, {:.2} M parameters, {} steps of {}",
-        examples.len(),
-        model.model.layout().total as f64 / 1e6,
-        job.dpo.steps,
-        job.dpo.batch_size
-    );
-    let began = Instant::now();
-    let view = View::new(job.dpo.steps);
-    let summary = run_dpo(&job.dpo, &mut model, examples, &view)?;
-    save(&output, &model, summary.adapter.as_ref(), &job.model.path)?;
-    view.finish(&output)?;
-    tell(&output, &summary, &model, began);
-    Ok(())
+    let what = format!("{} preferences, {}", examples.len(), size(&model));
+    let work = Work::begin(output, &what, &job.dpo.fit);
+    let summary = run_dpo(&job.dpo, &mut model, examples, &work.view)?;
+    work.end(&summary, &model, &job.model.path)
 }

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Instant;
 
-use freewheel_learner::fit::FitSummary;
+use freewheel_learner::fit::{FitConfig, FitSummary};
 use freewheel_learner::metrics::MetricsSink;
-use freewheel_model::{Adapter, LoadedModel, SaveOptions};
+use freewheel_model::{LoadedModel, SaveOptions};
 use freewheel_types::{Prompt, PromptBody, PromptId};
 use indicatif::{ProgressBar, ProgressStyle};
 use schemars::JsonSchema;
@@ -44,34 +44,47 @@ impl OutputSection {
     }
 }
 
-/// Writes the model into `folder`, and its adapter, if it has one, into `folder/adapter`.
-///
-/// # Errors
-/// If a file cannot be written.
-pub(super) fn save(
-    folder: &Path,
-    model: &LoadedModel,
-    adapter: Option<&Adapter>,
-    base: &str,
-) -> anyhow::Result<()> {
-    freewheel_model::save(folder, model, &model.params, &SaveOptions::default())?;
-    if let Some(adapter) = adapter {
-        adapter.save(&folder.join("adapter"), base)?;
-    }
-    Ok(())
+/// A job at work: where its result goes, since when, and what watches it.
+pub(super) struct Work {
+    output: PathBuf,
+    began: Instant,
+    /// Told of every step.
+    pub view: View,
 }
 
-/// Says what a job that began at `began` came to.
-pub(super) fn tell(output: &Path, summary: &FitSummary, model: &LoadedModel, began: Instant) {
-    println!(
-        "{}: loss {:.4} after {} steps, {} tokens, {:.1} s",
-        output.display(),
-        summary.loss,
-        summary.steps,
-        summary.tokens,
-        began.elapsed().as_secs_f64()
-    );
-    println!("weights {}", model.params.digest());
+impl Work {
+    /// Begins: `what` says on what data and with which models.
+    pub(super) fn begin(output: PathBuf, what: &str, fit: &FitConfig) -> Self {
+        eprintln!("{what}, {} steps of {}", fit.steps, fit.batch_size);
+        Self { output, began: Instant::now(), view: View::new(fit.steps) }
+    }
+
+    /// Writes `model`, its adapter to `base` if it has one (into `adapter/`), metrics and report, and says what came of it.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub(super) fn end(self, summary: &FitSummary, model: &LoadedModel, base: &str) -> anyhow::Result<()> {
+        freewheel_model::save(&self.output, model, &model.params, &SaveOptions::default())?;
+        if let Some(adapter) = &summary.adapter {
+            adapter.save(&self.output.join("adapter"), base)?;
+        }
+        self.view.finish(&self.output)?;
+        println!(
+            "{}: loss {:.4} after {} steps, {} tokens, {:.1} s",
+            self.output.display(),
+            summary.loss,
+            summary.steps,
+            summary.tokens,
+            self.began.elapsed().as_secs_f64()
+        );
+        println!("weights {}", model.params.digest());
+        Ok(())
+    }
+}
+
+/// Its size, for people.
+pub(super) fn size(model: &LoadedModel) -> String {
+    format!("{:.2} M parameters", model.model.layout().total as f64 / 1e6)
 }
 
 /// The prompt of a line of data; paths of images start at `folder`.
@@ -101,13 +114,13 @@ pub(super) fn prompt_of(
 
 /// A progress bar and `metrics.jsonl`, fed by metrics lines.
 pub(super) struct View {
-    pub bar: ProgressBar,
+    bar: ProgressBar,
     lines: Mutex<Vec<String>>,
     last: Mutex<Option<Instant>>,
 }
 
 impl View {
-    pub(super) fn new(steps: u64) -> Self {
+    fn new(steps: u64) -> Self {
         let style = ProgressStyle::with_template("{bar:28.cyan/dim} {pos}/{len}  {msg}  {eta} left")
             .expect("the template is fixed")
             .progress_chars("━╸─");
@@ -119,7 +132,7 @@ impl View {
     ///
     /// # Errors
     /// If the file cannot be written.
-    pub(super) fn finish(&self, folder: &Path) -> anyhow::Result<()> {
+    fn finish(&self, folder: &Path) -> anyhow::Result<()> {
         self.bar.finish_and_clear();
         let text = self.lines.lock().expect("no holder of the lock panics").concat();
         std::fs::write(folder.join("metrics.jsonl"), text)?;

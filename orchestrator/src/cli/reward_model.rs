@@ -1,7 +1,6 @@
 //! `freewheel reward-model`: a scoring model from pairs of answers, and how well one judges pairs.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use clap::Args;
 use freewheel_learner::preference::dpo::{Judgement, PreferenceExample};
@@ -15,7 +14,7 @@ use serde_json::json;
 
 use super::dpo::PreferenceSection;
 use super::fail::Explain as _;
-use super::jobs::{OutputSection, View, save};
+use super::jobs::{OutputSection, Work, size};
 use crate::config::{Checks, Loaded, ModelSection, Node, Problem};
 
 /// Train a reward model on pairs of answers (Bradley–Terry), or tell how well one judges pairs.
@@ -99,21 +98,11 @@ impl RewardModelArgs {
             }
         };
         verdict("before:", &model);
-        let began = Instant::now();
-        let view = View::new(job.reward_model.steps);
-        let summary = run_reward_model(&job.reward_model, &mut model, &pairs, &view)?;
-        save(&output, &model, summary.adapter.as_ref(), &job.model.path)?;
-        view.finish(&output)?;
+        let what = format!("{} pairs, {}", pairs.len(), size(&model));
+        let work = Work::begin(output, &what, &job.reward_model.fit);
+        let summary = run_reward_model(&job.reward_model, &mut model, &pairs, &work.view)?;
+        work.end(&summary, &model, &job.model.path)?;
         verdict("after: ", &model);
-        println!(
-            "{}: loss {:.4} after {} steps on {} pairs, {:.1} s",
-            output.display(),
-            summary.loss,
-            summary.steps,
-            pairs.len(),
-            began.elapsed().as_secs_f64()
-        );
-        println!("weights {}", model.params.digest());
         Ok(())
     }
 

@@ -1,20 +1,19 @@
 //! `freewheel sft`: supervised fine-tuning of a given or a new model.
 
 use std::path::Path;
-use std::time::Instant;
 
 use anyhow::Context as _;
 use clap::Args;
 use freewheel_learner::sft::{SftConfig, SftExample, run_sft};
 use freewheel_model::{InitRequest, InitScale, LoadedModel, TokenizerChoice};
-use freewheel_types::WeightsDtype;
+use freewheel_types::{MessageContent, PromptBody, WeightsDtype};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::ConfigArgs;
 use super::fail::Explain as _;
-use super::jobs::{OutputSection, View, prompt_of, save, tell};
+use super::jobs::{OutputSection, Work, prompt_of, size};
 use crate::config::{Checks, Dtype, GeneratorKind, Loaded, ModelSection, Node, Problem};
 use crate::lines;
 use crate::prompts::{
@@ -78,7 +77,8 @@ impl Default for InitSection {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataSection {
-    /// JSONL with `prompt` or `messages`, and `completion`. Give this or `generator`.
+    /// JSONL with `prompt` or `messages`, and `completion`; or `messages` alone that end with the assistant's: every turn of the
+    /// assistant is learnt then, and nothing else of the conversation. Give this or `generator`.
     pub file: Option<String>,
     /// Built-in source: "arithmetic", "shapes" (images) or "vault" (some to be refused). Give this or `file`.
     pub generator: Option<GeneratorKind>,
@@ -174,20 +174,10 @@ pub(super) fn train(loaded: &Loaded<SftJob>, force: bool) -> anyhow::Result<()> 
     let output = job.output.folder(force)?;
     let examples = examples_of(&job.data, &loaded.path)?;
     let mut model = model(loaded)?;
-    eprintln!(
-        "{} demonstrations, {:.2} M parameters, {} steps of {}",
-        examples.len(),
-        model.model.layout().total as f64 / 1e6,
-        job.sft.steps,
-        job.sft.batch_size
-    );
-    let began = Instant::now();
-    let view = View::new(job.sft.steps);
-    let summary = run_sft(&job.sft, &mut model, examples, &view)?;
-    save(&output, &model, summary.adapter.as_ref(), &job.model.path)?;
-    view.finish(&output)?;
-    tell(&output, &summary, &model, began);
-    Ok(())
+    let what = format!("{} demonstrations, {}", examples.len(), size(&model));
+    let work = Work::begin(output, &what, &job.sft.fit);
+    let summary = run_sft(&job.sft, &mut model, examples, &work.view)?;
+    work.end(&summary, &model, &job.model.path)
 }
 
 fn model(loaded: &Loaded<SftJob>) -> anyhow::Result<LoadedModel> {
@@ -211,22 +201,27 @@ fn model(loaded: &Loaded<SftJob>) -> anyhow::Result<LoadedModel> {
 struct Line {
     prompt: Option<String>,
     messages: Option<Value>,
-    completion: String,
+    completion: Option<String>,
 }
 
 /// The demonstrations; `config` is the file that asks for them.
 pub(super) fn examples_of(data: &DataSection, config: &Path) -> anyhow::Result<Vec<SftExample>> {
     if let Some(file) = &data.file {
-        let check = |line: &Line| match (&line.prompt, &line.messages) {
-            (Some(_), None) | (None, Some(_)) => Ok(()),
+        let check = |line: &Line| match (&line.prompt, &line.messages, &line.completion) {
+            (Some(_), None, Some(_)) | (None, Some(_), _) => Ok(()),
+            (Some(_), None, None) => Err("has no `completion`".to_owned()),
             _ => Err("must hold one of `prompt`, `messages`".to_owned()),
         };
         let path = crate::config::resolve(file, config);
         let folder = path.parent().unwrap_or(Path::new(""));
         let named = |(at, line)| {
-            example(line, folder).map_err(|what| anyhow::anyhow!("{}:{at}: {what}", path.display())).input()
+            demonstrations(line, folder)
+                .map_err(|what| anyhow::anyhow!("{}:{at}: {what}", path.display()))
+                .input()
         };
-        return lines::read(&path, check)?.into_iter().map(named).collect();
+        let all: Vec<Vec<SftExample>> =
+            lines::read(&path, check)?.into_iter().map(named).collect::<anyhow::Result<_>>()?;
+        return Ok(all.into_iter().flatten().collect());
     }
     let (seed, levels) = (u64::from(data.seed), &data.levels);
     let worked = |index| is_worked(seed, index, data.worked);
@@ -258,9 +253,30 @@ pub(super) fn examples_of(data: &DataSection, config: &Path) -> anyhow::Result<V
     Ok((0..data.count as u64).map(demonstrated).collect())
 }
 
-/// Paths of images start at `folder`.
-fn example(line: Line, folder: &Path) -> Result<SftExample, String> {
-    Ok(SftExample { prompt: prompt_of(line.prompt, line.messages, folder)?, completion: line.completion })
+/// What a line shows: one completion, or every turn of the assistant, each after what came before it. Paths of images start at
+/// `folder`.
+fn demonstrations(line: Line, folder: &Path) -> Result<Vec<SftExample>, String> {
+    let mut prompt = prompt_of(line.prompt, line.messages, folder)?;
+    if let Some(completion) = line.completion {
+        return Ok(vec![SftExample { prompt, completion }]);
+    }
+    let PromptBody::Messages(turns) = &prompt.body else { return Err("has no `completion`".into()) };
+    let turns = turns.clone();
+    let mut found = Vec::new();
+    for (at, turn) in turns.iter().enumerate().filter(|(_, turn)| turn.role == "assistant") {
+        let MessageContent::Text(text) = &turn.content else {
+            return Err(format!("`messages[{at}]`: what the assistant says must be text"));
+        };
+        if at == 0 {
+            return Err("`messages` begin with the assistant, who answers nothing".into());
+        }
+        prompt.body = PromptBody::Messages(turns[..at].to_vec());
+        found.push(SftExample { prompt: prompt.clone(), completion: text.clone() });
+    }
+    match turns.last().map(|turn| turn.role.as_str()) {
+        Some("assistant") => Ok(found),
+        _ => Err("has no `completion`, and its `messages` do not end with the assistant's".into()),
+    }
 }
 
 /// Opens a config of this job for tests of the files in `configs/`.
@@ -271,4 +287,48 @@ pub fn check_file(path: &std::path::Path) -> anyhow::Result<()> {
     load(&ConfigArgs { config: path.to_owned(), overrides: Vec::new() })
         .context("not a fine-tuning config")?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(line: Value) -> Result<Vec<SftExample>, String> {
+        demonstrations(serde_json::from_value(line).unwrap(), Path::new(""))
+    }
+
+    fn turn(role: &str, content: &str) -> Value {
+        json!({ "role": role, "content": content })
+    }
+
+    #[test]
+    fn every_turn_of_the_assistant_is_learnt_after_what_came_before() {
+        let turns = [turn("user", "2?"), turn("assistant", "4"), turn("user", "3?"), turn("assistant", "9")];
+        let found = read(json!({ "messages": turns })).unwrap();
+        let before = |example: &SftExample| match &example.prompt.body {
+            PromptBody::Messages(turns) => turns.len(),
+            PromptBody::Text(_) => 0,
+        };
+        let seen: Vec<(usize, &str)> = found.iter().map(|e| (before(e), e.completion.as_str())).collect();
+        assert_eq!(seen, [(1, "4"), (3, "9")]);
+        let one = read(json!({ "messages": turns[..3], "completion": "9" })).unwrap();
+        assert_eq!(
+            (one.len(), before(&one[0])),
+            (1, 3),
+            "earlier turns are context where a completion is given"
+        );
+    }
+
+    #[test]
+    fn conversations_without_an_answer_are_refused() {
+        for (line, what) in [
+            (json!({ "messages": [turn("user", "2?")] }), "do not end with"),
+            (json!({ "messages": [turn("assistant", "4")] }), "answers nothing"),
+            (json!({ "prompt": "2?" }), "no `completion`"),
+        ] {
+            assert!(read(line.clone()).unwrap_err().contains(what), "{line}");
+        }
+    }
 }
