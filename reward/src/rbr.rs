@@ -209,6 +209,10 @@ impl Component for RuleBased {
         Ok(Judgement { value, detail, ..Judgement::default() })
     }
 
+    fn away(&self) -> Option<Duration> {
+        self.grader.as_ref().and_then(|grader| grader.client.away())
+    }
+
     fn version(&self) -> Option<&str> {
         Some(&self.version)
     }

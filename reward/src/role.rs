@@ -77,6 +77,8 @@ pub async fn run(
     let slots = Arc::new(Semaphore::new(config.workers));
     let mut jobs: JoinSet<Result<(), RewardError>> = JoinSet::new();
     let mut backoff = BACKOFF_MIN;
+    // A reward server's long absence: whether the last look found it, and whether it was told.
+    let (mut away, mut told) = (false, false);
     let outcome = loop {
         while let Some(done) = jobs.try_join_next() {
             joined(done)?;
@@ -86,7 +88,24 @@ pub async fn run(
             permit = Arc::clone(&slots).acquire_owned() => permit.expect("the semaphore is never closed"),
             () = shutdown.cancelled() => break Ok(()),
         };
-        let max = 1 + slots.available_permits();
+        if let Some(wait) = role.stack.away() {
+            if !std::mem::replace(&mut told, true) {
+                tracing::warn!(worker = %role.worker, "a reward server has not answered for long; rollouts wait for it");
+            }
+            away = true;
+            tokio::select! {
+                () = tokio::time::sleep(wait.min(LEASE_WAIT)) => {}
+                () = shutdown.cancelled() => break Ok(()),
+            }
+            if role.finished().await {
+                break Ok(());
+            }
+            continue;
+        }
+        // Where a server was away, one rollout finds out whether it still is.
+        let trial = std::mem::take(&mut away);
+        let max = if trial { 1 } else { 1 + slots.available_permits() };
+        told &= trial;
         let leased = tokio::select! {
             leased = role.queue.lease_rollouts(&role.worker, max, LEASE_WAIT) => leased,
             () = shutdown.cancelled() => break Ok(()),
@@ -101,6 +120,9 @@ pub async fn run(
             Ok(leased) => {
                 backoff = BACKOFF_MIN;
                 role.dispatch(leased, permit, &slots, &mut jobs).await;
+                while trial && let Some(done) = jobs.join_next().await {
+                    joined(done)?;
+                }
             }
             Err(QueueError::Stopping) => break Ok(()),
             Err(error) if transient(&error) => {

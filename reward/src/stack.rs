@@ -79,6 +79,11 @@ pub trait Component: Send + Sync {
         Ok(())
     }
 
+    /// For how long asking it is in vain, if it knows: its server has been away for long.
+    fn away(&self) -> Option<Duration> {
+        None
+    }
+
     /// Identity of what judges beyond the configuration (a model's weights), part of the reward version.
     fn version(&self) -> Option<&str> {
         None
@@ -169,6 +174,11 @@ impl RewardStack {
     /// Names of the components, in config order.
     pub fn component_names(&self) -> impl Iterator<Item = &str> {
         self.slots.iter().map(|slot| slot.name.as_str())
+    }
+
+    /// For how long rollouts had better wait: a component's server has been away for long.
+    pub fn away(&self) -> Option<Duration> {
+        self.slots.iter().filter_map(|slot| slot.component.away()).max()
     }
 
     /// Most time one rollout may take.

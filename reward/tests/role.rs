@@ -1,11 +1,17 @@
 //! The reward role against the in-memory queue.
 
+#[expect(dead_code, reason = "other test files use the rest")]
+mod support;
+
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use freewheel_queue::memory::MemoryQueue;
 use freewheel_queue::{DeliveryBody, PutOutcome, QueueConfig, RolloutQueue, RunControl};
-use freewheel_reward::{ComponentConfig, RewardConfig, RewardDeps, VerifierKind, run};
+use freewheel_reward::{
+    ComponentConfig, ComponentKind, RemoteConfig, RewardConfig, RewardDeps, VerifierKind, run,
+};
 use freewheel_types::{
     ActorId, ExpertTrace, FinishReason, PolicyVersion, Prompt, PromptBody, PromptId, Rollout, SamplingParams,
     Task, TaskId, VersionSpan,
@@ -90,6 +96,46 @@ async fn every_rollout_comes_out_scored_or_unscored_and_the_role_ends_with_the_r
     let summary = summary.unwrap().unwrap();
     assert_eq!((summary.scored, summary.unscored), (4, 4));
     assert_eq!(queue.counts().await.unwrap().rollouts, 0);
+}
+
+#[tokio::test]
+async fn rollouts_wait_for_a_server_that_has_been_away_for_long() {
+    // Five failures open the breaker; the trial after it finds the server back.
+    let server = support::server(|asked, _, _, stream| match asked {
+        0..5 => support::answer(stream, "500 Oh", "{}"),
+        _ => support::answer(stream, "200 OK", support::FINE),
+    });
+    let remote = RemoteConfig {
+        urls: vec![server.url.clone()],
+        model: "rm".into(),
+        retries: 0,
+        pause_after_s: 0.0,
+        startup_check: false,
+        ..RemoteConfig::default()
+    };
+    let component = ComponentConfig {
+        name: "help".into(),
+        kind: ComponentKind::Remote,
+        remote: Some(remote),
+        ..Default::default()
+    };
+    let queue = MemoryQueue::new("t".parse().unwrap(), &QueueConfig::default());
+    let config = RewardConfig { component: vec![component], workers: 1, ..Default::default() };
+    let deps = RewardDeps { queue: queue.clone(), worker: "reward-0".into() };
+    let role = tokio::spawn(run(config, deps, CancellationToken::new()));
+    for task in 0..3 {
+        let texts = ["a", "b", "c", "d"].map(|letter| format!("{letter}{task}"));
+        offer(&queue, task, None, texts.each_ref().map(String::as_str)).await;
+    }
+    let epoch = queue.acquire_learner("l", 0).await.unwrap().unwrap();
+    let mut came = 0;
+    while came < 12 {
+        came += queue.fetch_scored(epoch, 12, Duration::from_secs(5)).await.unwrap().len();
+    }
+    queue.set_control(RunControl::Finished).await.unwrap();
+    let summary = role.await.unwrap().unwrap();
+    assert_eq!((summary.scored, summary.unscored), (7, 5));
+    assert_eq!(server.asked.load(Ordering::SeqCst), 12, "each was asked about once");
 }
 
 #[tokio::test]

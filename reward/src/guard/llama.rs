@@ -176,6 +176,13 @@ impl Component for LlamaGuard {
         Ok(Judgement { detail: Some(detail), odds: Some(odds), ..Judgement::default() })
     }
 
+    fn away(&self) -> Option<Duration> {
+        match &self.model {
+            Model::Native(_) => None,
+            Model::Served(served) => served.away(),
+        }
+    }
+
     fn version(&self) -> Option<&str> {
         Some(match &self.model {
             Model::Native(native) => native.version(),

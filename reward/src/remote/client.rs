@@ -28,6 +28,8 @@ pub(crate) struct Rules {
     /// All of a call.
     pub deadline: Duration,
     pub retries: u32,
+    /// After so long without an answer nothing more should be sent here to be judged.
+    pub pause_after: Duration,
     /// Calls a second.
     pub rate: Option<f64>,
     /// Answers kept.
@@ -51,6 +53,8 @@ pub(crate) struct Client {
 #[derive(Default)]
 struct Breaker {
     failures: u32,
+    /// When it opened first since the last answer.
+    since: Option<Instant>,
     /// Closed again from here on, for one attempt at first.
     open_until: Option<Instant>,
 }
@@ -184,8 +188,16 @@ impl Client {
         }
         breaker.failures += 1;
         if breaker.failures >= BREAKER_FAILURES {
+            breaker.since.get_or_insert_with(Instant::now);
             breaker.open_until = Some(Instant::now() + BREAKER_OPEN);
         }
+    }
+
+    /// For how long it is not worth being asked, once it has not answered for `Rules::pause_after`.
+    pub(crate) fn away(&self) -> Option<Duration> {
+        let breaker = lock(&self.breaker);
+        let long = breaker.since.is_some_and(|since| since.elapsed() >= self.rules.pause_after);
+        breaker.open_until.filter(|_| long).map(left).filter(|wait| !wait.is_zero())
     }
 
     /// Takes the next free place in time; an error if it lies beyond `until`.

@@ -25,6 +25,9 @@ pub struct RemoteConfig {
     pub timeout_ms: u64,
     /// Attempts after the first one, where the server is away or overloaded. 0 to 10, default 2.
     pub retries: u32,
+    /// Where a server has not answered for so long, workers take no rollouts but one every few seconds, to see whether it is back: those that
+    /// are not taken wait in the queue, instead of being lost unscored. Seconds, 0 to 86400, default 60.
+    pub pause_after_s: f64,
     /// Most calls a second to each server. Above 0. Default: no limit.
     pub rate_per_s: Option<f64>,
     /// Answers kept for the same question again. Default 10000.
@@ -56,6 +59,7 @@ impl Default for RemoteConfig {
             ensemble_k: 1.0,
             timeout_ms: 5000,
             retries: 2,
+            pause_after_s: 60.0,
             rate_per_s: None,
             cache: 10_000,
             api_key_env: None,
@@ -169,6 +173,11 @@ impl RemoteConfig {
             (1..=600_000).contains(&self.timeout_ms),
             "remote.timeout_ms",
             format!("must be 1 to 600000, is {}", self.timeout_ms),
+        );
+        check(
+            (0.0..=86_400.0).contains(&self.pause_after_s),
+            "remote.pause_after_s",
+            format!("must be 0 to 86400, is {}", self.pause_after_s),
         );
         check(self.retries <= 10, "remote.retries", format!("must be 0 to 10, is {}", self.retries));
         check(

@@ -60,6 +60,7 @@ impl RemoteConfig {
             // What is late at the stack's own deadline is lost; stay below it.
             deadline: deadline.mul_f64(0.9),
             retries: self.retries,
+            pause_after: Duration::from_secs_f64(self.pause_after_s),
             rate: self.rate_per_s,
             cache: self.cache,
             authorization,
@@ -167,6 +168,10 @@ impl Component for Remote {
 
     fn version(&self) -> Option<&str> {
         Some(&self.version)
+    }
+
+    fn away(&self) -> Option<Duration> {
+        self.clients.iter().filter_map(Client::away).max()
     }
 
     fn check_at_start(&self) -> Result<(), (&'static str, String)> {

@@ -42,6 +42,10 @@ impl Served {
         &self.version
     }
 
+    pub(super) fn away(&self) -> Option<Duration> {
+        self.client.away()
+    }
+
     fn ask(&self, turns: &[Turn], max_tokens: u32, logprobs: bool) -> Result<Value, String> {
         let messages: Vec<Value> =
             turns.iter().map(|turn| json!({"role": turn.role, "content": turn.text})).collect();
