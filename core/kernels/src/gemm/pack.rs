@@ -205,7 +205,7 @@ impl PackedMatrix {
 }
 
 /// Lines that a transposed source is packed for before it moves on to the next panel.
-const LINES_AT_ONCE: usize = 32;
+pub(super) const LINES_AT_ONCE: usize = 32;
 
 /// Panels worth a thread of their own.
 fn min_panels(lines: usize) -> usize {

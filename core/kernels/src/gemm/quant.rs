@@ -14,8 +14,9 @@
 //! OCP Microscaling specification 1.0 (section 5), but for its code −128. A group below 2^−100 becomes zero, one with a
 //! weight that is not finite becomes NaN.
 //!
-//! Products of a few rows need no unfolding (`few`). A product with a quantised matrix is by definition the product with the weights so rounded
-//! ([`Quantisation::round`]), which is what training computes with: the same bits on both sides.
+//! A product with a quantised matrix is by definition the product with the weights so rounded
+//! ([`Quantisation::round`]), which is what training computes with: the same bits on both sides. Products of a few rows need
+//! no unfolding (`few`).
 
 use super::pack::{Element, Line, Precision};
 use super::{PackedMatrix, few};

@@ -19,7 +19,7 @@ mod kernel;
 mod round;
 mod unfold;
 
-use super::pack::{Element, Line, Precision, transpose_lines};
+use super::pack::{Element, LINES_AT_ONCE, Line, Precision, transpose_lines};
 use super::tile::{Output, Store};
 use super::{Group, PackedMatrix, few};
 use crate::simd::{LANES, simd};
@@ -93,10 +93,16 @@ pub(super) fn product_transposed(threads: &Threads, x_km: &[f32], m: usize, w: &
     with_a_tiles(m.div_ceil(TILE), k, |a| {
         let lines = lines_of_row(k).max(1);
         threads.for_each_row_chunk(a, lines, (1 << 15) / (TILE * k.max(1)) + 1, |first, block| {
-            for (i, tiles) in block.chunks_exact_mut(lines).enumerate() {
-                // Lines of pairs of k for sixteen m, as a panel of B has them; transposed, a tile of A.
-                f32::pack_panel_transposed(Precision::Bf16, x_km, m, (first + i) * TILE, tiles);
-                transpose_tiles(tiles);
+            // A few rows of the source at a time, across all rows of tiles, so that it is read in long runs.
+            for start in (0..lines).step_by(LINES_AT_ONCE) {
+                let end = lines.min(start + LINES_AT_ONCE);
+                let rows = &x_km[k.min(2 * start) * m..k.min(2 * end) * m];
+                for (i, tiles) in block.chunks_exact_mut(lines).enumerate() {
+                    let tiles = &mut tiles[start..end];
+                    // Lines of pairs of k for sixteen m, as a panel of B has them; transposed, a tile of A.
+                    f32::pack_panel_transposed(Precision::Bf16, rows, m, (first + i) * TILE, tiles);
+                    transpose_tiles(tiles);
+                }
             }
         });
         multiply(threads, &[Part { a, w, m, few: false, out: *out }]);
