@@ -116,24 +116,3 @@ fn a_sandbox_that_cannot_work_says_so_and_gives_no_outcome() {
     let outside = Job { files: vec![("../x".into(), String::new())], ..job("", &[""]) };
     assert!(sandbox().run(&outside).unwrap_err().to_string().contains("no plain file name"));
 }
-
-/// Prints programs a second on two threads; run with `--run-ignored` on an idle machine.
-#[test]
-#[ignore = "a measurement"]
-fn short_programs_per_second() {
-    const EACH: usize = 100;
-    let begin = std::time::Instant::now();
-    std::thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(|| {
-                for i in 0..EACH {
-                    let finished = one("print(int(input()) + 1)", &i.to_string());
-                    assert_eq!(finished.stdout.trim(), (i + 1).to_string());
-                }
-            });
-        }
-    });
-    let rate = 2.0 * EACH as f64 / begin.elapsed().as_secs_f64();
-    println!("{rate:.1} programs/s");
-    assert!(rate >= 50.0, "{rate:.1} programs/s");
-}
