@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use freewheel_kernels::Threads;
 use freewheel_kernels::attention::KV_BLOCK;
+use freewheel_kernels::{Pages, Threads};
 use freewheel_model::delta::apply_frame;
 use freewheel_model::sampling::{self, SampleScratch};
 use freewheel_model::vision::EncodedPrompt;
@@ -22,14 +22,16 @@ pub struct CpuBackend {
     weights: Arc<PolicyWeights>,
     cache: KvCache,
     threads: Threads,
+    /// Memory for the next logits.
+    logits: Pages<f32>,
 }
 
 impl CpuBackend {
     /// A backend that starts with `weights` and computes on `threads`.
     pub fn new(weights: Arc<PolicyWeights>, threads: Threads) -> Self {
         let model = weights.model().clone();
-        let cache = KvCache::new(&model, 0);
-        Self { model, weights, cache, threads }
+        let cache = KvCache::new(&weights, 0);
+        Self { model, weights, cache, threads, logits: Pages::new() }
     }
 
     /// Its keys and values.
@@ -42,16 +44,16 @@ impl Backend for CpuBackend {
     type Weights = PolicyWeights;
 
     fn info(&self) -> BackendInfo {
-        let spec = self.model.spec();
+        let (spec, precision) = (self.model.spec(), self.weights.precision());
         BackendInfo {
             vocab_size: spec.vocab_size,
             max_positions: spec.max_positions,
             moe_layers: spec.moe_layers(),
             top_k: spec.top_k(),
             page_tokens: KV_BLOCK,
-            page_bytes: KvCache::page_bytes(&self.model),
+            page_bytes: KvCache::page_bytes(&self.model, precision),
             local: KvCache::local_mask(&self.model)
-                .map(|mask| LocalLayers { mask, page_bytes: KvCache::slot_bytes(&self.model) }),
+                .map(|mask| LocalLayers { mask, page_bytes: KvCache::slot_bytes(&self.model, precision) }),
             // A matrix tile has sixteen rows.
             cheap_rows: 16,
             images: spec.vision.is_some(),
@@ -59,7 +61,7 @@ impl Backend for CpuBackend {
     }
 
     fn allocate(&mut self, pages: usize, local: usize) {
-        self.cache = KvCache::with_slots(&self.model, pages, local);
+        self.cache = KvCache::with_slots(&self.weights, pages, local);
     }
 
     fn version(&self) -> PolicyVersion {
@@ -82,8 +84,13 @@ impl Backend for CpuBackend {
             logit_rows: batch.logit_rows,
             tiles: batch.tiles,
         };
-        let output = self.weights.forward(&self.threads, &mut self.cache, &batch);
+        let room = std::mem::take(&mut self.logits);
+        let output = self.weights.forward_into(&self.threads, &mut self.cache, &batch, room);
         StepOutput { logits: output.logits, experts: output.experts }
+    }
+
+    fn reuse(&mut self, output: StepOutput) {
+        self.logits = output.logits;
     }
 
     fn copy_page(&mut self, from: u32, to: u32) {

@@ -162,8 +162,8 @@ impl Both {
     }
 }
 
-fn page_bytes(model: &Transformer) -> u64 {
-    KvCache::page_bytes(model) as u64
+fn page_bytes(weights: &PolicyWeights) -> u64 {
+    KvCache::page_bytes(weights.model(), weights.precision()) as u64
 }
 
 /// Returns how often a sample was preempted.
@@ -172,8 +172,11 @@ fn sampled_is_trained(model: Arc<Transformer>) -> u64 {
     for dtype in [WeightsDtype::F32, WeightsDtype::Bf16] {
         let (both, threads) = (Both::new(&model, dtype), Threads::new(2));
         // Eleven pages for seven samples of up to five pages each, and chunks that cut every prompt.
-        let bounds =
-            EngineConfig { max_live: 5, kv_bytes: 11 * page_bytes(&model), ..EngineConfig::default() };
+        let bounds = EngineConfig {
+            max_live: 5,
+            kv_bytes: 11 * page_bytes(&both.sampling),
+            ..EngineConfig::default()
+        };
         let mut engine = both.engine(&threads, EngineConfig { prefill_tokens: 7, ..bounds });
         let requests = vec![
             request(1, 37, 3, TRANSFORMS[0]),
@@ -243,7 +246,7 @@ fn random_mixes_are_what_training_computes() {
         let threads = Threads::new(1 + draws.below(3));
         let config = EngineConfig {
             max_live: 1 + draws.below(7),
-            kv_bytes: (7 + draws.below(20)) as u64 * page_bytes(&model),
+            kv_bytes: (7 + draws.below(20)) as u64 * page_bytes(&both.sampling),
             prefill_tokens: 1 + draws.below(40),
             prefix_cache: draws.below(4) > 0,
             draft_tokens: draws.below(8),
@@ -346,7 +349,7 @@ fn what_chunked_layers_do_not_need_holds_longer_sequences() {
     let most = Arc::new(AtomicUsize::new(0));
     let inner = CpuBackend::new(both.sampling.clone(), threads.clone());
     let backend = Watched { inner, most: most.clone() };
-    let kv_bytes = 20 * page_bytes(both.sampling.model());
+    let kv_bytes = 20 * page_bytes(&both.sampling);
     let config = EngineConfig { max_live: 1, kv_bytes, prefill_tokens: 50, ..EngineConfig::default() };
     let mut engine = Engine::new(backend, Arc::new(NoText), config).unwrap();
     // One of three layers sees a chunk: room for 16 pages there leaves (20 - 16/3) * 3/2 = 22 in the others.

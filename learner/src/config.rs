@@ -56,7 +56,8 @@ pub struct TrainingConfig {
     /// How far a batch may run ahead of an older, unfinished group, in batches; 0 keeps strict issue order. Default 2.
     pub window: u64,
     /// Groups that may have to be replaced (all answers right, or wrong) for each group of a batch; then the batch is smaller, the log
-    /// says so and `train/groups` shows it. 0 waits for a whole batch however long it takes. Default 4.
+    /// says so and `train/groups` shows it; the groups then under way are drawn by the old or the new weights, as time has it. 0
+    /// waits for a whole batch however long it takes. Default 4.
     pub refill_max: usize,
     /// Scored samples a group needs to be trained on; with fewer it is dropped and replaced. 1 to `prompts.group_size`.
     /// Default 2.

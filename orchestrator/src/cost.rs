@@ -1,6 +1,7 @@
 //! What a model costs: parameters and bytes, from its specification alone; and what a run of it holds in memory.
 
 use crate::config::RunConfig;
+use freewheel_kernels::Precision;
 use freewheel_learner::optim::{OptimizerConfig, OptimizerKind, StateType};
 use freewheel_model::{AttentionSpec, FfnSpec, KvCache, ParamLayout, Transformer};
 
@@ -37,13 +38,14 @@ fn saved_values(attention: &AttentionSpec, ffn: &FfnSpec, hidden: usize) -> usiz
 }
 
 impl Cost {
-    /// The sizes of `model`.
-    pub fn of(model: &Transformer) -> Self {
+    /// The sizes of `model` with `element` bytes a weight; keys and values are kept in numbers of that size.
+    pub fn of(model: &Transformer, element: u64) -> Self {
         let (layout, spec): (&ParamLayout, _) = (model.layout(), model.spec());
         let most_experts = spec.layers.iter().map(|(_, ffn)| match ffn {
             FfnSpec::Moe(moe) => moe.experts,
             FfnSpec::Dense { .. } => 0,
         });
+        let precision = if element == 2 { Precision::Bf16 } else { Precision::F32 };
         let expert_id = if most_experts.max().unwrap_or(0) <= 256 { 1 } else { 2 };
         let saved = spec.layers.iter().map(|(attention, ffn)| saved_values(attention, ffn, spec.hidden));
         // While a layer is computed, forward or backward, its inputs and gradients are about as large as what it keeps.
@@ -56,7 +58,7 @@ impl Cost {
             logits_bytes: 4 * spec.vocab_size as u64,
             rollout_bytes: 8 + expert_id * (spec.moe_layers() * spec.top_k()) as u64,
             parameters: layout.total as u64,
-            kv_bytes: (KvCache::page_bytes(model) / freewheel_kernels::attention::KV_BLOCK) as u64,
+            kv_bytes: (KvCache::page_bytes(model, precision) / freewheel_kernels::attention::KV_BLOCK) as u64,
         }
     }
 }
@@ -157,7 +159,7 @@ mod tests {
         let sets: Vec<String> = overrides.iter().map(|set| (*set).to_owned()).collect();
         let loaded = crate::config::load(&root.join("configs/quickstart.toml"), &sets).unwrap();
         let model = freewheel_model::load(&root.join("assets/sprout"), None).unwrap();
-        Plan::of(&loaded.config, &Cost::of(&model.model), 2, model.model.spec().max_positions as u64)
+        Plan::of(&loaded.config, &Cost::of(&model.model, 2), 2, model.model.spec().max_positions as u64)
     }
 
     #[test]

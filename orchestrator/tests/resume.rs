@@ -12,12 +12,16 @@ use support::{command, freewheel, run_config, stderr, tiny_model};
 
 const STEPS: u64 = 60;
 
-/// On-policy and with the order of prompts fixed, weights are a function of the config alone.
+/// On-policy, with the order of prompts fixed and every batch full, weights are a function of the config alone. (A batch that
+/// closes early leaves groups under way, which the old or the new weights may draw.)
 fn flags(name: &str) -> Vec<String> {
     let sets = [
         format!("run.name={name}"),
         format!("learner.steps={STEPS}"),
         "learner.max_staleness=0".into(),
+        "learner.refill_max=0".into(),
+        // Slow enough that groups go on to differ.
+        "learner.learning_rate=1e-4".into(),
         "learner.checkpoint_every=7".into(),
         "prompts.curriculum.selection=uniform".into(),
         "prompts.count=2000".into(),

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use freewheel_kernels::Pages;
 use freewheel_kernels::attention::AttentionMask;
 use freewheel_model::TileRows;
 use freewheel_types::{PolicyVersion, SamplingParams};
@@ -76,7 +77,7 @@ pub struct StepBatch<'a> {
 #[derive(Clone, Debug, Default)]
 pub struct StepOutput {
     /// Logits `[logit_rows, V]`.
-    pub logits: Vec<f32>,
+    pub logits: Pages<f32>,
     /// Expert ids `[T, moe_layers, top_k]`; empty for dense models.
     pub experts: Vec<u16>,
 }
@@ -120,6 +121,9 @@ pub trait Backend: Send + 'static {
 
     /// Computes every row, writes its keys and values, returns the logits asked for.
     fn forward(&mut self, batch: &StepBatch<'_>) -> StepOutput;
+
+    /// Takes back the memory of what a forward gave.
+    fn reuse(&mut self, _output: StepOutput) {}
 
     /// Copies KV page `from` to page `to`.
     fn copy_page(&mut self, from: u32, to: u32);

@@ -372,6 +372,7 @@ impl<B: Backend> Engine<B> {
         assert_eq!(output.experts.len(), tokens.len() * experts_row, "expert ids of every row");
         self.stats.rows += tokens.len() as u64;
         self.take_in(plan, &output, experts_row);
+        self.backend.reuse(output);
     }
 
     fn take_in(&mut self, plan: &[Planned], output: &StepOutput, experts_row: usize) {

@@ -152,7 +152,12 @@ impl Backend for FakeBackend {
             }
         }
         StepOutput {
-            logits: batch.logit_rows.iter().flat_map(|&row| logits_of(version, hidden[row])).collect(),
+            logits: batch
+                .logit_rows
+                .iter()
+                .flat_map(|&row| logits_of(version, hidden[row]))
+                .collect::<Vec<_>>()
+                .into(),
             experts: hidden.iter().flat_map(|&h| experts_of(h)).collect(),
         }
     }

@@ -108,6 +108,32 @@ pub(crate) fn gelu_tanh<S: Lanes>(x: S) -> (S, S) {
     (x.mul(s), slope)
 }
 
+/// An activation as a type, for kernels that gate what they compute.
+pub(crate) trait Gated {
+    /// `act(gate) · up`
+    fn gate<S: Lanes>(gate: S, up: S) -> S;
+}
+
+/// [`Activation::Silu`]
+pub(crate) struct Silu;
+
+impl Gated for Silu {
+    #[inline(always)]
+    fn gate<S: Lanes>(gate: S, up: S) -> S {
+        silu(gate).0.mul(up)
+    }
+}
+
+/// [`Activation::GeluTanh`]
+pub(crate) struct GeluTanh;
+
+impl Gated for GeluTanh {
+    #[inline(always)]
+    fn gate<S: Lanes>(gate: S, up: S) -> S {
+        gelu_tanh(gate).0.mul(up)
+    }
+}
+
 /// Defines the forward and backward over rows for one activation.
 macro_rules! rows {
     ($forward:ident, $backward:ident, $act:ident) => {

@@ -63,6 +63,13 @@ impl<T: bytemuck::Pod> Pages<T> {
     }
 }
 
+impl<T: bytemuck::Pod> From<Vec<T>> for Pages<T> {
+    fn from(values: Vec<T>) -> Self {
+        let len = values.len();
+        Self { memory: Memory::Small(values), len }
+    }
+}
+
 impl<T: bytemuck::Pod> Default for Pages<T> {
     fn default() -> Self {
         Self::new()

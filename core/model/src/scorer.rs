@@ -178,9 +178,9 @@ impl Scorer {
             first_row += input.ids.len();
             first_page += count;
         }
-        let mut cache = KvCache::new(weights.model(), pages.len());
+        let mut cache = KvCache::new(weights, pages.len());
         let batch = ForwardBatch { tokens, seqs: &seqs, logit_rows: &rows, tiles: &[] };
-        weights.forward(threads, &mut cache, &batch).logits
+        weights.forward(threads, &mut cache, &batch).logits.to_vec()
     }
 }
 

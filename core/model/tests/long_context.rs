@@ -236,7 +236,7 @@ fn sixty_four_thousand_tokens_equal_the_direct_computation_and_keep_one_chunk() 
     let pages: Vec<u32> = (0..LENGTH.div_ceil(KV_BLOCK) as u32).collect();
     assert_eq!(KvCache::local_mask(&model), Some(AttentionMask::Chunked(CHUNK)));
     let most = CHUNK.div_ceil(KV_BLOCK) + 1 + ROWS_PER_CALL.div_ceil(KV_BLOCK) + 1;
-    let mut kv = KvCache::with_slots(&model, pages.len(), most);
+    let mut kv = KvCache::with_slots(&weights, pages.len(), most);
     let (mut found, mut forgotten) = (Vec::new(), 0);
     for position in (0..LENGTH).step_by(ROWS_PER_CALL) {
         let rows = ROWS_PER_CALL.min(LENGTH - position);
@@ -248,7 +248,7 @@ fn sixty_four_thousand_tokens_equal_the_direct_computation_and_keep_one_chunk() 
         let tokens = &tokens[position..position + rows];
         let seqs = [BatchSeq { rows, position, pages: &pages }];
         let batch = ForwardBatch { tokens, seqs: &seqs, logit_rows: &logit_rows, tiles: &[] };
-        found.extend(weights.forward(&threads, &mut kv, &batch).logits);
+        found.extend_from_slice(&weights.forward(&threads, &mut kv, &batch).logits);
         let (used, total) = kv.slots();
         assert!(used <= most && total == most, "{used} slots of {total} at {position}");
         let past = AttentionMask::Chunked(CHUNK).first_visible(position + rows) / KV_BLOCK;

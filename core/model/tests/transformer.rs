@@ -209,8 +209,7 @@ fn stepwise(
     chunk: usize,
     other: &[u32],
 ) -> Vec<u32> {
-    let model = weights.model().clone();
-    let mut kv = KvCache::new(&model, 40);
+    let mut kv = KvCache::new(weights, 40);
     let (pages_a, pages_b): (Vec<u32>, Vec<u32>) =
         ((0..20).map(|i| 39 - 2 * i).collect(), (0..20).map(|i| 2 * i).collect());
     let mut scratch = SampleScratch::default();

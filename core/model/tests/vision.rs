@@ -267,7 +267,7 @@ fn prefill_in_chunks_gives_the_bits_of_training() {
         let (first, len) = (batch.lengths[0], batch.lengths[1]);
         let pages: Vec<u32> = (0..len.div_ceil(16) as u32).collect();
         for chunk in [1, 7, len] {
-            let mut kv = KvCache::new(&model.model, pages.len());
+            let mut kv = KvCache::new(&weights, pages.len());
             let mut logits = Vec::new();
             for from in (0..len).step_by(chunk) {
                 let count = chunk.min(len - from);
@@ -278,7 +278,7 @@ fn prefill_in_chunks_gives_the_bits_of_training() {
                 let every: Vec<usize> = (0..count).collect();
                 let tokens = &batch.tokens[start..start + count];
                 let part = ForwardBatch { tokens, seqs: &seqs, logit_rows: &every, tiles: &tiles };
-                logits.extend(weights.forward(&threads, &mut kv, &part).logits);
+                logits.extend_from_slice(&weights.forward(&threads, &mut kv, &part).logits);
             }
             let v = model.model.spec().vocab_size;
             assert!(logits == trained[first * v..(first + len) * v], "{dtype:?}: chunks of {chunk}");

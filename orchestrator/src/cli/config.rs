@@ -113,7 +113,7 @@ fn memory_plan(loaded: &Loaded) -> Option<String> {
         _ => 2,
     };
     let positions = spec.max_positions as u64;
-    let plan = Plan::of(&loaded.config, &Cost::of(&Transformer::new(spec)), element, positions);
+    let plan = Plan::of(&loaded.config, &Cost::of(&Transformer::new(spec), element), element, positions);
     Some(format!(
         "memory: {} at the peak: actors {}, learner {}, activations {}, evaluation {}, queue {}",
         bytes(plan.total),

@@ -246,8 +246,12 @@ fn plan(found: &mut Findings, loaded: &Loaded) -> anyhow::Result<()> {
         WeightsDtype::Bf16 => 2,
         WeightsDtype::F32 => 4,
     };
-    let plan =
-        Plan::of(&loaded.config, &Cost::of(&model.model), element, model.model.spec().max_positions as u64);
+    let plan = Plan::of(
+        &loaded.config,
+        &Cost::of(&model.model, element),
+        element,
+        model.model.spec().max_positions as u64,
+    );
     for (name, value) in [
         ("parameters", plan.parameters),
         ("plan_actor_bytes", plan.actor),

@@ -165,7 +165,7 @@ fn forward(weights: &PolicyWeights, threads: &Threads, prompt: &EncodedPrompt) -
     let tiles: Vec<TileRows> = prompt.tiles.iter().filter_map(|tile| tile.rows_in(0, ids.len())).collect();
     let page = freewheel_kernels::attention::KV_BLOCK;
     let pages: Vec<u32> = (0..ids.len().div_ceil(page) as u32).collect();
-    let mut cache = KvCache::new(weights.model(), pages.len());
+    let mut cache = KvCache::new(weights, pages.len());
     let seqs = [BatchSeq { rows: ids.len(), position: 0, pages: &pages }];
     let logit_rows: Vec<usize> = (0..ids.len()).collect();
     let batch = ForwardBatch { tokens: ids, seqs: &seqs, logit_rows: &logit_rows, tiles: &tiles };

@@ -5,11 +5,13 @@
 //! sequence, row, then head. dk and dv thus add queries in ascending order, dq adds key blocks in ascending order.
 
 use super::forward::{accumulate, hide, scores};
-use super::{AttentionMask, AttentionSeq, AttentionShape, KV_BLOCK};
+use super::pages::Cell;
+use super::{AttentionMask, AttentionSeq, AttentionShape, KV_BLOCK, KvPages};
 use crate::Threads;
 use crate::math::exp;
 use crate::simd::{LANES, Lanes, simd};
 use crate::threads::SharedMut;
+use half::bf16;
 use std::cell::RefCell;
 
 /// Computes the gradients of [`super::attention`]: `dq [T, heads·head_dim]`, `dk [T, kv_heads·head_dim]` and
@@ -26,8 +28,7 @@ pub fn attention_backward(
     threads: &Threads,
     shape: &AttentionShape,
     q: &[f32],
-    k_pages: &[f32],
-    v_pages: &[f32],
+    pages: KvPages,
     seqs: &[AttentionSeq],
     out: &[f32],
     lse: &[f32],
@@ -39,7 +40,7 @@ pub fn attention_backward(
     let width = shape.heads * shape.head_dim;
     assert!(q.len().is_multiple_of(width), "attention_backward: q is [T, heads*head_dim]");
     let rows = q.len() / width;
-    shape.check(seqs, rows, k_pages, v_pages);
+    shape.check(seqs, rows, &pages);
     let out_len = rows * shape.heads * shape.value_dim;
     assert!(
         out.len() == out_len && dout.len() == out_len && dq.len() == q.len(),
@@ -52,7 +53,7 @@ pub fn attention_backward(
     );
     assert_eq!(lse.len(), rows * shape.heads, "attention_backward: lse is [T, heads]");
     let families = families(seqs);
-    let input = Input { shape: *shape, q, k_pages, v_pages, out, lse, dout };
+    let input = Input { shape: *shape, q, pages, out, lse, dout };
     let output = Output { dq: SharedMut::new(dq), dk: SharedMut::new(dk), dv: SharedMut::new(dv) };
     threads.for_each(families.len() * shape.kv_heads, &|task| {
         let mut scratch = SCRATCH.take();
@@ -75,8 +76,7 @@ fn families<'a, 'b>(seqs: &'b [AttentionSeq<'a>]) -> Vec<&'b [AttentionSeq<'a>]>
 struct Input<'a> {
     shape: AttentionShape,
     q: &'a [f32],
-    k_pages: &'a [f32],
-    v_pages: &'a [f32],
+    pages: KvPages<'a>,
     out: &'a [f32],
     lse: &'a [f32],
     dout: &'a [f32],
@@ -88,9 +88,12 @@ struct Output {
     dv: SharedMut<f32>,
 }
 
-/// One key block's keys by row, values by dimension, and gradients by dimension; and Σ dout·out of every query.
+/// One key block's keys by dimension and by row, values by dimension, and gradients by dimension; and Σ dout·out of every
+/// query.
 #[derive(Default)]
 struct Scratch {
+    /// `[head_dim][16]`, as the page has them
+    page: Vec<f32>,
     /// `[16][head_dim]`
     keys: Vec<f32>,
     /// `[value_dim][16]`
@@ -127,12 +130,12 @@ simd! {
         }
         let trunk = &family[0];
         for block in 0..trunk.rows.div_ceil(KV_BLOCK) {
-            load_block(input, trunk.pages[block], kv_head, scratch);
+            load_block::<S>(input, trunk.pages[block], kv_head, scratch);
             let mut delta = 0;
             for seq in family {
                 // A branch that starts within the block sees its own copy of it instead.
                 if seq.position == 0 || block < seq.position / KV_BLOCK {
-                    block_queries::<S>(input, seq, kv_head, block, trunk.pages[block], delta, output, scratch);
+                    block_queries::<S>(input, seq, kv_head, block, delta, output, scratch);
                 }
                 delta += seq.rows * group;
             }
@@ -144,8 +147,8 @@ simd! {
         for branch in &family[1..] {
             let end = branch.position + branch.rows;
             for block in branch.position / KV_BLOCK..end.div_ceil(KV_BLOCK) {
-                load_block(input, branch.pages[block], kv_head, scratch);
-                block_queries::<S>(input, branch, kv_head, block, branch.pages[block], delta, output, scratch);
+                load_block::<S>(input, branch.pages[block], kv_head, scratch);
+                block_queries::<S>(input, branch, kv_head, block, delta, output, scratch);
                 for position in block * KV_BLOCK..end.min((block + 1) * KV_BLOCK) {
                     let shared = position < branch.position;
                     let row =
@@ -158,33 +161,58 @@ simd! {
     }
 }
 
-/// Turns one page's keys and values and forgets the last one's gradients.
+/// Widens and turns one page's keys and values and forgets the last one's gradients.
 #[inline(always)]
-fn load_block(input: &Input, page: u32, kv_head: usize, scratch: &mut Scratch) {
-    let AttentionShape { head_dim, value_dim, .. } = input.shape;
-    turn(input.shape.key_page(input.k_pages, page, kv_head), head_dim, KV_BLOCK, &mut scratch.keys);
-    turn(input.shape.value_page(input.v_pages, page, kv_head), KV_BLOCK, value_dim, &mut scratch.values);
-    for (gradient, width) in [(&mut scratch.dk, head_dim), (&mut scratch.dv, value_dim)] {
+fn load_block<S: Lanes>(input: &Input, page: u32, kv_head: usize, scratch: &mut Scratch) {
+    match input.pages {
+        KvPages::F32 { k, v } => load_cells::<S, f32>(&input.shape, k, v, page, kv_head, scratch),
+        KvPages::Bf16 { k, v } => load_cells::<S, bf16>(&input.shape, k, v, page, kv_head, scratch),
+    }
+    for (gradient, width) in
+        [(&mut scratch.dk, input.shape.head_dim), (&mut scratch.dv, input.shape.value_dim)]
+    {
         gradient.clear();
         gradient.resize(width * KV_BLOCK, 0.0);
     }
 }
 
+#[inline(always)]
+fn load_cells<S: Lanes, C: Cell>(
+    shape: &AttentionShape,
+    k: &[C],
+    v: &[C],
+    page: u32,
+    kv_head: usize,
+    scratch: &mut Scratch,
+) {
+    let (keys, values) = (shape.key_page(k, page, kv_head), shape.value_page(v, page, kv_head));
+    // Values pass by `page` too: it is the keys' afterwards.
+    widen::<S, C>(values, &mut scratch.page);
+    turn(&scratch.page, KV_BLOCK, shape.value_dim, &mut scratch.values);
+    widen::<S, C>(keys, &mut scratch.page);
+    turn(&scratch.page, shape.head_dim, KV_BLOCK, &mut scratch.keys);
+}
+
+#[inline(always)]
+fn widen<S: Lanes, C: Cell>(x: &[C], out: &mut Vec<f32>) {
+    out.resize(x.len(), 0.0);
+    for (x, out) in x.chunks(LANES).zip(out.chunks_mut(LANES)) {
+        C::read::<S>(x).write(out);
+    }
+}
+
 /// All queries of `seq` that see `block`; `delta` is where the sequence's part of `scratch.delta` starts.
 #[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "a plain function, so that the instruction set is kept")]
 fn block_queries<S: Lanes>(
     input: &Input,
     seq: &AttentionSeq,
     kv_head: usize,
     block: usize,
-    page: u32,
     delta: usize,
     output: &Output,
     scratch: &mut Scratch,
 ) {
     let group = input.shape.group();
-    let keys = input.shape.key_page(input.k_pages, page, kv_head);
     let past = seq.position + seq.rows;
     let (first, last) = ((block * KV_BLOCK).max(seq.position), past.min((block + 1) * KV_BLOCK) - 1);
     // First visible keys never fall as positions rise, so the queries that see a block are one run.
@@ -197,10 +225,10 @@ fn block_queries<S: Lanes>(
     let (mut i, end) = ((first - seq.position) * group, (end - seq.position) * group);
     while i < end {
         i += match end - i {
-            8.. => queries::<S, 8>(input, seq, kv_head, block, i, delta, keys, output, scratch),
-            4.. => queries::<S, 4>(input, seq, kv_head, block, i, delta, keys, output, scratch),
-            2.. => queries::<S, 2>(input, seq, kv_head, block, i, delta, keys, output, scratch),
-            _ => queries::<S, 1>(input, seq, kv_head, block, i, delta, keys, output, scratch),
+            8.. => queries::<S, 8>(input, seq, kv_head, block, i, delta, output, scratch),
+            4.. => queries::<S, 4>(input, seq, kv_head, block, i, delta, output, scratch),
+            2.. => queries::<S, 2>(input, seq, kv_head, block, i, delta, output, scratch),
+            _ => queries::<S, 1>(input, seq, kv_head, block, i, delta, output, scratch),
         };
     }
 }
@@ -238,7 +266,6 @@ fn queries<S: Lanes, const N: usize>(
     block: usize,
     first: usize,
     delta: usize,
-    keys: &[f32],
     output: &Output,
     scratch: &mut Scratch,
 ) -> usize {
@@ -256,8 +283,8 @@ fn queries<S: Lanes, const N: usize>(
         q_rows[i] = &input.q[index[i] * head_dim..][..head_dim];
         douts[i] = &input.dout[index[i] * value_dim..][..value_dim];
     }
-    let [mut p] = scores::<S, N, 1>(&q_rows, &[keys], scale);
-    let [mut ds] = scores::<S, N, 1>(&douts, &[&scratch.values], 1.0);
+    let [mut p] = scores::<S, f32, N, 1>(&q_rows, &[&scratch.page], scale);
+    let [mut ds] = scores::<S, f32, N, 1>(&douts, &[&scratch.values], 1.0);
     let mut ds_lanes = [[0.0; LANES]; N];
     for i in 0..N {
         p[i] = hide(exp(p[i].sub(S::splat(input.lse[index[i]]))), lanes[i], 0.0);
@@ -268,11 +295,27 @@ fn queries<S: Lanes, const N: usize>(
     add_outer::<S, N>(&mut scratch.dk, &q_rows, &ds);
     add_outer::<S, N>(&mut scratch.dv, &douts, &p);
     if lanes == [(0, LANES); N] {
-        accumulate::<S, N>(&output.dq, &index, &[1.0; LANES], &ds_lanes, (0, LANES), &scratch.keys, head_dim);
+        accumulate::<S, f32, N>(
+            &output.dq,
+            &index,
+            &[1.0; LANES],
+            &ds_lanes,
+            (0, LANES),
+            &scratch.keys,
+            head_dim,
+        );
     } else {
         for i in 0..N {
             let (index, ds) = ([index[i]], [ds_lanes[i]]);
-            accumulate::<S, 1>(&output.dq, &index, &[1.0; LANES], &ds, lanes[i], &scratch.keys, head_dim);
+            accumulate::<S, f32, 1>(
+                &output.dq,
+                &index,
+                &[1.0; LANES],
+                &ds,
+                lanes[i],
+                &scratch.keys,
+                head_dim,
+            );
         }
     }
     N

@@ -1,10 +1,12 @@
 //! The forward pass: tasks of (sequence, key-value head, a run of rows), each query by the order in `mod.rs`.
 
-use super::{AttentionSeq, AttentionShape, KV_BLOCK};
+use super::pages::Cell;
+use super::{AttentionSeq, AttentionShape, KV_BLOCK, KvPages};
 use crate::Threads;
 use crate::math::{exp, ln};
 use crate::simd::{LANES, Lanes, simd};
 use crate::threads::SharedMut;
+use half::bf16;
 use std::ops::Range;
 
 /// Rows of one task.
@@ -13,6 +15,9 @@ const ROWS_PER_TASK: usize = 32;
 /// Parts that tasks are cut into for each thread, and the most tasks of a part.
 const PARTS_PER_THREAD: usize = 16;
 const MAX_RUN: usize = 8;
+
+/// Bytes of a line of memory.
+const LINE_BYTES: usize = 64;
 
 /// Multiply-adds below which other threads are not woken.
 const MIN_WORK: usize = 1 << 19;
@@ -23,13 +28,11 @@ const MIN_WORK: usize = 1 << 19;
 ///
 /// # Panics
 /// When a length does not fit the shapes, or a page id is past the pages.
-#[expect(clippy::too_many_arguments, reason = "the operands of one op")]
 pub fn attention(
     threads: &Threads,
     shape: &AttentionShape,
     q: &[f32],
-    k_pages: &[f32],
-    v_pages: &[f32],
+    pages: KvPages,
     seqs: &[AttentionSeq],
     out: &mut [f32],
     lse: Option<&mut [f32]>,
@@ -40,7 +43,7 @@ pub fn attention(
         q.len() == rows * width && out.len() == rows * shape.heads * shape.value_dim,
         "attention: q is [T, heads*head_dim], out is [T, heads*value_dim]"
     );
-    shape.check(seqs, rows, k_pages, v_pages);
+    shape.check(seqs, rows, &pages);
     assert!(lse.as_ref().is_none_or(|lse| lse.len() == rows * shape.heads), "attention: lse is [T, heads]");
     let mut tasks = Vec::with_capacity(seqs.len() * shape.kv_heads);
     let mut work = 0;
@@ -52,7 +55,7 @@ pub fn attention(
         }
     }
     let output = Output { out: SharedMut::new(out), lse: lse.map(SharedMut::new) };
-    let input = Input { shape: *shape, q, k_pages, v_pages };
+    let input = Input { shape: *shape, q, pages };
     let run = |range: Range<usize>| {
         for task in range.clone() {
             if let Some((s, kv_head, _)) = tasks[..range.end].get(task + 1) {
@@ -75,8 +78,14 @@ pub fn attention(
 struct Input<'a> {
     shape: AttentionShape,
     q: &'a [f32],
-    k_pages: &'a [f32],
-    v_pages: &'a [f32],
+    pages: KvPages<'a>,
+}
+
+/// The pages that a task reads, of one kind of number.
+#[derive(Clone, Copy)]
+struct Kept<'a, C> {
+    k: &'a [C],
+    v: &'a [C],
 }
 
 struct Output {
@@ -86,20 +95,36 @@ struct Output {
 
 simd! {
     fn run_task<S>(input: &Input, seq: &AttentionSeq, kv_head: usize, rows: Range<usize>, output: &Output) {
-        let group = input.shape.group();
-        let (mut i, end) = (rows.start * group, rows.end * group);
-        while i < end {
-            // As many as a decoded token has heads to a key-value head, if it can be: each key is then read once.
-            i += match end - i {
-                8.. => queries::<S, 8, 1>(input, seq, kv_head, i, output),
-                7 => queries::<S, 7, 1>(input, seq, kv_head, i, output),
-                5.. => queries::<S, 5, 2>(input, seq, kv_head, i, output),
-                4 => queries::<S, 4, 2>(input, seq, kv_head, i, output),
-                3 => queries::<S, 3, 3>(input, seq, kv_head, i, output),
-                2 => queries::<S, 2, 4>(input, seq, kv_head, i, output),
-                _ => queries::<S, 1, 6>(input, seq, kv_head, i, output),
-            };
+        match input.pages {
+            KvPages::F32 { k, v } => rows_of::<S, f32>(input, Kept { k, v }, seq, kv_head, rows, output),
+            KvPages::Bf16 { k, v } => rows_of::<S, bf16>(input, Kept { k, v }, seq, kv_head, rows, output),
         }
+    }
+}
+
+/// Computes `rows` of a sequence for the queries of a key-value head.
+#[inline(always)]
+fn rows_of<S: Lanes, C: Cell>(
+    input: &Input,
+    kept: Kept<C>,
+    seq: &AttentionSeq,
+    kv_head: usize,
+    rows: Range<usize>,
+    output: &Output,
+) {
+    let group = input.shape.group();
+    let (mut i, end) = (rows.start * group, rows.end * group);
+    while i < end {
+        // As many as a decoded token has heads to a key-value head, if it can be: each key is then read once.
+        i += match end - i {
+            8.. => queries::<S, C, 8, 1>(input, kept, seq, kv_head, i, output),
+            7 => queries::<S, C, 7, 1>(input, kept, seq, kv_head, i, output),
+            5.. => queries::<S, C, 5, 2>(input, kept, seq, kv_head, i, output),
+            4 => queries::<S, C, 4, 2>(input, kept, seq, kv_head, i, output),
+            3 => queries::<S, C, 3, 3>(input, kept, seq, kv_head, i, output),
+            2 => queries::<S, C, 2, 4>(input, kept, seq, kv_head, i, output),
+            _ => queries::<S, C, 1, 6>(input, kept, seq, kv_head, i, output),
+        };
     }
 }
 
@@ -108,18 +133,22 @@ simd! {
     fn ask_for_first_page<S>(input: &Input, seq: &AttentionSeq, kv_head: usize) {
         let first = input.shape.mask.first_visible(seq.position) / KV_BLOCK;
         if let Some(&page) = seq.pages.get(first) {
-            ask_for::<S>(input, page, kv_head);
+            match input.pages {
+                KvPages::F32 { k, v } => ask_for::<S, f32>(&input.shape, Kept { k, v }, page, kv_head),
+                KvPages::Bf16 { k, v } => ask_for::<S, bf16>(&input.shape, Kept { k, v }, page, kv_head),
+            }
         }
     }
 }
 
 /// Asks for a page's keys and values.
 #[inline(always)]
-fn ask_for<S: Lanes>(input: &Input, page: u32, kv_head: usize) {
-    let keys = input.shape.key_page(input.k_pages, page, kv_head);
-    (0..keys.len()).step_by(LANES).for_each(|at| S::prefetch(keys, at));
-    let values = input.shape.value_page(input.v_pages, page, kv_head);
-    (0..values.len()).step_by(LANES).for_each(|at| S::prefetch(values, at));
+fn ask_for<S: Lanes, C: Cell>(shape: &AttentionShape, kept: Kept<C>, page: u32, kv_head: usize) {
+    let line = LINE_BYTES / size_of::<C>();
+    let keys = shape.key_page(kept.k, page, kv_head);
+    (0..keys.len()).step_by(line).for_each(|at| S::prefetch(keys, at));
+    let values = shape.value_page(kept.v, page, kv_head);
+    (0..values.len()).step_by(line).for_each(|at| S::prefetch(values, at));
 }
 
 /// Computes queries `first..first + N` of a sequence (counted by row, then head of the group) together, so that each
@@ -127,8 +156,9 @@ fn ask_for<S: Lanes>(input: &Input, page: u32, kv_head: usize) {
 /// dependent operations, and a processor has room for about eight. Plain loops, not closures: those might be compiled apart, without
 /// the instruction set.
 #[inline(always)]
-fn queries<S: Lanes, const N: usize, const AHEAD: usize>(
+fn queries<S: Lanes, C: Cell, const N: usize, const AHEAD: usize>(
     input: &Input,
+    kept: Kept<C>,
     seq: &AttentionSeq,
     kv_head: usize,
     first: usize,
@@ -156,14 +186,14 @@ fn queries<S: Lanes, const N: usize, const AHEAD: usize>(
         let page = seq.pages[block];
         if block < last {
             // Each page starts a stream that the processor's own prefetcher does not foresee.
-            ask_for::<S>(input, seq.pages[block + 1], kv_head);
+            ask_for::<S, C>(&input.shape, kept, seq.pages[block + 1], kv_head);
         }
         if (block - first_block).is_multiple_of(AHEAD) {
-            let mut keys: [&[f32]; AHEAD] = [&[]; AHEAD];
+            let mut keys: [&[C]; AHEAD] = [&[]; AHEAD];
             for (j, keys) in keys.iter_mut().enumerate() {
-                *keys = input.shape.key_page(input.k_pages, seq.pages[last.min(block + j)], kv_head);
+                *keys = input.shape.key_page(kept.k, seq.pages[last.min(block + j)], kv_head);
             }
-            ahead = scores::<S, N, AHEAD>(&q_rows, &keys, scale);
+            ahead = scores::<S, C, N, AHEAD>(&q_rows, &keys, scale);
         }
         let scores = ahead[(block - first_block) % AHEAD];
         let mut lanes = [(0, 0); N];
@@ -185,16 +215,16 @@ fn queries<S: Lanes, const N: usize, const AHEAD: usize>(
         for i in 0..N {
             sum[i] = sum[i].mul_add(rescale[i], S::load(&p[i]).sum());
         }
-        let values = input.shape.value_page(input.v_pages, page, kv_head);
+        let values = input.shape.value_page(kept.v, page, kv_head);
         if lanes == [(0, LANES); N] {
-            accumulate::<S, N>(&output.out, &index, &rescale, &p, (0, LANES), values, value_dim);
+            accumulate::<S, C, N>(&output.out, &index, &rescale, &p, (0, LANES), values, value_dim);
         } else if lanes == [lanes[0]; N] && lanes[0].0 < lanes[0].1 {
-            accumulate::<S, N>(&output.out, &index, &rescale, &p, lanes[0], values, value_dim);
+            accumulate::<S, C, N>(&output.out, &index, &rescale, &p, lanes[0], values, value_dim);
         } else {
             for i in 0..N {
                 if lanes[i].0 < lanes[i].1 {
                     let (index, rescale, p) = ([index[i]], [rescale[i]; LANES], [p[i]]);
-                    accumulate::<S, 1>(&output.out, &index, &rescale, &p, lanes[i], values, value_dim);
+                    accumulate::<S, C, 1>(&output.out, &index, &rescale, &p, lanes[i], values, value_dim);
                 }
             }
         }
@@ -216,9 +246,9 @@ fn queries<S: Lanes, const N: usize, const AHEAD: usize>(
 
 /// Scores of `N` queries against the sixteen keys of each page `[head_dim][16]`.
 #[inline(always)]
-pub(super) fn scores<S: Lanes, const N: usize, const PAGES: usize>(
+pub(super) fn scores<S: Lanes, C: Cell, const N: usize, const PAGES: usize>(
     q_rows: &[&[f32]; N],
-    pages: &[&[f32]; PAGES],
+    pages: &[&[C]; PAGES],
     scale: f32,
 ) -> [[S; N]; PAGES] {
     let dims = pages[0].len() / KV_BLOCK;
@@ -228,7 +258,7 @@ pub(super) fn scores<S: Lanes, const N: usize, const PAGES: usize>(
     for d in 0..dims {
         for (keys, sums) in pages.iter().zip(&mut sums) {
             // SAFETY: `d < dims`, and pages and rows have that many keys and values, by the assertions.
-            let key = S::read(unsafe { keys.get_unchecked(d * KV_BLOCK..(d + 1) * KV_BLOCK) }, 0.0);
+            let key: S = C::read(unsafe { keys.get_unchecked(d * KV_BLOCK..(d + 1) * KV_BLOCK) });
             for i in 0..N {
                 // SAFETY: as above.
                 sums[i] = S::splat(unsafe { *q_rows[i].get_unchecked(d) }).fma(key, sums[i]);
@@ -257,13 +287,13 @@ pub(super) fn hide<S: Lanes>(value: S, visible: (usize, usize), fill: f32) -> S 
 /// among the sixteen `rows`, ascending.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "`key` names a row and a weight of each query alike")]
-pub(super) fn accumulate<S: Lanes, const N: usize>(
+pub(super) fn accumulate<S: Lanes, C: Cell, const N: usize>(
     out: &SharedMut<f32>,
     index: &[usize; N],
     rescale: &[f32; LANES],
     weights: &[[f32; LANES]; N],
     visible: (usize, usize),
-    rows: &[f32],
+    rows: &[C],
     head_dim: usize,
 ) {
     assert!(rows.len() == KV_BLOCK * head_dim && visible.1 <= KV_BLOCK);
@@ -277,8 +307,8 @@ pub(super) fn accumulate<S: Lanes, const N: usize>(
         }
         for key in visible.0..visible.1 {
             // SAFETY: `key < 16` and `at + width <= head_dim`, so this is inside `rows` by the assertion.
-            let row =
-                S::read(unsafe { rows.get_unchecked(key * head_dim + at..key * head_dim + at + width) }, 0.0);
+            let row: S =
+                C::read(unsafe { rows.get_unchecked(key * head_dim + at..key * head_dim + at + width) });
             for i in 0..N {
                 sums[i] = S::splat(weights[i][key]).fma(row, sums[i]);
             }

@@ -4,6 +4,7 @@
 //!   position p of a sequence lives in page  pages[p / 16], lane p % 16
 //!   K page [kv_heads][head_dim][16]   one register holds one dimension of sixteen keys: scores need no reduction
 //!   V page [kv_heads][16][value_dim]  one row a key
+//!   of f32, or of bf16 where products are in bf16 ([`KvPages`]); read as f32, and all arithmetic is in f32
 //! ```
 //!
 //! Prefill, decode and training forward are this one call. **Order of operations**, per query (a row and a head):
@@ -15,16 +16,18 @@
 
 mod backward;
 mod forward;
+mod pages;
 mod sinks;
 #[cfg(test)]
 mod tests;
+mod write;
 
 pub use backward::attention_backward;
 pub use forward::attention;
+pub use pages::{KvPages, KvPagesMut, kv_words};
 pub use sinks::{add_sinks, sinks_backward};
+pub use write::kv_write;
 
-use crate::Threads;
-use crate::threads::SharedMut;
 use std::ops::Range;
 
 /// Positions per page.
@@ -112,12 +115,13 @@ impl AttentionShape {
         self.heads / self.kv_heads
     }
 
-    fn check(&self, seqs: &[AttentionSeq], rows: usize, k_pages: &[f32], v_pages: &[f32]) {
+    fn check(&self, seqs: &[AttentionSeq], rows: usize, pages: &KvPages) {
         let AttentionShape { heads, kv_heads, head_dim, value_dim, .. } = *self;
         let sizes = head_dim > 0 && value_dim > 0;
         assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads) && sizes, "attention: {self:?}");
-        let page_count = k_pages.len() / self.k_page_len();
-        assert_eq!(page_count, v_pages.len() / self.v_page_len(), "attention: as many K pages as V pages");
+        let (k_len, v_len) = pages.lens();
+        let page_count = k_len / self.k_page_len();
+        assert_eq!(page_count, v_len / self.v_page_len(), "attention: as many K pages as V pages");
         for seq in seqs {
             assert!(seq.first_row + seq.rows <= rows, "attention: a sequence ends past row {rows}");
             let whole = self.mask != AttentionMask::Bidirectional || seq.position == 0;
@@ -128,20 +132,6 @@ impl AttentionShape {
             let pages_exist = seq.pages[visible].iter().all(|&page| (page as usize) < page_count);
             assert!(pages_exist, "attention: a page id past the {page_count} pages");
         }
-    }
-
-    /// Keys of page `page` of one key-value head.
-    #[inline(always)]
-    fn key_page<'a>(&self, pages: &'a [f32], page: u32, kv_head: usize) -> &'a [f32] {
-        let len = self.head_dim * KV_BLOCK;
-        &pages[page as usize * self.k_page_len() + kv_head * len..][..len]
-    }
-
-    /// Values of page `page` of one key-value head.
-    #[inline(always)]
-    fn value_page<'a>(&self, pages: &'a [f32], page: u32, kv_head: usize) -> &'a [f32] {
-        let len = self.value_dim * KV_BLOCK;
-        &pages[page as usize * self.v_page_len() + kv_head * len..][..len]
     }
 }
 
@@ -156,52 +146,4 @@ pub struct AttentionSeq<'a> {
     pub position: usize,
     /// Page i holds positions 16·i .. 16·i+16. Pages that the mask hides from every row may be any number.
     pub pages: &'a [u32],
-}
-
-/// Writes the keys `k [T, kv_heads·head_dim]` and values `v [T, kv_heads·value_dim]` of all rows to their pages. Must
-/// precede [`attention`] over the same rows.
-///
-/// # Panics
-/// When a length does not fit the shapes, or a page id is past the pages.
-pub fn kv_write(
-    threads: &Threads,
-    shape: &AttentionShape,
-    k: &[f32],
-    v: &[f32],
-    seqs: &[AttentionSeq],
-    k_pages: &mut [f32],
-    v_pages: &mut [f32],
-) {
-    let (k_width, v_width) = (shape.kv_heads * shape.head_dim, shape.kv_heads * shape.value_dim);
-    let rows = k.len() / k_width;
-    assert!(
-        k.len() == rows * k_width && v.len() == rows * v_width,
-        "kv_write: k is [T, kv_heads*head_dim], v is [T, kv_heads*value_dim]"
-    );
-    shape.check(seqs, rows, k_pages, v_pages);
-    let (k_pages, v_pages) = (SharedMut::new(k_pages), SharedMut::new(v_pages));
-    // Threads take heads: those of a page lie apart.
-    let write = |heads: Range<usize>| {
-        for seq in seqs {
-            for row in 0..seq.rows {
-                let (page, lane) = ((seq.position + row) / KV_BLOCK, (seq.position + row) % KV_BLOCK);
-                let (page, source) = (seq.pages[page] as usize, seq.first_row + row);
-                for head in heads.clone() {
-                    let at = source * k_width + head * shape.head_dim;
-                    let len = shape.head_dim * KV_BLOCK;
-                    // SAFETY: a head belongs to one thread; the pages are borrowed until all are done.
-                    let slots = unsafe { k_pages.slice(page * shape.k_page_len() + head * len, len) };
-                    for (slot, &value) in slots.chunks_exact_mut(KV_BLOCK).zip(&k[at..at + shape.head_dim]) {
-                        slot[lane] = value;
-                    }
-                    let at = source * v_width + head * shape.value_dim;
-                    let to = page * shape.v_page_len() + (head * KV_BLOCK + lane) * shape.value_dim;
-                    // SAFETY: as above.
-                    let slot = unsafe { v_pages.slice(to, shape.value_dim) };
-                    slot.copy_from_slice(&v[at..at + shape.value_dim]);
-                }
-            }
-        }
-    };
-    threads.for_each_chunk(shape.kv_heads, (1 << 12) * shape.kv_heads / (rows * k_width).max(1) + 1, &write);
 }

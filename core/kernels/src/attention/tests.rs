@@ -1,8 +1,9 @@
 //! Against a plain f64 attention, its finite differences, and itself cut in other ways (bit for bit).
 
 use super::*;
-use crate::Threads;
+use crate::convert::round_to_bf16;
 use crate::testing::*;
+use crate::{Precision, Threads};
 
 const MASKS: [AttentionMask; 6] = [
     AttentionMask::Bidirectional,
@@ -70,6 +71,14 @@ fn dirty_pages(shape: &AttentionShape, count: usize) -> (Vec<f32>, Vec<f32>) {
     (vec![f32::NAN; count * shape.k_page_len()], vec![f32::NAN; count * shape.v_page_len()])
 }
 
+fn pages<'a>(k: &'a [f32], v: &'a [f32]) -> KvPages<'a> {
+    KvPages::of(Precision::F32, k, v)
+}
+
+fn pages_mut<'a>(k: &'a mut [f32], v: &'a mut [f32]) -> KvPagesMut<'a> {
+    KvPagesMut::of(Precision::F32, k, v)
+}
+
 /// Random q, k, v of so many rows.
 fn rows_of(random: &mut Random, shape: &AttentionShape, rows: usize) -> [Vec<f32>; 3] {
     let kv = rows * shape.kv_heads;
@@ -96,11 +105,26 @@ fn prefill_matches_plain_attention() {
                 let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[3, 0, 2, 1] }];
                 let got = assert_all_agree("attention", || {
                     let (mut k_pages, mut v_pages) = dirty_pages(&shape, 4);
-                    kv_write(&Threads::new(2), &shape, &k, &v, &seqs, &mut k_pages, &mut v_pages);
+                    kv_write(
+                        &Threads::new(2),
+                        &shape,
+                        &k,
+                        &v,
+                        &seqs,
+                        &mut pages_mut(&mut k_pages, &mut v_pages),
+                    );
                     let (mut out, mut lse) =
                         (vec![f32::NAN; rows * heads * value_dim], vec![f32::NAN; rows * heads]);
                     let threads = Threads::single();
-                    attention(&threads, &shape, &q, &k_pages, &v_pages, &seqs, &mut out, Some(&mut lse));
+                    attention(
+                        &threads,
+                        &shape,
+                        &q,
+                        pages(&k_pages, &v_pages),
+                        &seqs,
+                        &mut out,
+                        Some(&mut lse),
+                    );
                     [out, lse].concat()
                 });
                 let (out, lse) = plain(&shape, &wide(&q), &wide(&k), &wide(&v));
@@ -123,18 +147,25 @@ fn decode_and_chunked_prefill_give_the_bits_of_prefill() {
         let shape = shape(6, 2, 24, mask);
         let [q, k, v] = rows_of(&mut random, &shape, rows);
         let (q_width, kv_width) = (6 * 24, 2 * 24);
-        let pages = [4, 1, 3, 0, 2];
+        let ids = [4, 1, 3, 0, 2];
         let run = |cuts: &[usize], threads: &Threads| {
             let (mut k_pages, mut v_pages) = dirty_pages(&shape, 5);
             let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; rows * 6]);
             for cut in cuts.windows(2) {
                 let (from, to) = (cut[0], cut[1]);
-                let seqs = [AttentionSeq { first_row: 0, rows: to - from, position: from, pages: &pages }];
+                let seqs = [AttentionSeq { first_row: 0, rows: to - from, position: from, pages: &ids }];
                 let kv = from * kv_width..to * kv_width;
-                kv_write(&Threads::new(2), &shape, &k[kv.clone()], &v[kv], &seqs, &mut k_pages, &mut v_pages);
+                kv_write(
+                    &Threads::new(2),
+                    &shape,
+                    &k[kv.clone()],
+                    &v[kv],
+                    &seqs,
+                    &mut pages_mut(&mut k_pages, &mut v_pages),
+                );
                 let (part, lse) = (from * q_width..to * q_width, &mut lse[from * 6..to * 6]);
                 let out = &mut out[part.clone()];
-                attention(threads, &shape, &q[part], &k_pages, &v_pages, &seqs, out, Some(lse));
+                attention(threads, &shape, &q[part], pages(&k_pages, &v_pages), &seqs, out, Some(lse));
             }
             [out, lse].concat()
         };
@@ -142,6 +173,48 @@ fn decode_and_chunked_prefill_give_the_bits_of_prefill() {
         let one_by_one: Vec<usize> = (0..=rows).collect();
         assert_same_bits(&run(&one_by_one, &Threads::single()), &whole, &format!("{mask:?} decode"));
         assert_same_bits(&run(&[0, 5, 37, 38, 64, rows], &Threads::new(2)), &whole, &format!("{mask:?} cut"));
+    }
+}
+
+#[test]
+fn pages_of_bf16_are_pages_of_rounded_numbers() {
+    let mut random = Random(6);
+    for (heads, kv_heads, head_dim, value_dim) in
+        [(9, 3, 64, 64), (4, 2, 24, 16), (2, 1, 5, 35), (16, 2, 16, 16)]
+    {
+        let mask = AttentionMask::Sliding(33);
+        let shape = AttentionShape { value_dim, ..shape(heads, kv_heads, head_dim, mask) };
+        let rows = 50;
+        let [q, mut k, mut v] = rows_of(&mut random, &shape, rows);
+        let dout = random.vec(rows * heads * value_dim);
+        let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[3, 0, 2, 1] }];
+        let run = |precision: Precision, k: &[f32], v: &[f32]| {
+            assert_all_agree("pages of bf16", || {
+                let words = |values| vec![f32::from_bits(u32::MAX); kv_words(precision, 4 * values)];
+                let (mut k_words, mut v_words) = (words(shape.k_page_len()), words(shape.v_page_len()));
+                let threads = Threads::new(2);
+                kv_write(
+                    &threads,
+                    &shape,
+                    k,
+                    v,
+                    &seqs,
+                    &mut KvPagesMut::of(precision, &mut k_words, &mut v_words),
+                );
+                let pages = KvPages::of(precision, &k_words, &v_words);
+                let (mut out, mut lse) = (vec![0.0; dout.len()], vec![0.0; rows * heads]);
+                attention(&threads, &shape, &q, pages, &seqs, &mut out, Some(&mut lse));
+                let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+                attention_backward(
+                    &threads, &shape, &q, pages, &seqs, &out, &lse, &dout, &mut dq, &mut dk, &mut dv,
+                );
+                [out, lse, dq, dk, dv].concat()
+            })
+        };
+        let got = run(Precision::Bf16, &k, &v);
+        round_to_bf16(&mut k);
+        round_to_bf16(&mut v);
+        assert_same_bits(&got, &run(Precision::F32, &k, &v), &format!("{shape:?}"));
     }
 }
 
@@ -160,14 +233,24 @@ fn a_sequence_knows_nothing_of_the_others_nor_of_threads() {
         first_row += rows;
     }
     let (mut k_pages, mut v_pages) = dirty_pages(&shape, 32);
-    kv_write(&Threads::new(2), &shape, &k, &v, &seqs, &mut k_pages, &mut v_pages);
+    kv_write(&Threads::new(2), &shape, &k, &v, &seqs, &mut pages_mut(&mut k_pages, &mut v_pages));
     let dout = random.vec(q.len());
     let run = |threads: &Threads, seqs: &[AttentionSeq]| {
         let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; total * 4]);
-        attention(threads, &shape, &q, &k_pages, &v_pages, seqs, &mut out, Some(&mut lse));
+        attention(threads, &shape, &q, pages(&k_pages, &v_pages), seqs, &mut out, Some(&mut lse));
         let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
         attention_backward(
-            threads, &shape, &q, &k_pages, &v_pages, seqs, &out, &lse, &dout, &mut dq, &mut dk, &mut dv,
+            threads,
+            &shape,
+            &q,
+            pages(&k_pages, &v_pages),
+            seqs,
+            &out,
+            &lse,
+            &dout,
+            &mut dq,
+            &mut dk,
+            &mut dv,
         );
         [out, lse, dq, dk, dv].concat()
     };
@@ -195,14 +278,23 @@ fn backward_is_the_derivative() {
             let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[1, 2, 0] }];
             let got = assert_all_agree("attention_backward", || {
                 let (mut k_pages, mut v_pages) = dirty_pages(&shape, 3);
-                kv_write(&Threads::new(2), &shape, &k, &v, &seqs, &mut k_pages, &mut v_pages);
+                kv_write(&Threads::new(2), &shape, &k, &v, &seqs, &mut pages_mut(&mut k_pages, &mut v_pages));
                 let (mut out, mut lse) = (vec![0.0; dout.len()], vec![0.0; rows * heads]);
                 let threads = Threads::single();
-                attention(&threads, &shape, &q, &k_pages, &v_pages, &seqs, &mut out, Some(&mut lse));
+                attention(&threads, &shape, &q, pages(&k_pages, &v_pages), &seqs, &mut out, Some(&mut lse));
                 let nan = |len| vec![f32::NAN; len];
                 let (mut dq, mut dk, mut dv) = (nan(q.len()), nan(k.len()), nan(v.len()));
                 attention_backward(
-                    &threads, &shape, &q, &k_pages, &v_pages, &seqs, &out, &lse, &dout, &mut dq, &mut dk,
+                    &threads,
+                    &shape,
+                    &q,
+                    pages(&k_pages, &v_pages),
+                    &seqs,
+                    &out,
+                    &lse,
+                    &dout,
+                    &mut dq,
+                    &mut dk,
                     &mut dv,
                 );
                 [dq, dk, dv].concat()
@@ -224,10 +316,10 @@ fn branches_of_a_trunk_give_the_gradients_of_whole_sequences() {
         let total = trunk + branches.iter().map(|b| b.1).sum::<usize>();
         let [q, k, v] = rows_of(&mut random, &shape, total);
         let dout = random.vec(q.len());
-        let pages: [&[u32]; 4] = [&[0, 1, 2], &[0, 3, 4], &[0, 5, 6, 7], &[0, 1, 8, 9]];
-        let mut seqs = vec![AttentionSeq { first_row: 0, rows: trunk, position: 0, pages: pages[0] }];
+        let ids: [&[u32]; 4] = [&[0, 1, 2], &[0, 3, 4], &[0, 5, 6, 7], &[0, 1, 8, 9]];
+        let mut seqs = vec![AttentionSeq { first_row: 0, rows: trunk, position: 0, pages: ids[0] }];
         let mut first_row = trunk;
-        for ((position, rows), pages) in branches.into_iter().zip(&pages[1..]) {
+        for ((position, rows), pages) in branches.into_iter().zip(&ids[1..]) {
             seqs.push(AttentionSeq { first_row, rows, position, pages });
             first_row += rows;
         }
@@ -244,14 +336,24 @@ fn branches_of_a_trunk_give_the_gradients_of_whole_sequences() {
                    seqs: &[AttentionSeq],
                    writes: &[AttentionSeq]| {
             let (mut k_pages, mut v_pages) = dirty_pages(&shape, 10);
-            kv_write(&Threads::new(2), &shape, k, v, writes, &mut k_pages, &mut v_pages);
+            kv_write(&Threads::new(2), &shape, k, v, writes, &mut pages_mut(&mut k_pages, &mut v_pages));
             let threads = Threads::new(2);
             let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; q.len() / 24]);
-            attention(&threads, &shape, q, &k_pages, &v_pages, seqs, &mut out, Some(&mut lse));
+            attention(&threads, &shape, q, pages(&k_pages, &v_pages), seqs, &mut out, Some(&mut lse));
             let (mut dq, mut dk, mut dv) =
                 (vec![f32::NAN; q.len()], vec![f32::NAN; k.len()], vec![f32::NAN; v.len()]);
             attention_backward(
-                &threads, &shape, q, &k_pages, &v_pages, seqs, &out, &lse, dout, &mut dq, &mut dk, &mut dv,
+                &threads,
+                &shape,
+                q,
+                pages(&k_pages, &v_pages),
+                seqs,
+                &out,
+                &lse,
+                dout,
+                &mut dq,
+                &mut dk,
+                &mut dv,
             );
             [out, dq, dk, dv]
         };
@@ -327,15 +429,24 @@ fn sinks_take_their_share_forward_and_backward() {
             let before = 0.25;
             let got = assert_all_agree("sinks", || {
                 let (mut k_pages, mut v_pages) = dirty_pages(&shape, 3);
-                kv_write(&Threads::new(2), &shape, &k, &v, &seqs, &mut k_pages, &mut v_pages);
+                kv_write(&Threads::new(2), &shape, &k, &v, &seqs, &mut pages_mut(&mut k_pages, &mut v_pages));
                 let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; rows * heads]);
                 let threads = Threads::single();
-                attention(&threads, &shape, &q, &k_pages, &v_pages, &seqs, &mut out, Some(&mut lse));
+                attention(&threads, &shape, &q, pages(&k_pages, &v_pages), &seqs, &mut out, Some(&mut lse));
                 add_sinks(&sinks, &mut out, &mut lse);
                 let nan = |len| vec![f32::NAN; len];
                 let (mut dq, mut dk, mut dv) = (nan(q.len()), nan(k.len()), nan(v.len()));
                 attention_backward(
-                    &threads, &shape, &q, &k_pages, &v_pages, &seqs, &out, &lse, &dout, &mut dq, &mut dk,
+                    &threads,
+                    &shape,
+                    &q,
+                    pages(&k_pages, &v_pages),
+                    &seqs,
+                    &out,
+                    &lse,
+                    &dout,
+                    &mut dq,
+                    &mut dk,
                     &mut dv,
                 );
                 let mut d_sinks = vec![before; heads];

@@ -26,7 +26,12 @@ const AHEAD: usize = 4096;
 
 /// Whether [`block`] may multiply `x`, some rows, by `w`.
 pub(super) fn takes(x: &[f32], rows: usize, w: &PackedMatrix) -> bool {
-    rows <= MOST_ROWS && w.quantisation().is_some() && w.has_plain_scales() && plain(x)
+    may_take(rows, w) && plain(x)
+}
+
+/// Whether it may, for all that the weight says.
+pub(super) fn may_take(rows: usize, w: &PackedMatrix) -> bool {
+    rows <= MOST_ROWS && w.quantisation().is_some() && w.has_plain_scales()
 }
 
 simd! {

@@ -33,11 +33,12 @@ pub use pack::{PackedMatrix, Precision};
 pub use quant::{CodeBits, Quantisation, Weight};
 
 use crate::Threads;
+use crate::activation::Activation;
 use crate::isa;
 use crate::simd::LANES;
 use std::cell::RefCell;
 use std::ops::Range;
-use tile::{Output, Store};
+use tile::{Gate, Output, Store};
 
 /// Computes `out = x·Wᵀ` for `x [m,k]`, `out [m,n]`.
 ///
@@ -134,8 +135,43 @@ pub fn grouped_matmul_add(threads: &Threads, x: &[f32], groups: &[Group], out: &
     grouped_product(threads, x, groups, out, Store::Add);
 }
 
-fn grouped_product(threads: &Threads, x: &[f32], groups: &[Group], out: &mut [f32], store: Store) {
-    let Some(Group { w: first, .. }) = groups.first() else { return };
+/// Computes `out[rows] = act(gate) · up` with `[gate | up] = x[rows]·Wᵀ` for each group, `x [m,k]`, W `[2F,k]`, `out [m,F]`: the
+/// bits of [`grouped_matmul`] and [`crate::activation::gated`], without the product in memory. Returns `false`, and leaves
+/// `out` as it is, where it cannot: without matrix tiles, for an F that is no multiple of 16, for an activation that takes
+/// its operands alternating, and for the few rows that meet codes without tiles.
+///
+/// # Panics
+/// As [`grouped_matmul`].
+pub fn grouped_matmul_gated(
+    threads: &Threads,
+    activation: Activation,
+    x: &[f32],
+    groups: &[Group],
+    out: &mut [f32],
+) -> bool {
+    let gate = match activation {
+        Activation::Silu => Gate::Silu,
+        Activation::GeluTanh => Gate::GeluTanh,
+        Activation::ClampedSwiglu { .. } => return false,
+    };
+    let Some(Group { w: first, .. }) = groups.first() else { return true };
+    if (first.precision(), isa::current()) != (Precision::Bf16, isa::Isa::Amx)
+        || !first.rows().is_multiple_of(2 * LANES)
+        || groups.iter().any(|group| few::may_take(group.rows.len(), group.w))
+    {
+        return false;
+    }
+    let width = first.rows() / 2;
+    let m = check_groups(x, groups);
+    assert!(out.len() >= m * width, "grouped_matmul_gated: out is [m,F]");
+    #[cfg(target_arch = "x86_64")]
+    amx::product(threads, x, first.inner(), groups, &Output::new(out, width, Store::Set).gated(gate));
+    true
+}
+
+/// The number of rows, of groups that fit.
+fn check_groups(x: &[f32], groups: &[Group]) -> usize {
+    let Some(Group { w: first, .. }) = groups.first() else { return 0 };
     let (n, k) = (first.rows(), first.inner());
     let alike = |w: &PackedMatrix| (w.rows(), w.inner(), w.precision()) == (n, k, first.precision());
     assert!(groups.iter().all(|group| alike(group.w)), "grouped_matmul: weights of one shape");
@@ -143,7 +179,14 @@ fn grouped_product(threads: &Threads, x: &[f32], groups: &[Group], out: &mut [f3
     let mut ends = ends.map(|(end, group)| end <= group.rows.start && group.rows.start <= group.rows.end);
     assert!(ends.all(|ascends| ascends), "grouped_matmul: groups ascend");
     let m = groups.last().map_or(0, |group| group.rows.end);
-    assert!(x.len() >= m * k && out.len() >= m * n, "grouped_matmul: x is [m,k], out is [m,n]");
+    assert!(x.len() >= m * k, "grouped_matmul: x is [m,k]");
+    m
+}
+
+fn grouped_product(threads: &Threads, x: &[f32], groups: &[Group], out: &mut [f32], store: Store) {
+    let Some(Group { w: first, .. }) = groups.first() else { return };
+    let (n, k) = (first.rows(), first.inner());
+    assert!(out.len() >= check_groups(x, groups) * n, "grouped_matmul: out is [m,n]");
     match (first.precision(), isa::current()) {
         #[cfg(target_arch = "x86_64")]
         (Precision::Bf16, isa::Isa::Amx) => {

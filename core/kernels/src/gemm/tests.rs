@@ -481,6 +481,60 @@ fn groups_give_what_each_product_gives() {
 }
 
 #[test]
+fn gated_products_give_the_bits_of_the_two_steps() {
+    let mut random = Random(79);
+    // Panels of gates: odd and even; k: of one block and of several.
+    for (width, k, ends) in
+        [(48, 45, [3usize, 3, 21, 60]), (32, 700, [17, 50, 51, 100]), (16, 2000, [1, 2, 4, 40])]
+    {
+        let m = ends[3];
+        let x = random.vec(m * k);
+        let quantised = Quantisation::new(CodeBits::Eight, 32);
+        for quantisation in [None, Some(quantised)] {
+            let packed: Vec<_> = ends
+                .iter()
+                .map(|_| {
+                    let w = random.vec(2 * width * k);
+                    let mut packed = match quantisation {
+                        Some(quantisation) => {
+                            PackedMatrix::quantised(quantisation, Precision::Bf16, 2 * width, k)
+                        }
+                        None => PackedMatrix::zeros(Precision::Bf16, 2 * width, k),
+                    };
+                    packed.repack_from_f32(&Threads::single(), &w);
+                    packed
+                })
+                .collect();
+            let starts = [0, ends[0], ends[1], ends[2]];
+            let groups: Vec<_> =
+                packed.iter().enumerate().map(|(i, w)| Group { rows: starts[i]..ends[i], w }).collect();
+            for activation in [Activation::Silu, Activation::GeluTanh] {
+                let threads = Threads::new(2);
+                let mut apart = vec![f32::NAN; m * 2 * width];
+                grouped_matmul(&threads, &x, &groups, &mut apart);
+                let mut want = vec![f32::NAN; m * width];
+                crate::activation::gated(&threads, activation, &apart, width, &mut want);
+                for (isa, (done, got)) in under_each(|| {
+                    let mut got = vec![7.0; m * width];
+                    let done = grouped_matmul_gated(&threads, activation, &x, &groups, &mut got);
+                    (done, got)
+                }) {
+                    let tiles = isa == crate::isa::Isa::Amx;
+                    let few = quantisation.is_some()
+                        && ends.iter().zip(starts).any(|(end, start)| end - start <= 4);
+                    assert_eq!(done, tiles && !few, "{} {width} {k}", isa.name());
+                    let want = if done { &want } else { &vec![7.0; m * width] };
+                    assert_same_bits(&got, want, &format!("{activation:?} {width} {k}"));
+                }
+            }
+            let alternating = Activation::ClampedSwiglu { alpha: 1.0, limit: 1.0 };
+            let mut out = vec![0.0; m * width];
+            assert!(!grouped_matmul_gated(&Threads::single(), alternating, &x, &groups, &mut out));
+        }
+    }
+}
+
+#[test]
 fn outputs_past_the_caches_hold_the_same_bits() {
     let mut random = Random(78);
     let (m, n, k) = (70, 16 * 1024, 33);

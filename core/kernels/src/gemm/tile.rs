@@ -12,12 +12,23 @@ pub(super) enum Store {
     Add,
 }
 
+/// What becomes of the two halves of a product's columns on their way out: `act(first) · second`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Gate {
+    /// By [`crate::activation::Activation::Silu`].
+    Silu,
+    /// By [`crate::activation::Activation::GeluTanh`].
+    GeluTanh,
+}
+
 /// The output matrix `[m,n]`, of which each thread writes parts of its own.
 #[derive(Clone, Copy)]
 pub(super) struct Output {
     pub(super) base: SharedMut<f32>,
     pub(super) n: usize,
     pub(super) store: Store,
+    /// Whether the columns of the product, twice those of the matrix, are gates and what goes through them.
+    pub(super) gate: Option<Gate>,
     /// Panel of the matrix that a kernel's panel 0 is.
     pub(super) first_panel: usize,
     /// Row of the matrix that a kernel's row 0 is.
@@ -35,7 +46,13 @@ impl Output {
         let on_lines =
             n.is_multiple_of(LANES) && out.as_ptr().addr().is_multiple_of(size_of::<[f32; LANES]>());
         let streams = store == Store::Set && on_lines && size_of_val(out) >= STREAM_BYTES;
-        Self { base: SharedMut::new(out), n, store, first_panel: 0, first_row: 0, streams }
+        Self { base: SharedMut::new(out), n, store, gate: None, first_panel: 0, first_row: 0, streams }
+    }
+
+    /// The same matrix for a product that is gated.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn gated(self, gate: Gate) -> Self {
+        Self { gate: Some(gate), ..self }
     }
 
     /// The same matrix for a kernel whose panel 0 is `first_panel`.

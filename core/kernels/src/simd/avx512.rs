@@ -147,7 +147,7 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn prefetch(x: &[f32], at: usize) {
+    fn prefetch<T>(x: &[T], at: usize) {
         // A hint, which no address makes fault.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(x.as_ptr().wrapping_add(at).cast()) }
     }

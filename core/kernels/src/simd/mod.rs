@@ -79,7 +79,7 @@ pub(crate) trait Lanes: Copy {
 
     /// Asks for the cache line that holds `x[at]`, if there is one; changes no result.
     #[inline(always)]
-    fn prefetch(_x: &[f32], _at: usize) {}
+    fn prefetch<T>(_x: &[T], _at: usize) {}
 
     /// `out[i][j] = a[j][i]`
     #[inline(always)]

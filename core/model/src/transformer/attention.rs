@@ -1,8 +1,11 @@
 //! The attention block: norm, q/k/v, rotation, cached attention, output projection, residual.
 
+use freewheel_kernels::Precision;
 use freewheel_kernels::attention::{
-    AttentionSeq, AttentionShape, add_sinks, attention, attention_backward, kv_write, sinks_backward,
+    AttentionSeq, AttentionShape, KvPages, KvPagesMut, add_sinks, attention, attention_backward, kv_write,
+    sinks_backward,
 };
+use freewheel_kernels::convert::round_to_bf16;
 use freewheel_kernels::gemm::{matmul, matmul_add};
 use freewheel_kernels::norm::{NormScale, rms_norm, rms_norm_backward};
 use freewheel_kernels::optim::axpy;
@@ -91,23 +94,28 @@ impl AttentionLayer<'_> {
         cx: &Context,
         x_td: &mut [f32],
         rows: &Rows,
-        k_pages: &mut [f32],
-        v_pages: &mut [f32],
+        mut pages: KvPagesMut,
         save: bool,
     ) -> Option<Saved> {
         let t = rows.positions.len();
         let saved_x = save.then(|| cx.pool.copy(x_td));
         let normed_td = self.normed(cx, x_td);
-        let (mut q, mut k, v, latent) = self.project(cx, &normed_td, t);
+        let (mut q, mut k, mut v, latent) = self.project(cx, &normed_td, t);
         drop(normed_td);
         let latent = latent.filter(|_| save);
         let before_norm = self.position(cx, &mut q, &mut k, rows, save);
+        if cx.precision == Precision::Bf16 && matches!(pages, KvPagesMut::F32 { .. }) {
+            // What pages of bf16 would hold.
+            for x in [&mut k, &mut v] {
+                cx.threads.for_each_row_chunk(x, 1, MIN_VALUES, |_, x| round_to_bf16(x));
+            }
+        }
         for seqs in [rows.seqs, rows.copies] {
-            kv_write(cx.threads, &self.shape(), &k, &v, seqs, k_pages, v_pages);
+            kv_write(cx.threads, &self.shape(), &k, &v, seqs, &mut pages);
         }
         let mut out = cx.pool.take(t * self.spec.out_width());
         let mut lse = (save || self.spec.sinks).then(|| cx.pool.take(t * self.spec.heads));
-        attention(cx.threads, &self.shape(), &q, k_pages, v_pages, rows.seqs, &mut out, lse.as_deref_mut());
+        attention(cx.threads, &self.shape(), &q, pages.as_ref(), rows.seqs, &mut out, lse.as_deref_mut());
         if let (Some(sinks), Some(lse)) = (&self.weights.sinks, lse.as_deref_mut()) {
             add_sinks(sinks, &mut out, lse);
         }
@@ -119,14 +127,12 @@ impl AttentionLayer<'_> {
     }
 
     /// Turns the gradient of the block's output into that of its input, in place, and adds the weight gradients.
-    #[expect(clippy::too_many_arguments, reason = "the mirror of forward, plus its gradients")]
     pub fn backward(
         &self,
         cx: &Context,
         saved: Saved,
         rows: &Rows,
-        k_pages: &[f32],
-        v_pages: &[f32],
+        pages: KvPages,
         dx_td: &mut [f32],
         grads: &mut [f32],
     ) {
@@ -144,8 +150,7 @@ impl AttentionLayer<'_> {
             cx.threads,
             &self.shape(),
             &saved.q,
-            k_pages,
-            v_pages,
+            pages,
             rows.seqs,
             &saved.out,
             &saved.lse,

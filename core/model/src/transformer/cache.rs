@@ -8,10 +8,10 @@
 //! A page takes a slot when its first row is written and gives it back when it is forgotten. So the memory of local layers
 //! goes by what their masks show, not by how long sequences are.
 
-use freewheel_kernels::Pages;
-use freewheel_kernels::attention::{AttentionMask, AttentionSeq, KV_BLOCK};
+use freewheel_kernels::attention::{AttentionMask, AttentionSeq, KV_BLOCK, KvPagesMut, kv_words};
+use freewheel_kernels::{Pages, Precision};
 
-use super::Transformer;
+use super::{PolicyWeights, Transformer};
 use crate::spec::{AttentionSpec, ModelSpec};
 
 /// Keys and values of all layers.
@@ -24,10 +24,12 @@ pub struct KvCache {
 
 #[derive(Debug)]
 pub(super) struct LayerPages {
-    pub k: Pages<f32>,
-    pub v: Pages<f32>,
-    k_page_len: usize,
-    v_page_len: usize,
+    precision: Precision,
+    /// Words of memory, of which bf16 takes half of one.
+    k: Pages<f32>,
+    v: Pages<f32>,
+    k_page_words: usize,
+    v_page_words: usize,
     local: bool,
 }
 
@@ -41,19 +43,22 @@ struct Slots {
 }
 
 impl KvCache {
-    /// A cache of `pages` pages, all of them in every layer.
-    pub fn new(model: &Transformer, pages: usize) -> Self {
-        let layer = |(attention, _): &(AttentionSpec, _)| LayerPages::new(attention, pages, false);
-        Self { layers: model.spec().layers.iter().map(layer).collect(), pages, slots: None }
+    /// A cache of `pages` pages, all of them in every layer, for keys and values in the numbers that products
+    /// with `weights` are computed in.
+    pub fn new(weights: &PolicyWeights, pages: usize) -> Self {
+        let layer =
+            |(attention, _): &(AttentionSpec, _)| LayerPages::new(attention, weights.precision, pages, false);
+        Self { layers: weights.model.spec().layers.iter().map(layer).collect(), pages, slots: None }
     }
 
     /// A cache of `pages` pages with room for `slots` of them in local layers, which grows where it does not suffice.
     /// Whoever uses it says which pages no row sees any more: [`Self::forget`].
-    pub fn with_slots(model: &Transformer, pages: usize, slots: usize) -> Self {
-        let Some(mask) = Self::local_mask(model) else { return Self::new(model, pages) };
+    pub fn with_slots(weights: &PolicyWeights, pages: usize, slots: usize) -> Self {
+        let (model, precision) = (&weights.model, weights.precision);
+        let Some(mask) = Self::local_mask(model) else { return Self::new(weights, pages) };
         let layers = model.spec().layers.iter().map(|(attention, _)| {
             let local = attention.mask() == mask;
-            LayerPages::new(attention, if local { slots } else { pages }, local)
+            LayerPages::new(attention, precision, if local { slots } else { pages }, local)
         });
         // Popped from the end: low numbers first.
         let free = (0..slots as u32).rev().collect();
@@ -70,14 +75,14 @@ impl KvCache {
     }
 
     /// Bytes of one page over all layers.
-    pub fn page_bytes(model: &Transformer) -> usize {
-        page_bytes(model.spec(), |_| true)
+    pub fn page_bytes(model: &Transformer, precision: Precision) -> usize {
+        page_bytes(model.spec(), precision, |_| true)
     }
 
     /// Bytes of one page over the local layers.
-    pub fn slot_bytes(model: &Transformer) -> usize {
+    pub fn slot_bytes(model: &Transformer, precision: Precision) -> usize {
         let mask = Self::local_mask(model);
-        page_bytes(model.spec(), |attention| Some(attention.mask()) == mask)
+        page_bytes(model.spec(), precision, |attention| Some(attention.mask()) == mask)
     }
 
     /// Pages held.
@@ -102,7 +107,7 @@ impl KvCache {
         let local = held.map(|slot| (slot, self.slot(to)));
         for layer in &mut self.layers {
             let Some((from, to)) = (if layer.local { local } else { Some((from, to)) }) else { continue };
-            for (pages, n) in [(&mut layer.k, layer.k_page_len), (&mut layer.v, layer.v_page_len)] {
+            for (pages, n) in [(&mut layer.k, layer.k_page_words), (&mut layer.v, layer.v_page_words)] {
                 let (from, to) = (from as usize * n, to as usize * n);
                 pages.copy_within(from..from + n, to);
             }
@@ -164,18 +169,24 @@ impl KvCache {
 }
 
 impl LayerPages {
-    fn new(attention: &AttentionSpec, pages: usize, local: bool) -> Self {
-        let (k_page_len, v_page_len) = (attention.key_width() * KV_BLOCK, attention.value_width() * KV_BLOCK);
-        let (k, v) = (Pages::zeros(k_page_len * pages), Pages::zeros(v_page_len * pages));
-        Self { k, v, k_page_len, v_page_len, local }
+    fn new(attention: &AttentionSpec, precision: Precision, pages: usize, local: bool) -> Self {
+        let words = |width: usize| kv_words(precision, width * KV_BLOCK);
+        let (k_page_words, v_page_words) = (words(attention.key_width()), words(attention.value_width()));
+        let (k, v) = (Pages::zeros(k_page_words * pages), Pages::zeros(v_page_words * pages));
+        Self { precision, k, v, k_page_words, v_page_words, local }
     }
 
     fn resize(&mut self, pages: usize) {
-        for (held, page_len) in [(&mut self.k, self.k_page_len), (&mut self.v, self.v_page_len)] {
-            let mut grown = Pages::zeros(pages * page_len);
+        for (held, page_words) in [(&mut self.k, self.k_page_words), (&mut self.v, self.v_page_words)] {
+            let mut grown = Pages::zeros(pages * page_words);
             grown[..held.len()].copy_from_slice(held);
             *held = grown;
         }
+    }
+
+    /// What the kernels write and read.
+    pub fn kv(&mut self) -> KvPagesMut<'_> {
+        KvPagesMut::of(self.precision, &mut self.k, &mut self.v)
     }
 
     /// Whether its pages are slots.
@@ -184,8 +195,8 @@ impl LayerPages {
     }
 }
 
-fn page_bytes(spec: &ModelSpec, counts: impl Fn(&AttentionSpec) -> bool) -> usize {
+fn page_bytes(spec: &ModelSpec, precision: Precision, counts: impl Fn(&AttentionSpec) -> bool) -> usize {
     let layers = spec.layers.iter().filter(|(attention, _)| counts(attention));
     let values: usize = layers.map(|(a, _)| (a.key_width() + a.value_width()) * KV_BLOCK).sum();
-    values * size_of::<f32>()
+    kv_words(precision, values) * size_of::<f32>()
 }

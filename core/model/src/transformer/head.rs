@@ -65,17 +65,16 @@ impl HeadRows {
     }
 }
 
-/// Logits (a classifier's scores) of some rows, as a plain vector.
+/// Logits (a classifier's scores) of some rows, to `logits` `[rows, V]`.
 pub(super) fn logits_of_rows(
     weights: &PolicyWeights,
     cx: &Context,
     x_td: &[f32],
     rows: &[usize],
-) -> Vec<f32> {
+    logits: &mut [f32],
+) {
     let v = weights.model.spec().head_width();
-    let mut logits = vec![0.0; rows.len() * v];
     for (rows, out) in rows.chunks(CHUNK).zip(logits.chunks_mut(CHUNK * v)) {
         HeadRows::gather(weights, cx, x_td, rows.iter().copied()).logits(weights, cx, out);
     }
-    logits
 }

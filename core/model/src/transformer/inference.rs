@@ -1,7 +1,7 @@
 //! Sampling-side forward: rows of any mix of sequences over cached keys and values, to logits.
 
-use freewheel_kernels::Threads;
 use freewheel_kernels::attention::AttentionSeq;
+use freewheel_kernels::{Pages, Threads};
 use half::bf16;
 
 use super::attention::{AttentionLayer, Rows};
@@ -44,7 +44,7 @@ pub struct ForwardBatch<'a> {
 #[derive(Clone, Debug, Default)]
 pub struct ForwardOutput {
     /// Logits `[logit_rows, V]`.
-    pub logits: Vec<f32>,
+    pub logits: Pages<f32>,
     /// Chosen experts `[T, MoE layers, K]`; empty for dense models.
     pub experts: Vec<u16>,
 }
@@ -110,6 +110,17 @@ impl PolicyWeights {
     /// # Panics
     /// If the batch does not fit the cache or the vocabulary: the caller admits only what fits.
     pub fn forward(&self, threads: &Threads, kv: &mut KvCache, batch: &ForwardBatch) -> ForwardOutput {
+        self.forward_into(threads, kv, batch, Pages::new())
+    }
+
+    /// The same, with the logits in memory that an earlier pass left.
+    pub fn forward_into(
+        &self,
+        threads: &Threads,
+        kv: &mut KvCache,
+        batch: &ForwardBatch,
+        mut logits: Pages<f32>,
+    ) -> ForwardOutput {
         let cx = self.context(threads);
         let placed = Placed::new(batch);
         let local_pages = kv.local_pages(&placed.seqs);
@@ -124,11 +135,13 @@ impl PolicyWeights {
         for layer in 0..self.layers.len() {
             let pages = &mut kv.layers[layer];
             let rows = rows_of(pages.is_local());
-            self.attention_layer(layer).forward(&cx, &mut x_td, &rows, &mut pages.k, &mut pages.v, false);
+            self.attention_layer(layer).forward(&cx, &mut x_td, &rows, pages.kv(), false);
             routings.extend(self.feed_forward(&cx, layer, &mut x_td));
         }
+        logits.reset(batch.logit_rows.len() * self.model.spec().head_width());
+        head::logits_of_rows(self, &cx, &x_td, batch.logit_rows, &mut logits);
         ForwardOutput {
-            logits: head::logits_of_rows(self, &cx, &x_td, batch.logit_rows),
+            logits,
             experts: interleave(
                 &routings.iter().map(|routing| routing.ids.as_slice()).collect::<Vec<_>>(),
                 batch.tokens.len(),
@@ -142,7 +155,7 @@ impl PolicyWeights {
         let block = |x_td: &mut [f32]| match (&self.model.bindings.layers[layer].ffn, &self.layers[layer].ffn)
         {
             (FfnBinding::Dense(at), FfnWeights::Dense(weights)) => {
-                mlp::forward(cx, &Part::whole(at, weights, rows), &normed_td, x_td, true);
+                mlp::forward(cx, &Part::whole(at, weights, rows), &normed_td, x_td, true, false);
                 None
             }
             _ => {

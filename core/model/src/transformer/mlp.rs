@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use freewheel_kernels::activation::{self, Activation as KernelActivation};
-use freewheel_kernels::gemm::{Group, grouped_matmul, grouped_matmul_add, weight_grad};
+use freewheel_kernels::gemm::{Group, grouped_matmul, grouped_matmul_add, grouped_matmul_gated, weight_grad};
 use freewheel_kernels::optim::add_assign;
 use freewheel_kernels::{PackedMatrix, Precision, Threads};
 
@@ -99,18 +99,53 @@ fn add_biases<'a>(
 }
 
 /// `out (+)= mlp(x)`, `x` and `out` `[T, D]`: parts of one shape, their rows ascending, all rows in some part. Returns gate and
-/// up `[T, 2F]`, which the backward needs.
-pub(super) fn forward(cx: &Context, parts: &[Part], x_td: &[f32], out_td: &mut [f32], add: bool) -> Buf {
-    let Some(Part { at, .. }) = parts.first() else { return cx.pool.take(0) };
-    let (d, rows) = (at.gate_up.k, parts.last().map_or(0, |part| part.rows.end));
-    let mut gate_up_tf = cx.pool.take(rows * 2 * at.width);
-    grouped_matmul(cx.threads, x_td, &groups(parts, |w| &w.gate_up.forward), &mut gate_up_tf);
-    add_biases(parts, &mut gate_up_tf, 2 * at.width, |w| w.gate_up_bias.as_deref());
-    let act_tf = activate(cx, at, &gate_up_tf);
+/// up `[T, 2F]`, which the backward needs, if `save`.
+pub(super) fn forward(
+    cx: &Context,
+    parts: &[Part],
+    x_td: &[f32],
+    out_td: &mut [f32],
+    add: bool,
+    save: bool,
+) -> Option<Buf> {
+    let Some(Part { at, .. }) = parts.first() else { return save.then(|| cx.pool.take(0)) };
+    let (gate_up_tf, act_tf) = match (!save).then(|| activated(cx, parts, x_td)).flatten() {
+        Some(act_tf) => (None, act_tf),
+        None => {
+            let gate_up_tf = gate_up(cx, parts, x_td);
+            let act_tf = activate(cx, at, &gate_up_tf);
+            (save.then_some(gate_up_tf), act_tf)
+        }
+    };
     let down = if add { grouped_matmul_add } else { grouped_matmul };
     down(cx.threads, &act_tf, &groups(parts, |w| &w.down.forward), out_td);
-    add_biases(parts, out_td, d, |w| w.down_bias.as_deref());
+    add_biases(parts, out_td, at.gate_up.k, |w| w.down_bias.as_deref());
     gate_up_tf
+}
+
+/// All rows of parts.
+fn rows_of(parts: &[Part]) -> usize {
+    parts.last().map_or(0, |part| part.rows.end)
+}
+
+/// Gate and up `[T, 2F]`.
+fn gate_up(cx: &Context, parts: &[Part], x_td: &[f32]) -> Buf {
+    let width = 2 * parts[0].at.width;
+    let mut gate_up_tf = cx.pool.take(rows_of(parts) * width);
+    grouped_matmul(cx.threads, x_td, &groups(parts, |w| &w.gate_up.forward), &mut gate_up_tf);
+    add_biases(parts, &mut gate_up_tf, width, |w| w.gate_up_bias.as_deref());
+    gate_up_tf
+}
+
+/// What `down` takes `[T, F]`, in one step where the kernels have it: the same bits.
+fn activated(cx: &Context, parts: &[Part], x_td: &[f32]) -> Option<Buf> {
+    let at = parts[0].at;
+    if parts.iter().any(|part| part.weights.gate_up_bias.is_some()) {
+        return None;
+    }
+    let mut act_tf = cx.pool.take(rows_of(parts) * at.width);
+    let groups = groups(parts, |w| &w.gate_up.forward);
+    grouped_matmul_gated(cx.threads, kernel(at.activation), x_td, &groups, &mut act_tf).then_some(act_tf)
 }
 
 fn activate(cx: &Context, at: &MlpBinding, gate_up_tf: &[f32]) -> Buf {

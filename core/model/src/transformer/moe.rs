@@ -88,8 +88,9 @@ impl MoeLayer<'_> {
         let (routing, logits_te) = self.route(cx, normed_td, rows, replay);
         let xs_sd = self.gather(cx, normed_td, &routing, d);
         let mut y_sd = cx.pool.take(xs_sd.len());
-        let gate_up = mlp::forward(cx, &self.parts(&routing), &xs_sd, &mut y_sd, false);
-        let shared_gate_up = self.shared(rows).map(|part| mlp::forward(cx, &part, normed_td, x_td, true));
+        let gate_up = mlp::forward(cx, &self.parts(&routing), &xs_sd, &mut y_sd, false, save);
+        let shared = self.shared(rows);
+        let shared_gate_up = shared.and_then(|part| mlp::forward(cx, &part, normed_td, x_td, true, save));
         let on_input = self.spec.router == RouterKind::SigmoidOnInput;
         self.add_by_rank(
             cx,
@@ -98,7 +99,7 @@ impl MoeLayer<'_> {
             x_td,
             |slot| if on_input { 1.0 } else { routing.weights[slot] },
         );
-        let parts = save.then(|| Parts { logits_te, gate_up, shared_gate_up, y_sd });
+        let parts = gate_up.map(|gate_up| Parts { logits_te, gate_up, shared_gate_up, y_sd });
         (routing, parts)
     }
 

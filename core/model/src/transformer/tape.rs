@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use freewheel_kernels::Threads;
-use freewheel_kernels::attention::KV_BLOCK;
+use freewheel_kernels::attention::{KV_BLOCK, KvPages, KvPagesMut};
 use freewheel_kernels::norm::{NormScale, rms_norm};
 use freewheel_kernels::optim::{add_assign, axpy};
 use freewheel_types::SamplingParams;
@@ -114,6 +114,7 @@ enum KeptLayer {
 #[derive(Debug)]
 struct SavedLayer {
     attention: SavedAttention,
+    /// Keys and values in f32, which many rows read faster; under bf16 they have the values of bf16 all the same.
     k_pages: Buf,
     v_pages: Buf,
     /// Residual stream between attention and feed-forward `[T, D]`.
@@ -182,14 +183,16 @@ impl PolicyWeights {
         let at = Rows { positions: &places.positions, seqs: &seqs, copies: &copies };
         let attention = self
             .attention_layer(layer)
-            .forward(cx, x_td, &at, &mut k_pages, &mut v_pages, true)
+            .forward(cx, x_td, &at, KvPagesMut::F32 { k: &mut k_pages, v: &mut v_pages }, true)
             .expect("asked to save");
         let x_mid_td = cx.pool.copy(x_td);
         let normed_td = self.post_norm(cx, layer, &x_mid_td);
         let block = |x_td: &mut [f32]| match (&self.model.bindings.layers[layer].ffn, &self.layers[layer].ffn)
         {
             (FfnBinding::Dense(at), FfnWeights::Dense(weights)) => {
-                SavedFfn::Dense(mlp::forward(cx, &Part::whole(at, weights, rows), &normed_td, x_td, true))
+                let part = Part::whole(at, weights, rows);
+                let gate_up = mlp::forward(cx, &part, &normed_td, x_td, true, true);
+                SavedFfn::Dense(gate_up.expect("asked to save"))
             }
             _ => {
                 let moe = self.moe_layer(layer).expect("weights are made from the same bindings");
@@ -281,7 +284,9 @@ impl Tape {
 
     /// Logits of chosen rows `[rows, V]`; of a classifier, scores `[rows, labels]`.
     pub fn logits(&self, threads: &Threads, weights: &PolicyWeights, rows: &[usize]) -> Vec<f32> {
-        super::head::logits_of_rows(weights, &weights.context(threads), &self.x_td, rows)
+        let mut logits = vec![0.0; rows.len() * weights.model.spec().head_width()];
+        super::head::logits_of_rows(weights, &weights.context(threads), &self.x_td, rows, &mut logits);
+        logits
     }
 
     /// Adds the gradient of `Σ d_logprobs[i]·log p_i + d_entropies[i]·H_i` to `grads`, an arena of the model's layout.
@@ -440,7 +445,8 @@ impl PolicyWeights {
         let d = self.model.spec().hidden;
         norm_backward(cx, &saved.x_mid_td, d, gain, self.model.spec().norm_eps, &d_normed_td, dx_td);
         let attention = self.attention_layer(layer);
-        attention.backward(cx, saved.attention, rows, &saved.k_pages, &saved.v_pages, dx_td, grads);
+        let pages = KvPages::F32 { k: &saved.k_pages, v: &saved.v_pages };
+        attention.backward(cx, saved.attention, rows, pages, dx_td, grads);
     }
 }
 

@@ -26,7 +26,8 @@ pub enum Purpose {
 
 /// One policy version, packed.
 ///
-/// Precision follows the parameters: bf16 parameters run on bf16 kernels (f32 accumulation), f32 on f32. Router
+/// Precision follows the parameters: bf16 parameters run on bf16 kernels (f32 accumulation) and keep keys and values in bf16,
+/// f32 on f32. Router
 /// matrices always run in f32, so that routing does not hang on the rounding of activations. The projections of a
 /// [quantised](Transformer::quantised) model have the values of their codes.
 #[derive(Debug)]
@@ -240,6 +241,11 @@ impl PolicyWeights {
             shares: counts.iter().map(|&count| (count as f64 / sum) as f32).collect(),
             repeats: &part.repeats,
         })
+    }
+
+    /// The numbers that products, and keys and values, are in.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// Which version these weights are.

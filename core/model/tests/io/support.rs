@@ -90,12 +90,13 @@ pub fn logits(model: &LoadedModel, tokens: &[u32]) -> Vec<f32> {
         &threads,
     );
     let pages: Vec<u32> = (0..tokens.len().div_ceil(16) as u32).collect();
-    let mut cache = KvCache::new(&model.model, pages.len());
+    let mut cache = KvCache::new(&weights, pages.len());
     let rows: Vec<usize> = (0..tokens.len()).collect();
     let seqs = [BatchSeq { rows: tokens.len(), position: 0, pages: &pages }];
     weights
         .forward(&threads, &mut cache, &ForwardBatch { tokens, seqs: &seqs, logit_rows: &rows, tiles: &[] })
         .logits
+        .to_vec()
 }
 
 /// The largest difference of two lists of the same length.

@@ -11,7 +11,7 @@ use clap::Args;
 use freewheel_actor::{CpuBackend, Engine, EngineConfig, Finished, Request, SampleSpec, StopSpec};
 use freewheel_kernels::Threads;
 use freewheel_model::{FfnSpec, LoadedModel, Transformer};
-use freewheel_types::{SamplingParams, TaskId};
+use freewheel_types::{SamplingParams, TaskId, WeightsDtype};
 use serde_json::{Value, json};
 
 use super::roofline::{self, Point};
@@ -123,11 +123,15 @@ impl Decode<'_> {
     }
 
     fn row(&self, machine: &Machine, rates: &super::Rates, finished: &[Finished]) -> Value {
-        let model = &self.loaded.model;
-        let products = model.products(self.loaded.params.dtype());
+        let (model, dtype) = (&self.loaded.model, self.loaded.params.dtype());
+        let element = match dtype {
+            WeightsDtype::Bf16 => 2,
+            WeightsDtype::F32 => 4,
+        };
+        let products = model.products(dtype);
         let coverage = coverage(model, self.args.prompt.max(1), finished);
         let context = self.args.prompt as f64 + self.args.length as f64 / 2.0;
-        let kept = self.batch as f64 * context * Cost::of(model).kv_bytes as f64;
+        let kept = self.batch as f64 * context * Cost::of(model, element).kv_bytes as f64;
         let bytes = weight_bytes(&products, coverage.unwrap_or(1.0)) + kept;
         let flops = self.batch as f64 * (token_flops(&products) + attention_flops(model, context));
         let per_s = rates.median();

@@ -96,7 +96,7 @@ impl Prompt<'_> {
         let model = self.weights.model();
         let pages: Vec<u32> = (0..tokens.len().div_ceil(KV_BLOCK) as u32).collect();
         let mask = KvCache::local_mask(model).unwrap_or(AttentionMask::Causal);
-        let mut kv = KvCache::with_slots(model, pages.len(), 0);
+        let mut kv = KvCache::with_slots(self.weights, pages.len(), 0);
         let mut forgotten = 0;
         for position in (0..tokens.len()).step_by(self.rows) {
             let rows = self.rows.min(tokens.len() - position);

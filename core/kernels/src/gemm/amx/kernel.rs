@@ -11,6 +11,9 @@ use super::super::pack::Line;
 use super::TILE_LINES;
 use std::arch::asm;
 
+/// Panels that a kernel takes at most.
+pub(super) const MOST_PANELS: usize = 4;
+
 /// Operands of a kernel. C tiles lie one after the other, row of tiles by row of tiles.
 #[derive(Clone, Copy)]
 pub(super) struct Operands {
@@ -18,10 +21,8 @@ pub(super) struct Operands {
     pub a: *const Line,
     /// Lines between rows of A tiles.
     pub a_lines: usize,
-    /// B tiles, one after the other along k.
-    pub b: *const Line,
-    /// Lines between panels of B tiles.
-    pub b_lines: usize,
+    /// B tiles of each panel, one after the other along k.
+    pub b: [*const Line; MOST_PANELS],
     /// Tiles along k, at least 1.
     pub k_tiles: usize,
     /// C tiles.
@@ -62,10 +63,10 @@ macro_rules! kernel {
                     $($store,)*
                     a0 = inout(reg) o.a => _,
                     a1 = inout(reg) o.a.wrapping_add(o.a_lines) => _,
-                    b0 = inout(reg) o.b => _,
-                    b1 = inout(reg) o.b.wrapping_add(o.b_lines) => _,
-                    b2 = inout(reg) o.b.wrapping_add(2 * o.b_lines) => _,
-                    b3 = inout(reg) o.b.wrapping_add(3 * o.b_lines) => _,
+                    b0 = inout(reg) o.b[0] => _,
+                    b1 = inout(reg) o.b[1] => _,
+                    b2 = inout(reg) o.b[2] => _,
+                    b3 = inout(reg) o.b[3] => _,
                     count = inout(reg) o.k_tiles => _,
                     s = in(reg) size_of::<Line>(),
                     c = in(reg) o.c,

@@ -20,11 +20,12 @@ mod round;
 mod unfold;
 
 use super::pack::{Element, LINES_AT_ONCE, Line, Precision, transpose_lines};
-use super::tile::{Output, Store};
+use super::tile::{Gate, Output, Store};
 use super::{Group, PackedMatrix, few};
-use crate::simd::{LANES, simd};
+use crate::activation::{Gated, GeluTanh, Silu};
+use crate::simd::{LANES, Lanes, simd};
 use crate::{Pages, Threads};
-use kernel::{Kernel, Operands, kernel_1x1, kernel_1x2, kernel_1x4, kernel_2x1, kernel_2x2};
+use kernel::{Kernel, MOST_PANELS, Operands, kernel_1x1, kernel_1x2, kernel_1x4, kernel_2x1, kernel_2x2};
 use std::arch::x86_64::_mm_sfence;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -146,7 +147,19 @@ struct Part<'a> {
     out: Output,
 }
 
-/// Some rows (in tiles) and panels of a part.
+impl Part<'_> {
+    /// Panels of the output.
+    fn panels(&self) -> usize {
+        self.w.rows().div_ceil(LANES) / self.per_panel()
+    }
+
+    /// Panels of the weight that a panel of the output is made of.
+    fn per_panel(&self) -> usize {
+        if self.out.gate.is_some() { 2 } else { 1 }
+    }
+}
+
+/// Some rows (in tiles) and panels of the output of a part.
 struct Task<'a> {
     part: &'a Part<'a>,
     rows: Range<usize>,
@@ -161,13 +174,14 @@ fn multiply(threads: &Threads, parts: &[Part]) {
     let least = (MIN_WORK / 512).max(total / (TASKS_PER_THREAD * threads.count()));
     let mut tasks = Vec::new();
     for part in parts.iter().filter(|part| part.m > 0 && part.w.rows() > 0) {
-        let (m_tiles, panels) = (part.m.div_ceil(TILE), part.w.rows().div_ceil(LANES));
+        let (m_tiles, panels) = (part.m.div_ceil(TILE), part.panels());
         let lines = lines_of_row(part.w.inner()).max(1);
         let block = (A_BLOCK_BYTES / (lines * size_of::<Line>())).max(2) & !1;
         let blocks = m_tiles.div_ceil(block);
         let block = m_tiles.div_ceil(blocks).next_multiple_of(2);
         // Runs of panels as wide as the kernels take them.
-        let run = least.div_ceil(block.min(m_tiles) * lines).next_multiple_of(4).min(panels.max(1));
+        let run = least.div_ceil(block.min(m_tiles) * lines * part.per_panel());
+        let run = run.next_multiple_of(4).min(panels.max(1));
         let run = panels.div_ceil(panels.div_ceil(run)).next_multiple_of(2);
         for rows in (0..m_tiles).step_by(block).map(|row| row..m_tiles.min(row + block)) {
             let runs = (0..panels).step_by(run).map(|panel| panel..panels.min(panel + run));
@@ -188,12 +202,31 @@ impl Task<'_> {
         // SAFETY: this module is reached only where `isa` found AMX and was granted its state.
         unsafe { kernel::configure() };
         SCRATCH.with_borrow_mut(|scratch| {
-            let mut panel = self.panels.start;
-            while panel < self.panels.end {
-                panel += match (self.rows.len(), self.panels.end - panel) {
-                    (1, 4..) => self.strip::<4>(panel, kernel_1x4, kernel_1x4, scratch),
-                    (_, 2..) => self.strip::<2>(panel, kernel_2x2, kernel_1x2, scratch),
-                    _ => self.strip::<1>(panel, kernel_2x1, kernel_1x1, scratch),
+            let mut j = self.panels.start;
+            while j < self.panels.end {
+                // In a gated product, the panel of `up` that belongs to one of `gate`.
+                let up = j + self.part.panels();
+                j += match (self.part.out.gate, self.rows.len(), self.panels.end - j) {
+                    (None, 1, 4..) => {
+                        self.strip([j, j + 1, j + 2, j + 3], kernel_1x4, kernel_1x4, scratch);
+                        4
+                    }
+                    (None, _, 2..) => {
+                        self.strip([j, j + 1], kernel_2x2, kernel_1x2, scratch);
+                        2
+                    }
+                    (None, ..) => {
+                        self.strip([j], kernel_2x1, kernel_1x1, scratch);
+                        1
+                    }
+                    (Some(_), 1, 2..) => {
+                        self.strip([j, j + 1, up, up + 1], kernel_1x4, kernel_1x4, scratch);
+                        2
+                    }
+                    (Some(_), ..) => {
+                        self.strip([j, up], kernel_2x2, kernel_1x2, scratch);
+                        1
+                    }
                 };
             }
         });
@@ -232,15 +265,15 @@ impl Task<'_> {
         }
     }
 
-    /// All rows of `PANELS` panels, two rows of tiles at a time by `pair`, a last one by `single`; returns `PANELS`.
+    /// All rows of some panels of the weight, two rows of tiles at a time by `pair`, a last one by `single`.
     #[inline(always)]
     fn strip<const PANELS: usize>(
         &self,
-        panel: usize,
+        panels: [usize; PANELS],
         pair: Kernel,
         single: Kernel,
         scratch: &mut Scratch,
-    ) -> usize {
+    ) {
         let Part { a, w, m, out, .. } = self.part;
         let (k_tiles, lines) = (w.inner().div_ceil(TILE_K), lines_of_row(w.inner()));
         let quantised = w.quantisation().is_some();
@@ -255,16 +288,20 @@ impl Task<'_> {
         scratch.c.resize(aside.max(scratch.c.len()), Line([0; LANES]));
         for k in (0..k_tiles).step_by(block) {
             let end = k_tiles.min(k + block);
-            let (b, b_lines) = if quantised {
+            let mut b = [std::ptr::null(); MOST_PANELS];
+            if quantised {
                 let b_lines = (end - k) * TILE_LINES;
                 scratch.unfolded.resize(UNFOLDED_TILES.max(PANELS * block) * TILE_LINES, Line([0; LANES]));
-                for (i, tiles) in scratch.unfolded.chunks_exact_mut(b_lines).take(PANELS).enumerate() {
-                    unfold::unfold(w, panel + i, k, tiles);
+                let room = scratch.unfolded.chunks_exact_mut(b_lines);
+                for ((b, panel), tiles) in b.iter_mut().zip(panels).zip(room) {
+                    unfold::unfold(w, panel, k, tiles);
+                    *b = tiles.as_ptr();
                 }
-                (scratch.unfolded.as_ptr(), b_lines)
             } else {
-                (w.panels(panel, PANELS)[k * TILE_LINES..].as_ptr(), lines)
-            };
+                for (b, panel) in b.iter_mut().zip(panels) {
+                    *b = w.panels(panel, 1)[k * TILE_LINES..].as_ptr();
+                }
+            }
             for (i, row) in self.rows.clone().step_by(2).enumerate() {
                 let two = row + 2 <= self.rows.end;
                 let rows = if two { 2 } else { 1 };
@@ -274,7 +311,6 @@ impl Task<'_> {
                     a: a[row * lines..(row + rows) * lines][k * TILE_LINES..].as_ptr(),
                     a_lines: lines,
                     b,
-                    b_lines,
                     k_tiles: end - k,
                     c: c.as_mut_ptr(),
                     go_on: k > 0,
@@ -283,11 +319,10 @@ impl Task<'_> {
                 // `k` to `end` of each; C has room for their tiles.
                 unsafe { if two { pair(&operands) } else { single(&operands) } };
                 if end == k_tiles {
-                    put_tiles(c, PANELS, row * TILE, *m, panel, out);
+                    put_tiles(c, &panels, row * TILE, *m, out);
                 }
             }
         }
-        PANELS
     }
 }
 
@@ -299,16 +334,48 @@ fn widen(line: &Line, out: &mut [f32]) {
 }
 
 simd! {
-    /// Stores C tiles, `panels` a row of tiles, from row `first` and panel `panel` on.
-    fn put_tiles<S>(c: &[Line], panels: usize, first: usize, m: usize, panel: usize, out: &Output) {
-        for (i, tiles) in c.chunks_exact(panels * TILE_LINES).enumerate() {
-            let first = first + i * TILE;
-            for r in 0..TILE.min(m - first) {
-                for p in 0..panels {
-                    // SAFETY: each tile belongs to one task.
-                    unsafe { out.put(first + r, panel + p, S::load(bytemuck::cast_ref(&tiles[p * TILE_LINES + r].0))) };
-                }
+    /// Stores C tiles, those of `panels` in each row of tiles, from row `first` on.
+    fn put_tiles<S>(c: &[Line], panels: &[usize], first: usize, m: usize, out: &Output) {
+        match out.gate {
+            None => put_plain::<S>(c, panels, first, m, out),
+            Some(Gate::Silu) => put_gated::<S, Silu>(c, panels, first, m, out),
+            Some(Gate::GeluTanh) => put_gated::<S, GeluTanh>(c, panels, first, m, out),
+        }
+    }
+}
+
+#[inline(always)]
+fn put_plain<S: Lanes>(c: &[Line], panels: &[usize], first: usize, m: usize, out: &Output) {
+    for (i, tiles) in c.chunks_exact(panels.len() * TILE_LINES).enumerate() {
+        let first = first + i * TILE;
+        for r in 0..TILE.min(m - first) {
+            for (p, &panel) in panels.iter().enumerate() {
+                // SAFETY: each tile belongs to one task.
+                unsafe { out.put(first + r, panel, lanes::<S>(&tiles[p * TILE_LINES + r])) };
             }
         }
     }
+}
+
+/// The first half of the panels are gates, the second what goes through them.
+#[inline(always)]
+fn put_gated<S: Lanes, G: Gated>(c: &[Line], panels: &[usize], first: usize, m: usize, out: &Output) {
+    let (gates, _) = panels.split_at(panels.len() / 2);
+    for (i, tiles) in c.chunks_exact(panels.len() * TILE_LINES).enumerate() {
+        let first = first + i * TILE;
+        let (gate, up) = tiles.split_at(gates.len() * TILE_LINES);
+        for r in 0..TILE.min(m - first) {
+            for (p, &panel) in gates.iter().enumerate() {
+                let (gate, up) = (lanes::<S>(&gate[p * TILE_LINES + r]), lanes::<S>(&up[p * TILE_LINES + r]));
+                // SAFETY: each tile belongs to one task.
+                unsafe { out.put(first + r, panel, G::gate(gate, up)) };
+            }
+        }
+    }
+}
+
+/// A line of a C tile.
+#[inline(always)]
+fn lanes<S: Lanes>(line: &Line) -> S {
+    S::load(bytemuck::cast_ref(&line.0))
 }

@@ -1,7 +1,8 @@
 //! One encoder layer: attention among the rows of a tile, then a GELU feed-forward, each after a layer norm.
 
 use freewheel_kernels::attention::{
-    AttentionMask, AttentionSeq, AttentionShape, KV_BLOCK, attention, attention_backward, kv_write,
+    AttentionMask, AttentionSeq, AttentionShape, KV_BLOCK, KvPages, KvPagesMut, attention,
+    attention_backward, kv_write,
 };
 use freewheel_kernels::optim::add_assign;
 use freewheel_kernels::rope::{RopeStyle, RopeTable, rope, rope_backward};
@@ -98,9 +99,10 @@ impl Layer<'_> {
         let page_values = tiles.pages.len() * self.shape().k_page_len();
         let (mut k_pages, mut v_pages) = (cx.pool.zeros(page_values), cx.pool.zeros(page_values));
         let seqs = tiles.seqs();
-        kv_write(cx.threads, &self.shape(), &k, &v, &seqs, &mut k_pages, &mut v_pages);
+        let mut pages = KvPagesMut::F32 { k: &mut k_pages, v: &mut v_pages };
+        kv_write(cx.threads, &self.shape(), &k, &v, &seqs, &mut pages);
         let (mut out, mut lse) = (like(cx, &q), cx.pool.take(t * heads));
-        attention(cx.threads, &self.shape(), &q, &k_pages, &v_pages, &seqs, &mut out, Some(&mut lse));
+        attention(cx.threads, &self.shape(), &q, pages.as_ref(), &seqs, &mut out, Some(&mut lse));
         affine(&self.at.out, &self.weights.out).forward_add(cx, &out, t, x);
         let x_mid = save.then(|| cx.pool.copy(x));
         let up = self.feed_forward(cx, x, t);
@@ -133,8 +135,7 @@ impl Layer<'_> {
             cx.threads,
             &self.shape(),
             &saved.q,
-            &saved.k_pages,
-            &saved.v_pages,
+            KvPages::F32 { k: &saved.k_pages, v: &saved.v_pages },
             &tiles.seqs(),
             &saved.out,
             &saved.lse,
