@@ -126,7 +126,7 @@ impl Native {
             ));
         }
         let pages: Vec<u32> = (0..room.div_ceil(KV_BLOCK) as u32).collect();
-        let cache = KvCache::new(&weights, pages.len());
+        let cache = KvCache::new(weights, pages.len());
         Ok(Sequence { weights, threads: &self.threads, cache, pages, len: 0 })
     }
 
