@@ -184,7 +184,7 @@ fn greedy_continuations_are_the_references() {
 fn continue_greedily(weights: &PolicyWeights, tokens: &Tokens, count: usize) -> (Vec<u32>, Vec<f32>) {
     let prompt = &tokens.ids;
     let pages: Vec<u32> = (0..(prompt.len() + count).div_ceil(16) as u32).collect();
-    let mut kv = KvCache::new(&weights, pages.len());
+    let mut kv = KvCache::new(weights, pages.len());
     let mut sequence = prompt.clone();
     let (mut done, mut logprobs) = (0, Vec::new());
     let mut scratch = SampleScratch::default();
