@@ -6,6 +6,7 @@
 use crate::Threads;
 use crate::math::sigmoid as sigmoid_lanes;
 use crate::simd::{LANES, Lanes, simd};
+use crate::threads::SharedMut;
 
 /// The activation of a gate.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -45,7 +46,8 @@ pub fn gated(threads: &Threads, activation: Activation, gate_up: &[f32], width: 
 /// Values of a part of an operation that is worth sharing out.
 const MIN_VALUES: usize = 1 << 14;
 
-/// Gradient of [`gated`]: `dgate_up [T,2F]` is overwritten.
+/// Gradient of [`gated`]: `dgate_up [T,2F]` is overwritten, and `dy [T,F]`, once read, by what [`gated`] gives: the weight behind
+/// it wants that for its own gradient.
 ///
 /// # Panics
 /// When a length does not fit `width` (F).
@@ -54,15 +56,19 @@ pub fn gated_backward(
     activation: Activation,
     gate_up: &[f32],
     width: usize,
-    dy: &[f32],
+    dy: &mut [f32],
     dgate_up: &mut [f32],
 ) {
     assert!(width > 0 && dy.len().is_multiple_of(width), "gated_backward: dy is [T,F], F = {width}");
     assert_eq!(gate_up.len(), 2 * dy.len(), "gated_backward: gate_up is [T,2F]");
     assert_eq!(gate_up.len(), dgate_up.len(), "gated_backward: dgate_up is [T,2F]");
-    threads.for_each_row_chunk(dgate_up, 2 * width, MIN_VALUES / width + 1, |first, dgate_up| {
-        let gate_up = &gate_up[2 * first * width..][..dgate_up.len()];
-        let dy = &dy[first * width..][..dgate_up.len() / 2];
+    let rows = dy.len() / width;
+    let (dy, dgate_up) = (SharedMut::new(dy), SharedMut::new(dgate_up));
+    threads.for_each_chunk(rows, MIN_VALUES / width + 1, &|rows| {
+        let (first, len) = (rows.start * width, rows.len() * width);
+        let gate_up = &gate_up[2 * first..][..2 * len];
+        // SAFETY: rows are handed out once, and both are borrowed until all are done.
+        let (dy, dgate_up) = unsafe { (dy.slice(first, len), dgate_up.slice(2 * first, 2 * len)) };
         match activation {
             Activation::Silu => silu_rows_backward(gate_up, width, dy, dgate_up),
             Activation::GeluTanh => gelu_rows_backward(gate_up, width, dy, dgate_up),
@@ -150,18 +156,19 @@ macro_rules! rows {
         }
 
         simd! {
-            fn $backward<S>(gate_up: &[f32], width: usize, dy: &[f32], dgate_up: &mut [f32]) {
-                let rows = gate_up.chunks_exact(2 * width).zip(dy.chunks_exact(width));
+            fn $backward<S>(gate_up: &[f32], width: usize, dy: &mut [f32], dgate_up: &mut [f32]) {
+                let rows = gate_up.chunks_exact(2 * width).zip(dy.chunks_exact_mut(width));
                 for ((gate_up, dy), dgate_up) in rows.zip(dgate_up.chunks_exact_mut(2 * width)) {
                     let (gate, up) = gate_up.split_at(width);
                     let (dgate, dup) = dgate_up.split_at_mut(width);
-                    let inputs = gate.chunks(LANES).zip(up.chunks(LANES)).zip(dy.chunks(LANES));
+                    let inputs = gate.chunks(LANES).zip(up.chunks(LANES)).zip(dy.chunks_mut(LANES));
                     let outputs = dgate.chunks_mut(LANES).zip(dup.chunks_mut(LANES));
                     for (((gate, up), dy), (dgate, dup)) in inputs.zip(outputs) {
                         let (value, slope) = $act(S::read(gate, 0.0));
-                        let dy = S::read(dy, 0.0);
-                        dy.mul(S::read(up, 0.0)).mul(slope).write(dgate);
-                        dy.mul(value).write(dup);
+                        let (up, d) = (S::read(up, 0.0), S::read(dy, 0.0));
+                        d.mul(up).mul(slope).write(dgate);
+                        d.mul(value).write(dup);
+                        value.mul(up).write(dy);
                     }
                 }
             }
@@ -211,18 +218,19 @@ simd! {
 
 simd! {
     /// A value at its bound still has a gradient, as in torch.
-    fn clamped_backward<S>(gate_up: &[f32], alpha: f32, limit: f32, dy: &[f32], dgate_up: &mut [f32]) {
+    fn clamped_backward<S>(gate_up: &[f32], alpha: f32, limit: f32, dy: &mut [f32], dgate_up: &mut [f32]) {
         let (one, zero) = (S::splat(1.0), S::splat(0.0));
-        let inputs = gate_up.chunks(2 * LANES).zip(dy.chunks(LANES));
+        let inputs = gate_up.chunks(2 * LANES).zip(dy.chunks_mut(LANES));
         for ((pairs, dy), dpairs) in inputs.zip(dgate_up.chunks_mut(2 * LANES)) {
             let (raw_gate, raw_up) = unzip::<S>(pairs);
             let (gate, up) = clamp(raw_gate, raw_up, limit);
-            let dy = S::read(dy, 0.0);
+            let d = S::read(dy, 0.0);
             let steep = gate.mul(S::splat(alpha));
             let s = sigmoid_lanes(steep);
             let slope = s.mul(steep.fma(one.sub(s), one));
-            let dgate = dy.mul(up.add(one)).mul(slope);
-            let dup = dy.mul(gate.mul(s));
+            let dgate = d.mul(up.add(one)).mul(slope);
+            let dup = d.mul(gate.mul(s));
+            gate.mul(s).mul(up.add(one)).write(dy);
             let dgate = S::splat(limit).select_lt(raw_gate, zero, dgate);
             let dup = S::splat(limit).select_lt(raw_up, zero, raw_up.select_lt(S::splat(-limit), zero, dup));
             zip(dgate, dup, dpairs);
@@ -293,8 +301,9 @@ mod tests {
                 let wide_in = wide(&gate_up);
                 assert_close(&out, &gated_f64(activation, &wide_in, width), 1e-6, "gated");
                 let dgate_up = assert_all_agree("gated_backward", || {
-                    let mut dgate_up = vec![f32::NAN; 4 * width];
-                    gated_backward(&Threads::new(2), activation, &gate_up, width, &dy, &mut dgate_up);
+                    let (mut dgate_up, mut d) = (vec![f32::NAN; 4 * width], dy.clone());
+                    gated_backward(&Threads::new(2), activation, &gate_up, width, &mut d, &mut dgate_up);
+                    assert_same_bits(&d, &out, "what gated gives");
                     dgate_up
                 });
                 let loss = |x: &[f64]| -> f64 {
@@ -313,7 +322,7 @@ mod tests {
         let run = |threads: &Threads| {
             let (mut out, mut d) = (vec![0.0; dy.len()], vec![0.0; gate_up.len()]);
             gated(threads, Activation::Silu, &gate_up, width, &mut out);
-            gated_backward(threads, Activation::Silu, &gate_up, width, &dy, &mut d);
+            gated_backward(threads, Activation::Silu, &gate_up, width, &mut dy.clone(), &mut d);
             out.extend(d);
             out
         };
@@ -329,7 +338,7 @@ mod tests {
             let out = assert_all_agree("gated", || {
                 let (mut out, mut dgate_up) = (vec![0.0; 61], vec![0.0; 122]);
                 gated(&Threads::new(2), activation, &gate_up, 61, &mut out);
-                gated_backward(&Threads::new(2), activation, &gate_up, 61, &dy, &mut dgate_up);
+                gated_backward(&Threads::new(2), activation, &gate_up, 61, &mut dy.clone(), &mut dgate_up);
                 out.extend(dgate_up);
                 out
             });
@@ -348,7 +357,7 @@ mod tests {
         let gate_up = [9.0, 1.0, 2.0, 8.0, 2.0, -8.0, 7.0, 7.0];
         let (mut out, mut d) = ([0.0; 4], [f32::NAN; 8]);
         gated(&Threads::new(2), activation, &gate_up, 4, &mut out);
-        gated_backward(&Threads::new(2), activation, &gate_up, 4, &[1.0; 4], &mut d);
+        gated_backward(&Threads::new(2), activation, &gate_up, 4, &mut [1.0; 4], &mut d);
         let glu = |g: f64| g / (1.0 + (-1.702 * g).exp());
         assert_close(&out, &[glu(7.0) * 2.0, glu(2.0) * 8.0, glu(2.0) * -6.0, glu(7.0) * 8.0], 1e-6, "out");
         assert_eq!([d[0], d[3], d[5]], [0.0; 3], "clamped inputs have no gradient");

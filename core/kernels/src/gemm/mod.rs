@@ -38,7 +38,7 @@ use crate::isa;
 use crate::simd::LANES;
 use std::cell::RefCell;
 use std::ops::Range;
-use tile::{Gate, Output, Store};
+use tile::{Gate, Matrix, Output, Store};
 
 /// Computes `out = x·Wᵀ` for `x [m,k]`, `out [m,n]`.
 ///
@@ -136,8 +136,8 @@ pub fn grouped_matmul_add(threads: &Threads, x: &[f32], groups: &[Group], out: &
 }
 
 /// Computes `out[rows] = act(gate) · up` with `[gate | up] = x[rows]·Wᵀ` for each group, `x [m,k]`, W `[2F,k]`, `out [m,F]`: the
-/// bits of [`grouped_matmul`] and [`crate::activation::gated`], without the product in memory. Returns `false`, and leaves
-/// `out` as it is, where it cannot: without matrix tiles, for an F that is no multiple of 16, for an activation that takes
+/// bits of [`grouped_matmul`] and [`crate::activation::gated`], without reading the product again; it goes to `kept [m,2F]`,
+/// where there is one. Returns `false`, and leaves both as they are, where it cannot: without matrix tiles, for an F that is no multiple of 16, for an activation that takes
 /// its operands alternating, and for the few rows that meet codes without tiles.
 ///
 /// # Panics
@@ -148,6 +148,7 @@ pub fn grouped_matmul_gated(
     x: &[f32],
     groups: &[Group],
     out: &mut [f32],
+    kept: Option<&mut [f32]>,
 ) -> bool {
     let gate = match activation {
         Activation::Silu => Gate::Silu,
@@ -163,9 +164,11 @@ pub fn grouped_matmul_gated(
     }
     let width = first.rows() / 2;
     let m = check_groups(x, groups);
-    assert!(out.len() >= m * width, "grouped_matmul_gated: out is [m,F]");
+    let fits = kept.as_ref().is_none_or(|kept| kept.len() >= 2 * m * width);
+    assert!(fits && out.len() >= m * width, "grouped_matmul_gated: out is [m,F], kept is [m,2F]");
+    let kept = kept.map(|kept| Matrix::new(kept, 2 * width));
     #[cfg(target_arch = "x86_64")]
-    amx::product(threads, x, first.inner(), groups, &Output::new(out, width, Store::Set).gated(gate));
+    amx::product(threads, x, first.inner(), groups, &Output::new(out, width, Store::Set).gated(gate, kept));
     true
 }
 

@@ -514,22 +514,30 @@ fn gated_products_give_the_bits_of_the_two_steps() {
                 grouped_matmul(&threads, &x, &groups, &mut apart);
                 let mut want = vec![f32::NAN; m * width];
                 crate::activation::gated(&threads, activation, &apart, width, &mut want);
-                for (isa, (done, got)) in under_each(|| {
-                    let mut got = vec![7.0; m * width];
-                    let done = grouped_matmul_gated(&threads, activation, &x, &groups, &mut got);
-                    (done, got)
+                for (isa, (done, got, kept)) in under_each(|| {
+                    let (mut got, mut kept) = (vec![7.0; m * width], vec![7.0; 2 * m * width]);
+                    let mut run =
+                        |kept| grouped_matmul_gated(&threads, activation, &x, &groups, &mut got, kept);
+                    let done = run(None) & run(Some(&mut kept));
+                    (done, got, kept)
                 }) {
                     let tiles = isa == crate::isa::Isa::Amx;
                     let few = quantisation.is_some()
                         && ends.iter().zip(starts).any(|(end, start)| end - start <= 4);
                     assert_eq!(done, tiles && !few, "{} {width} {k}", isa.name());
-                    let want = if done { &want } else { &vec![7.0; m * width] };
+                    let untouched = vec![7.0; 2 * m * width];
+                    let (want, apart) = if done {
+                        (&want[..], &apart[..])
+                    } else {
+                        (&untouched[..m * width], &untouched[..])
+                    };
                     assert_same_bits(&got, want, &format!("{activation:?} {width} {k}"));
+                    assert_same_bits(&kept, apart, &format!("{activation:?} {width} {k} kept"));
                 }
             }
             let alternating = Activation::ClampedSwiglu { alpha: 1.0, limit: 1.0 };
             let mut out = vec![0.0; m * width];
-            assert!(!grouped_matmul_gated(&Threads::single(), alternating, &x, &groups, &mut out));
+            assert!(!grouped_matmul_gated(&Threads::single(), alternating, &x, &groups, &mut out, None));
         }
     }
 }

@@ -21,18 +21,11 @@ pub(super) enum Gate {
     GeluTanh,
 }
 
-/// The output matrix `[m,n]`, of which each thread writes parts of its own.
+/// A matrix of which each thread writes parts of its own.
 #[derive(Clone, Copy)]
-pub(super) struct Output {
-    pub(super) base: SharedMut<f32>,
-    pub(super) n: usize,
-    pub(super) store: Store,
-    /// Whether the columns of the product, twice those of the matrix, are gates and what goes through them.
-    pub(super) gate: Option<Gate>,
-    /// Panel of the matrix that a kernel's panel 0 is.
-    pub(super) first_panel: usize,
-    /// Row of the matrix that a kernel's row 0 is.
-    pub(super) first_row: usize,
+pub(super) struct Matrix {
+    base: SharedMut<f32>,
+    n: usize,
     /// Whether whole lines are written past the caches: what a second-level cache cannot keep anyway, on memory lines.
     streams: bool,
 }
@@ -40,19 +33,65 @@ pub(super) struct Output {
 /// Bytes of output from which it is written past the caches: half a second-level cache.
 const STREAM_BYTES: usize = 1 << 20;
 
+impl Matrix {
+    /// The whole of `out`, rows of `n`.
+    pub(super) fn new(out: &mut [f32], n: usize) -> Self {
+        let on_lines =
+            n.is_multiple_of(LANES) && out.as_ptr().addr().is_multiple_of(size_of::<[f32; LANES]>());
+        let streams = on_lines && size_of_val(out) >= STREAM_BYTES;
+        Self { base: SharedMut::new(out), n, streams }
+    }
+
+    /// Row `row` from `column` on: sixteen values, fewer at the end of the row.
+    ///
+    /// # Safety
+    /// No other thread works on these, and the matrix is still borrowed.
+    #[inline(always)]
+    #[expect(clippy::mut_from_ref, reason = "each part belongs to one thread, as the caller promises")]
+    unsafe fn part(&self, row: usize, column: usize) -> &mut [f32] {
+        // SAFETY: the caller's promise.
+        unsafe { self.base.slice(row * self.n + column, LANES.min(self.n - column)) }
+    }
+
+    /// Stores sixteen values. Before other threads read them, [`Lanes::fence`] must be passed.
+    ///
+    /// # Safety
+    /// As [`Matrix::part`].
+    #[inline(always)]
+    unsafe fn set<S: Lanes>(&self, row: usize, column: usize, value: S) {
+        // SAFETY: the caller's promise.
+        let part = unsafe { self.part(row, column) };
+        match part.first_chunk_mut() {
+            Some(line) if self.streams => value.stream(line),
+            _ => value.write(part),
+        }
+    }
+}
+
+/// Where a product goes.
+#[derive(Clone, Copy)]
+pub(super) struct Output {
+    matrix: Matrix,
+    pub(super) store: Store,
+    /// Whether the columns of the product, twice those of the matrix, are gates and what goes through them; and where these
+    /// are kept besides.
+    pub(super) gate: Option<(Gate, Option<Matrix>)>,
+    /// Panel of the matrix that a kernel's panel 0 is.
+    first_panel: usize,
+    /// Row of the matrix that a kernel's row 0 is.
+    first_row: usize,
+}
+
 impl Output {
     /// The whole of `out`, rows of `n`.
     pub(super) fn new(out: &mut [f32], n: usize, store: Store) -> Self {
-        let on_lines =
-            n.is_multiple_of(LANES) && out.as_ptr().addr().is_multiple_of(size_of::<[f32; LANES]>());
-        let streams = store == Store::Set && on_lines && size_of_val(out) >= STREAM_BYTES;
-        Self { base: SharedMut::new(out), n, store, gate: None, first_panel: 0, first_row: 0, streams }
+        Self { matrix: Matrix::new(out, n), store, gate: None, first_panel: 0, first_row: 0 }
     }
 
-    /// The same matrix for a product that is gated.
+    /// The same matrix for a product that is gated and, as it is, goes to `kept`.
     #[cfg(target_arch = "x86_64")]
-    pub(super) fn gated(self, gate: Gate) -> Self {
-        Self { gate: Some(gate), ..self }
+    pub(super) fn gated(self, gate: Gate, kept: Option<Matrix>) -> Self {
+        Self { gate: Some((gate, kept)), ..self }
     }
 
     /// The same matrix for a kernel whose panel 0 is `first_panel`.
@@ -79,9 +118,8 @@ impl Output {
     #[inline(always)]
     #[expect(clippy::mut_from_ref, reason = "each part belongs to one thread, as the caller promises")]
     pub(super) unsafe fn part(&self, row: usize, panel: usize) -> &mut [f32] {
-        let column = self.column(panel);
         // SAFETY: the caller's promise.
-        unsafe { self.base.slice((self.first_row + row) * self.n + column, LANES.min(self.n - column)) }
+        unsafe { self.matrix.part(self.first_row + row, self.column(panel)) }
     }
 
     /// Stores the sixteen values of one row and panel. Before other threads read them, [`Lanes::fence`] must be passed.
@@ -91,13 +129,23 @@ impl Output {
     #[inline(always)]
     pub(super) unsafe fn put<S: Lanes>(&self, row: usize, panel: usize, value: S) {
         // SAFETY: the caller's promise.
-        let part = unsafe { self.part(row, panel) };
-        if self.streams
-            && let Some(line) = part.first_chunk_mut()
-        {
-            return value.stream(line);
+        unsafe {
+            if self.store == Store::Add {
+                let part = self.part(row, panel);
+                return S::read(part, 0.0).add(value).write(part);
+            }
+            self.matrix.set(self.first_row + row, self.column(panel), value);
         }
-        let value = if self.store == Store::Add { S::read(part, 0.0).add(value) } else { value };
-        value.write(part);
+    }
+
+    /// Keeps sixteen values of a gated product, of one row and one of its own panels, in `kept`.
+    ///
+    /// # Safety
+    /// As [`Output::part`].
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(super) unsafe fn keep<S: Lanes>(&self, kept: &Matrix, row: usize, panel: usize, value: S) {
+        // SAFETY: the caller's promise.
+        unsafe { kept.set(self.first_row + row, panel * LANES, value) }
     }
 }

@@ -8,8 +8,11 @@ use super::buffers::Buf;
 use super::mlp::Context;
 use super::weights::PolicyWeights;
 
-/// Rows whose logits are held at once: bounds memory at `256 · V` values.
-pub(super) const CHUNK: usize = 256;
+/// Rows whose logits are held at once, of `width` values each: as many as 128 MiB hold, so that the gradient of the head is added
+/// to few times, and no fewer than 256, so that the head is read few times.
+pub fn chunk_rows(width: usize) -> usize {
+    ((1 << 25) / width.max(1)).clamp(256, 2048)
+}
 
 /// Rows of the residual stream, and their final norm.
 pub(super) struct HeadRows {
@@ -74,7 +77,7 @@ pub(super) fn logits_of_rows(
     logits: &mut [f32],
 ) {
     let v = weights.model.spec().head_width();
-    for (rows, out) in rows.chunks(CHUNK).zip(logits.chunks_mut(CHUNK * v)) {
+    for (rows, out) in rows.chunks(chunk_rows(v)).zip(logits.chunks_mut(chunk_rows(v) * v)) {
         HeadRows::gather(weights, cx, x_td, rows.iter().copied()).logits(weights, cx, out);
     }
 }

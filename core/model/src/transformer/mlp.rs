@@ -109,49 +109,33 @@ pub(super) fn forward(
     save: bool,
 ) -> Option<Buf> {
     let Some(Part { at, .. }) = parts.first() else { return save.then(|| cx.pool.take(0)) };
-    let (gate_up_tf, act_tf) = match (!save).then(|| activated(cx, parts, x_td)).flatten() {
-        Some(act_tf) => (None, act_tf),
-        None => {
-            let gate_up_tf = gate_up(cx, parts, x_td);
-            let act_tf = activate(cx, at, &gate_up_tf);
-            (save.then_some(gate_up_tf), act_tf)
-        }
-    };
+    let rows = parts.last().map_or(0, |part| part.rows.end);
+    let mut act_tf = cx.pool.take(rows * at.width);
+    let mut gate_up_tf = save.then(|| cx.pool.take(rows * 2 * at.width));
+    if !activated(cx, parts, x_td, &mut act_tf, gate_up_tf.as_deref_mut()) {
+        let gate_up_tf = gate_up_tf.get_or_insert_with(|| cx.pool.take(rows * 2 * at.width));
+        grouped_matmul(cx.threads, x_td, &groups(parts, |w| &w.gate_up.forward), gate_up_tf);
+        add_biases(parts, gate_up_tf, 2 * at.width, |w| w.gate_up_bias.as_deref());
+        activation::gated(cx.threads, kernel(at.activation), gate_up_tf, at.width, &mut act_tf);
+    }
     let down = if add { grouped_matmul_add } else { grouped_matmul };
     down(cx.threads, &act_tf, &groups(parts, |w| &w.down.forward), out_td);
     add_biases(parts, out_td, at.gate_up.k, |w| w.down_bias.as_deref());
-    gate_up_tf
-}
-
-/// All rows of parts.
-fn rows_of(parts: &[Part]) -> usize {
-    parts.last().map_or(0, |part| part.rows.end)
-}
-
-/// Gate and up `[T, 2F]`.
-fn gate_up(cx: &Context, parts: &[Part], x_td: &[f32]) -> Buf {
-    let width = 2 * parts[0].at.width;
-    let mut gate_up_tf = cx.pool.take(rows_of(parts) * width);
-    grouped_matmul(cx.threads, x_td, &groups(parts, |w| &w.gate_up.forward), &mut gate_up_tf);
-    add_biases(parts, &mut gate_up_tf, width, |w| w.gate_up_bias.as_deref());
-    gate_up_tf
+    gate_up_tf.filter(|_| save)
 }
 
 /// What `down` takes `[T, F]`, in one step where the kernels have it: the same bits.
-fn activated(cx: &Context, parts: &[Part], x_td: &[f32]) -> Option<Buf> {
-    let at = parts[0].at;
-    if parts.iter().any(|part| part.weights.gate_up_bias.is_some()) {
-        return None;
-    }
-    let mut act_tf = cx.pool.take(rows_of(parts) * at.width);
+fn activated(
+    cx: &Context,
+    parts: &[Part],
+    x_td: &[f32],
+    act_tf: &mut [f32],
+    gate_up_tf: Option<&mut [f32]>,
+) -> bool {
+    let (biased, activation) = (|part: &Part| part.weights.gate_up_bias.is_some(), parts[0].at.activation);
     let groups = groups(parts, |w| &w.gate_up.forward);
-    grouped_matmul_gated(cx.threads, kernel(at.activation), x_td, &groups, &mut act_tf).then_some(act_tf)
-}
-
-fn activate(cx: &Context, at: &MlpBinding, gate_up_tf: &[f32]) -> Buf {
-    let mut act_tf = cx.pool.take(gate_up_tf.len() / 2);
-    activation::gated(cx.threads, kernel(at.activation), gate_up_tf, at.width, &mut act_tf);
-    act_tf
+    !parts.iter().any(biased)
+        && grouped_matmul_gated(cx.threads, kernel(activation), x_td, &groups, act_tf, gate_up_tf)
 }
 
 /// Adds the weight gradients and returns the gradient with respect to `x`.
@@ -166,17 +150,18 @@ pub(super) fn backward(
     let mut dx_td = cx.pool.take(x_td.len());
     let Some(Part { at, .. }) = parts.first() else { return dx_td };
     let (d, width) = (at.gate_up.k, at.width);
-    let act_tf = activate(cx, at, gate_up_tf);
+    let mut act_tf = cx.pool.take(gate_up_tf.len() / 2);
+    // Its gradient first; what was activated comes of the same pass as the gradient of gate and up.
+    grouped_matmul(cx.threads, dy_td, &groups(parts, |w| w.down.transpose()), &mut act_tf);
+    let mut d_gate_up_tf = cx.pool.take(gate_up_tf.len());
+    let activation = kernel(at.activation);
+    activation::gated_backward(cx.threads, activation, gate_up_tf, width, &mut act_tf, &mut d_gate_up_tf);
     for Part { at, rows, .. } in parts {
         let (dy, act) = (&dy_td[rows.start * d..rows.end * d], &act_tf[rows.start * width..rows.end * width]);
         cx.accumulate(cx.precision, &at.down, dy, act, rows.len(), grads);
         add_bias_grad(dy, &at.down_bias, grads);
     }
-    let mut d_act_tf = act_tf;
-    grouped_matmul(cx.threads, dy_td, &groups(parts, |w| w.down.transpose()), &mut d_act_tf);
-    let mut d_gate_up_tf = cx.pool.take(gate_up_tf.len());
-    let activation = kernel(at.activation);
-    activation::gated_backward(cx.threads, activation, gate_up_tf, width, &d_act_tf, &mut d_gate_up_tf);
+    drop(act_tf);
     for Part { at, rows, .. } in parts {
         let d_gate_up = &d_gate_up_tf[rows.start * 2 * width..rows.end * 2 * width];
         cx.accumulate(

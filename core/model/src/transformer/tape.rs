@@ -16,7 +16,7 @@ use freewheel_types::SamplingParams;
 use super::attention::{Rows, Saved as SavedAttention, norm_backward};
 use super::bindings::FfnBinding;
 use super::buffers::Buf;
-use super::head::{CHUNK, HeadRows};
+use super::head::{HeadRows, chunk_rows};
 use super::inference::interleave;
 use super::mlp::{self, Context, MIN_VALUES, Part};
 use super::moe::{RouterLosses, Saved as SavedMoe};
@@ -264,7 +264,7 @@ impl Tape {
         let cx = weights.context(threads);
         let v = vocabulary(weights);
         let mut result = LogProbs::default();
-        for chunk in targets.chunks(CHUNK) {
+        for chunk in targets.chunks(chunk_rows(v)) {
             let rows = HeadRows::gather(weights, &cx, &self.x_td, chunk.iter().map(|t| t.row));
             let mut logits = cx.pool.take(chunk.len() * v);
             rows.logits(weights, &cx, &mut logits);
@@ -314,7 +314,7 @@ impl Tape {
             .filter(|(_, d_logprob, d_entropy)| *d_logprob != 0.0 || *d_entropy != 0.0)
             .collect();
         let mut dx_td = cx.pool.zeros(self.x_td.len());
-        for chunk in wanted.chunks(CHUNK) {
+        for chunk in wanted.chunks(chunk_rows(vocabulary(weights))) {
             self.head_backward(&cx, weights, chunk, sampling, &mut dx_td, grads);
         }
         self.body_backward(&cx, weights, dx_td, grads);
@@ -338,7 +338,8 @@ impl Tape {
         assert_eq!(grads.len(), weights.model.layout.total, "gradients of another model");
         let cx = weights.context(threads);
         let mut dx_td = cx.pool.zeros(self.x_td.len());
-        for (rows, d_logits) in rows.chunks(CHUNK).zip(d_logits.chunks(CHUNK * n)) {
+        let most = chunk_rows(n);
+        for (rows, d_logits) in rows.chunks(most).zip(d_logits.chunks(most * n)) {
             let gathered = HeadRows::gather(weights, &cx, &self.x_td, rows.iter().copied());
             let dx = gathered.backward(weights, &cx, d_logits, grads);
             for (&row, dx) in rows.iter().zip(dx.chunks_exact(d)) {

@@ -20,7 +20,7 @@ mod round;
 mod unfold;
 
 use super::pack::{Element, LINES_AT_ONCE, Line, Precision, transpose_lines};
-use super::tile::{Gate, Output, Store};
+use super::tile::{Gate, Matrix, Output, Store};
 use super::{Group, PackedMatrix, few};
 use crate::activation::{Gated, GeluTanh, Silu};
 use crate::simd::{LANES, Lanes, simd};
@@ -338,8 +338,8 @@ simd! {
     fn put_tiles<S>(c: &[Line], panels: &[usize], first: usize, m: usize, out: &Output) {
         match out.gate {
             None => put_plain::<S>(c, panels, first, m, out),
-            Some(Gate::Silu) => put_gated::<S, Silu>(c, panels, first, m, out),
-            Some(Gate::GeluTanh) => put_gated::<S, GeluTanh>(c, panels, first, m, out),
+            Some((Gate::Silu, kept)) => put_gated::<S, Silu>(c, panels, first, m, out, kept.as_ref()),
+            Some((Gate::GeluTanh, kept)) => put_gated::<S, GeluTanh>(c, panels, first, m, out, kept.as_ref()),
         }
     }
 }
@@ -359,8 +359,15 @@ fn put_plain<S: Lanes>(c: &[Line], panels: &[usize], first: usize, m: usize, out
 
 /// The first half of the panels are gates, the second what goes through them.
 #[inline(always)]
-fn put_gated<S: Lanes, G: Gated>(c: &[Line], panels: &[usize], first: usize, m: usize, out: &Output) {
-    let (gates, _) = panels.split_at(panels.len() / 2);
+fn put_gated<S: Lanes, G: Gated>(
+    c: &[Line],
+    panels: &[usize],
+    first: usize,
+    m: usize,
+    out: &Output,
+    kept: Option<&Matrix>,
+) {
+    let (gates, ups) = panels.split_at(panels.len() / 2);
     for (i, tiles) in c.chunks_exact(panels.len() * TILE_LINES).enumerate() {
         let first = first + i * TILE;
         let (gate, up) = tiles.split_at(gates.len() * TILE_LINES);
@@ -368,7 +375,13 @@ fn put_gated<S: Lanes, G: Gated>(c: &[Line], panels: &[usize], first: usize, m: 
             for (p, &panel) in gates.iter().enumerate() {
                 let (gate, up) = (lanes::<S>(&gate[p * TILE_LINES + r]), lanes::<S>(&up[p * TILE_LINES + r]));
                 // SAFETY: each tile belongs to one task.
-                unsafe { out.put(first + r, panel, G::gate(gate, up)) };
+                unsafe {
+                    out.put(first + r, panel, G::gate(gate, up));
+                    if let Some(kept) = kept {
+                        out.keep(kept, first + r, panel, gate);
+                        out.keep(kept, first + r, ups[p], up);
+                    }
+                }
             }
         }
     }
