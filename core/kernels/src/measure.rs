@@ -4,11 +4,15 @@
 //!   read_bandwidth   all threads read memory, as STREAM does     what bounds a product with few rows
 //!   peak_flops       multiply-adds on registers, nothing read    what no product passes
 //!   product          one product, warm or cold                   what the kernels make of both
+//!   price            our operations beside kernels without rules what exactness costs
 //! ```
 //!
 //! Numbers for `freewheel bench` and `doctor`; nothing else depends on them.
 
+#[cfg(target_arch = "x86_64")]
+mod free;
 mod peak;
+pub mod price;
 
 use crate::gemm::{PackedMatrix, Precision, matmul};
 use crate::isa;

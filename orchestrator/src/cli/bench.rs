@@ -1,7 +1,8 @@
-//! `freewheel bench decode | prefill | train | gemm | metap | objectives`: how fast, and how near to what this machine can do, measured in
-//! the same run.
+//! `freewheel bench decode | prefill | train | gemm | exactness | metap | objectives`: how fast, and how near to what this machine can
+//! do, measured in the same run.
 
 mod decode;
+mod exactness;
 mod gemm;
 mod metap;
 mod prefill;
@@ -46,6 +47,11 @@ enum What {
     /// Speed of the products of a model, each by itself, by rows.
     #[command(after_help = "Example:\n  freewheel bench gemm --model assets/sprout --rows 1,32,512 --cold")]
     Gemm(gemm::GemmArgs),
+    /// What it costs that a token has the same bits whatever shares its batch: each operation beside kernels without that rule.
+    #[command(
+        after_help = "Example:\n  freewheel bench exactness --model assets/sprout --rows 1,8,32 --context 256"
+    )]
+    Exactness(exactness::ExactnessArgs),
     /// MetaP's coordinate check: activations by width, at the start and after some updates, with and without it.
     #[command(after_help = "Example:\n  freewheel bench metap --widths 64,128,256,512 --svg coordinates.svg")]
     Metap(metap::MetapArgs),
@@ -59,6 +65,7 @@ impl BenchCommand {
             What::Prefill(args) => args.run(),
             What::Train(args) => args.run(),
             What::Gemm(args) => args.run(),
+            What::Exactness(args) => args.run(),
             What::Metap(args) => args.run(),
             What::Objectives(args) => args.run(),
         }

@@ -158,6 +158,12 @@ impl PackedMatrix {
         }
     }
 
+    /// All lines, panel after panel, as they lie in memory.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn words(&self) -> &[[u32; LANES]] {
+        bytemuck::cast_slice(&self.lines)
+    }
+
     /// The lines of panel `panel`.
     pub(super) fn panel(&self, panel: usize) -> &[Line] {
         self.panels(panel, 1)
