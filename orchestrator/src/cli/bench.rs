@@ -183,6 +183,7 @@ impl Machine {
                 "machine": self.json(),
                 "model": {"path": loaded.source, "parameters": loaded.model.layout().total},
                 "rows": rows,
+                "worst": worst(rows),
             });
             println!("{}", serde_json::to_string_pretty(&result)?);
             return Ok(());
@@ -201,6 +202,13 @@ impl Machine {
         print!("{}", text(rows));
         Ok(())
     }
+}
+
+/// The row that is furthest over its roofline; null where rows have none.
+fn worst(rows: &[Value]) -> Value {
+    let over = |row: &Value| row["over_roofline"].as_f64();
+    let worst = rows.iter().filter_map(|row| Some((over(row)?, row))).max_by(|a, b| a.0.total_cmp(&b.0));
+    worst.map_or(Value::Null, |(over, row)| json!({"over_roofline": over, "batch": row["batch"]}))
 }
 
 /// The numbers products are computed in.
@@ -252,6 +260,14 @@ fn check_sizes(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_worst_row_is_furthest_over_its_roofline() {
+        let row = |batch: u32, over: f64| json!({"batch": batch, "over_roofline": over});
+        let found = worst(&[row(1, 1.1), row(8, 2.5), row(32, 1.9)]);
+        assert_eq!(found, json!({"over_roofline": 2.5, "batch": 8}));
+        assert_eq!(worst(&[json!({"m": 3})]), Value::Null);
+    }
 
     #[test]
     fn the_median_is_in_the_middle() {

@@ -219,5 +219,11 @@ fn text(rows: &[Value]) -> String {
         "times over",
         "experts read",
     ];
-    table(&header, &cells)
+    let worst = super::worst(rows);
+    let told = format!(
+        "worst: {} times the roofline (bytes of the experts that were chosen, or operations), at batch {}\n",
+        number(&worst, "over_roofline", 1.0, 2),
+        number(&worst, "batch", 1.0, 0),
+    );
+    table(&header, &cells) + &told
 }
