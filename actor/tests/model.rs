@@ -10,8 +10,8 @@ use freewheel_actor::{
 use freewheel_kernels::{CodeBits, Threads};
 use freewheel_model::delta::{delta_frame, key_frame};
 use freewheel_model::{
-    Activation, AttentionSpec, FfnSpec, KvCache, ModelSpec, MoeSpec, OutputHead, ParamData, Params,
-    PolicyWeights, Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target, TensorKind, TensorNames,
+    Activation, AttentionSpec, FfnSpec, KvCache, LatentSpec, ModelSpec, MoeSpec, OutputHead, ParamData,
+    Params, PolicyWeights, Purpose, QkNorm, RopeSpec, RopeStyle, RouterKind, Target, TensorKind, TensorNames,
     TrainBatch, TrainSeq, Transformer,
 };
 use freewheel_types::{CounterRng, Digest, PolicyVersion, SamplingParams, TaskId, WeightsDtype};
@@ -47,11 +47,27 @@ fn attention(rope: bool) -> AttentionSpec {
 
 /// Dense, then a mixture of experts that sees chunks of 24 positions, then a mixture without positions.
 fn model(max_positions: usize) -> Arc<Transformer> {
-    model_that_sees(Some(24), max_positions)
+    model_with(AttentionSpec { chunk: Some(24), ..attention(true) }, max_positions)
 }
 
-/// The same with other chunks in the middle, or none.
-fn model_that_sees(chunk: Option<usize>, max_positions: usize) -> Arc<Transformer> {
+/// A window of 21 positions, and sinks (gpt-oss).
+fn sliding() -> AttentionSpec {
+    AttentionSpec { window: Some(21), sinks: true, ..attention(true) }
+}
+
+/// Latent attention (DeepSeek): heads of 5 dimensions without and 8 with position, values of 7.
+fn latent() -> AttentionSpec {
+    AttentionSpec {
+        kv_heads: 4,
+        head_dim: 13,
+        qk_norm: QkNorm::None,
+        latent: Some(LatentSpec { q_rank: Some(9), kv_rank: 10, nope_dim: 5, value_dim: 7, norm_eps: 1e-6 }),
+        ..attention(true)
+    }
+}
+
+/// The same with another attention in the middle.
+fn model_with(middle: AttentionSpec, max_positions: usize) -> Arc<Transformer> {
     let dense = FfnSpec::Dense { width: 40, activation: Activation::Silu };
     let moe = FfnSpec::Moe(MoeSpec {
         experts: 5,
@@ -66,11 +82,7 @@ fn model_that_sees(chunk: Option<usize>, max_positions: usize) -> Arc<Transforme
         names: TensorNames::LLAMA,
         vocab_size: VOCAB,
         hidden: 32,
-        layers: vec![
-            (attention(true), dense),
-            (AttentionSpec { chunk, ..attention(true) }, moe.clone()),
-            (attention(false), moe),
-        ],
+        layers: vec![(attention(true), dense), (middle, moe.clone()), (attention(false), moe)],
         norm_eps: 1e-5,
         norm_offset: 0.0,
         sandwich_norms: false,
@@ -228,20 +240,24 @@ fn random_requests(draws: &mut Draws) -> Vec<(usize, Request)> {
 }
 
 /// Chunks of prompts, decoding, preemption, pages found again, guesses right and wrong, cancellation, any threads: what a
-/// row is computed beside and when never shows. `FREEWHEEL_MIXES=1000` tries more.
+/// row is computed beside and when never shows; with plain, chunked, sliding and latent attention, sinks, and weights of
+/// 32, 16, 8 and 4 bits. `FREEWHEEL_MIXES=60` tries fewer.
 #[test]
 fn random_mixes_are_what_training_computes() {
-    let mixes = std::env::var("FREEWHEEL_MIXES").map_or(60, |n| n.parse().expect("a number of mixes"));
-    let model = model_that_sees(None, 96);
-    let four = [
-        Both::new(&model_that_sees(Some(24), 96), WeightsDtype::Bf16),
+    let mixes = std::env::var("FREEWHEEL_MIXES").map_or(1000, |n| n.parse().expect("a number of mixes"));
+    let model = model_with(attention(true), 96);
+    let kinds = [
+        Both::new(&model_with(AttentionSpec { chunk: Some(24), ..attention(true) }, 96), WeightsDtype::Bf16),
         Both::new(&model.quantised(CodeBits::Eight, 32), WeightsDtype::Bf16),
         Both::new(&model.quantised(CodeBits::Four, 32), WeightsDtype::Bf16),
         Both::new(&model, WeightsDtype::F32),
+        Both::new(&model_with(sliding(), 96), WeightsDtype::Bf16),
+        Both::new(&model_with(latent(), 96), WeightsDtype::Bf16),
+        Both::new(&model_with(latent(), 96).quantised(CodeBits::Eight, 32), WeightsDtype::Bf16),
     ];
     let (mut preempted, mut found, mut right, mut wrong, mut checked) = (0, 0, 0, 0, 0);
     for mix in 0..mixes {
-        let both = &four[mix as usize % four.len()];
+        let both = &kinds[mix as usize % kinds.len()];
         let mut draws = Draws { rng: CounterRng::new(99, mix), next: 0 };
         let threads = Threads::new(1 + draws.below(3));
         let config = EngineConfig {
