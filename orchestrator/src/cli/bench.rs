@@ -1,4 +1,4 @@
-//! `freewheel bench decode | prefill | train | gemm | exactness | metap | objectives`: how fast, and how near to what this machine can
+//! `freewheel bench decode | prefill | train | gemm | exactness | saved | metap | objectives`: how fast, and how near to what this machine can
 //! do, measured in the same run.
 
 mod decode;
@@ -7,6 +7,7 @@ mod gemm;
 mod metap;
 mod prefill;
 mod roofline;
+mod saved;
 mod train;
 
 use std::time::Instant;
@@ -52,6 +53,9 @@ enum What {
         after_help = "Example:\n  freewheel bench exactness --model assets/sprout --rows 1,8,32 --context 256"
     )]
     Exactness(exactness::ExactnessArgs),
+    /// What the prefix cache and guessed tokens save, where they should and where they should not.
+    #[command(after_help = "Example:\n  freewheel bench saved --model models/smollm2 --batch 1,8")]
+    Saved(saved::SavedArgs),
     /// MetaP's coordinate check: activations by width, at the start and after some updates, with and without it.
     #[command(after_help = "Example:\n  freewheel bench metap --widths 64,128,256,512 --svg coordinates.svg")]
     Metap(metap::MetapArgs),
@@ -66,6 +70,7 @@ impl BenchCommand {
             What::Train(args) => args.run(),
             What::Gemm(args) => args.run(),
             What::Exactness(args) => args.run(),
+            What::Saved(args) => args.run(),
             What::Metap(args) => args.run(),
             What::Objectives(args) => args.run(),
         }
