@@ -1,6 +1,7 @@
 //! The whole role around the bigram model: tasks, weights, outcomes and accounting over the in-memory queue.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +22,7 @@ use crate::config::LearnerConfig;
 use crate::core::LearnerParts;
 use crate::disk::SystemDisk;
 use crate::metrics::MemoryMetrics;
+use crate::objective::{LossAggregation, Objective};
 use crate::policy::Policy;
 use crate::role::{LearnerEnd, LearnerSummary, Outside, run_with};
 use crate::testing::{self, Bigram, VOCAB};
@@ -108,6 +110,16 @@ fn initial() -> Params {
 
 /// Prompt pool and actor in one: keeps the staleness budget, samples with the newest weights that a task allows.
 async fn pool_and_actor(queue: Arc<MemoryQueue>, store: Arc<MemoryStore>, budget: u64) -> BTreeSet<TaskId> {
+    pool_and_bad_judge(queue, store, budget, 0..0).await
+}
+
+/// The same; rewards in the tasks `bad` are so large that no gradient through them is finite.
+async fn pool_and_bad_judge(
+    queue: Arc<MemoryQueue>,
+    store: Arc<MemoryStore>,
+    budget: u64,
+    bad: Range<u64>,
+) -> BTreeSet<TaskId> {
     let actor = ActorId("actor-0".into());
     let (mut issued, mut ended) = (0, BTreeSet::new());
     let (mut params, mut have) = (initial(), None);
@@ -134,7 +146,11 @@ async fn pool_and_actor(queue: Arc<MemoryQueue>, store: Arc<MemoryStore>, budget
             }
             let table = Bigram::new(&params);
             for index in 0..leased.task.group_size {
-                let scored = sample(&table, &leased.task, index, have.unwrap());
+                let mut scored = sample(&table, &leased.task, index, have.unwrap());
+                if bad.contains(&leased.task.id.0) {
+                    let reward = if index == 0 { f32::MAX } else { f32::MIN };
+                    scored.reward.verdict = Verdict::Scored { reward, correct: None, gated_by: None };
+                }
                 assert_ne!(queue.put_scored(&scored).await.unwrap(), PutOutcome::Busy);
             }
             queue.finish_task(&actor, leased.task.id, &leased.lease).await.unwrap();
@@ -259,6 +275,43 @@ async fn a_learner_that_stops_and_comes_back_goes_on_where_it_was() {
     assert_eq!(run.column("accounting/imbalance"), [0.0; 12]);
     actor.await.unwrap();
     replays_to_the_same_weights(run.dir.path(), &run.config, &second);
+}
+
+/// A loss that takes rewards as they are.
+fn regression(steps: u64) -> LearnerConfig {
+    let mut config = config(steps, 0);
+    (config.groups_per_step, config.learning_rate, config.checkpoint_every) = (1, 0.01, 1);
+    config.loss.objective = Objective::Oapl;
+    config.loss.loss_aggregation = Some(LossAggregation::SeqMeanTokenSum);
+    config
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_update_that_is_not_finite_is_skipped_and_the_run_goes_on() {
+    let run = Run::new(regression(8));
+    let actor = tokio::spawn(pool_and_bad_judge(run.queue.clone(), run.store.clone(), 1, 4..6));
+    let ended = tokio::time::timeout(Duration::from_secs(60), run.learner(CancellationToken::new()));
+    let summary = ended.await.unwrap().unwrap();
+    assert_eq!((summary.end, summary.version.step), (LearnerEnd::StepsDone, 8));
+    assert_eq!(run.store.latest().await.unwrap(), Some(summary.version));
+    let skipped = run.metrics.lines().iter().filter(|line| line["train/applied"] == false).count();
+    assert_eq!(skipped, 2);
+    assert_eq!(summary.accounting.unwrap().imbalance(), 0);
+    actor.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_three_of_them_the_run_goes_back_once_and_ends_the_second_time() {
+    let run = Run::new(regression(40));
+    let actor = pool_and_bad_judge(run.queue.clone(), run.store.clone(), 1, 4..1000);
+    let error = tokio::select! {
+        ended = run.learner(CancellationToken::new()) => ended.unwrap_err(),
+        _ = actor => panic!("the run did not end by itself"),
+    };
+    assert!(matches!(error, LearnerError::Diverged { count: 3, .. }), "{error}");
+    let back = run.metrics.lines().iter().filter(|line| line.contains_key("train/rolled_back_to")).count();
+    let skipped = run.metrics.lines().iter().filter(|line| line["train/applied"] == false).count();
+    assert_eq!((back, skipped), (1, 3 + 1 + 3), "three, the way back, three more");
 }
 
 fn replays_to_the_same_weights(dir: &Path, config: &LearnerConfig, summary: &LearnerSummary) {

@@ -68,7 +68,7 @@ fn train_to_end(
     let (mut learner, recovery) = Learner::recover(build(), checkpoints, epoch)?;
     let publish_every = learner.config().publish_every;
     wires.step.store(learner.policy().step(), Ordering::Release);
-    publish(&learner, wires);
+    let mut published = publish(&learner, wires);
     let recovered = Recovered {
         recovery,
         version: learner.policy().version(),
@@ -88,8 +88,10 @@ fn train_to_end(
         };
         let step = report.version.step;
         wires.step.store(step, Ordering::Release);
-        if step.is_multiple_of(publish_every) || learner.finished() {
-            publish(&learner, wires);
+        // An update that was skipped left the version that is out already.
+        let new = learner.policy().version() != published;
+        if new && (step.is_multiple_of(publish_every) || learner.finished()) {
+            published = publish(&learner, wires);
         }
         let outcomes = learner.take_outcomes();
         wires.events.send(Event::Step(Box::new(report), outcomes)).ok();
@@ -126,8 +128,9 @@ fn send_outcomes(learner: &mut Learner, wires: &Wires) {
     }
 }
 
-fn publish(learner: &Learner, wires: &Wires) {
-    let snapshot =
-        Snapshot { version: learner.policy().version(), params: learner.policy().weights().clone() };
+fn publish(learner: &Learner, wires: &Wires) -> PolicyVersion {
+    let version = learner.policy().version();
+    let snapshot = Snapshot { version, params: learner.policy().weights().clone() };
     wires.slot.send_replace(Some(Arc::new(snapshot)));
+    version
 }
