@@ -1,13 +1,13 @@
 //! `freewheel config check | show | reference`.
 
 use clap::{Args, Subcommand};
-use freewheel_model::Transformer;
+use freewheel_model::{Tokenizer, Transformer};
 use freewheel_types::WeightsDtype;
 use serde_json::{Map, Value, json};
 
 use super::{ConfigArgs, bytes};
 use crate::config::{Loaded, RunConfig, reference};
-use crate::cost::{Cost, Plan};
+use crate::cost::{Cost, Plan, Reach};
 
 /// Check, show or document a config.
 #[derive(Debug, Args)]
@@ -112,11 +112,13 @@ fn memory_plan(loaded: &Loaded) -> Option<String> {
         None if wide => 4,
         _ => 2,
     };
-    let positions = spec.max_positions as u64;
-    let plan = Plan::of(&loaded.config, &Cost::of(&Transformer::new(spec), element), element, positions);
+    let tokenizer = path.parent().and_then(|dir| Tokenizer::from_folder(dir).ok());
+    let reach = Reach::of(loaded, tokenizer.as_ref(), &spec);
+    let plan = Plan::of(&loaded.config, &Cost::of(&Transformer::new(spec), element), element, reach);
     Some(format!(
-        "memory: {} at the peak: actors {}, learner {}, activations {}, evaluation {}, queue {}",
+        "memory: {} at the peak with prompts of up to {} tokens: actors {}, learner {}, activations {}, evaluation {}, queue {}",
         bytes(plan.total),
+        reach.prompt,
         bytes(plan.actor),
         bytes(plan.learner),
         bytes(plan.activations),

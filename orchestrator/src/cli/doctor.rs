@@ -17,7 +17,7 @@ use super::fail::Explain as _;
 use super::run::runtime;
 use super::table::{bytes, table};
 use crate::config::Loaded;
-use crate::cost::{Cost, Plan};
+use crate::cost::{Cost, Plan, Reach};
 use crate::run::prepare;
 
 /// Look at this machine: processor, memory, disk, Redis; with a config, what a run of it will need.
@@ -246,12 +246,8 @@ fn plan(found: &mut Findings, loaded: &Loaded) -> anyhow::Result<()> {
         WeightsDtype::Bf16 => 2,
         WeightsDtype::F32 => 4,
     };
-    let plan = Plan::of(
-        &loaded.config,
-        &Cost::of(&model.model, element),
-        element,
-        model.model.spec().max_positions as u64,
-    );
+    let reach = Reach::of(loaded, Some(&model.tokenizer), model.model.spec());
+    let plan = Plan::of(&loaded.config, &Cost::of(&model.model, element), element, reach);
     for (name, value) in [
         ("parameters", plan.parameters),
         ("plan_actor_bytes", plan.actor),

@@ -106,7 +106,7 @@ fn look(folder: &RunFolder, id: RolloutId) -> anyhow::Result<Found> {
         }
         Ok(())
     };
-    journal::read(&SystemDisk, &dir, Position::default(), each)?;
+    journal::read(&SystemDisk, &dir, journal::start(&SystemDisk, &dir)?, each)?;
     Ok(found)
 }
 

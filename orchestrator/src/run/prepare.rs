@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use freewheel_actor::StopSpec;
-use freewheel_model::LoadedModel;
+use freewheel_model::{LoadedModel, Tokenizer};
 use freewheel_reward::RewardStack;
 use freewheel_types::{Prompt, SamplingParams};
 
@@ -64,23 +64,32 @@ pub fn model(loaded: &Loaded) -> anyhow::Result<LoadedModel> {
     Ok(section.quantised(model))
 }
 
-/// Holds prompts and completions against the model's context.
+/// Tokens of the longest of `prompts`.
 ///
 /// # Errors
-/// If the longest prompt with `max_new_tokens` does not fit, or the template refuses a prompt.
-pub fn check_lengths(loaded: &Loaded, model: &LoadedModel, prompts: &[Prompt]) -> anyhow::Result<()> {
+/// If the template refuses a prompt.
+pub fn longest_prompt(tokenizer: &Tokenizer, prompts: &[Prompt]) -> anyhow::Result<usize> {
     let mut by_length: Vec<&Prompt> = prompts.iter().collect();
     by_length.sort_by_key(|prompt| std::cmp::Reverse(prompt.question().len()));
     let mut by_images: Vec<&Prompt> = prompts.iter().filter(|prompt| !prompt.images().is_empty()).collect();
     by_images.sort_by_key(|prompt| std::cmp::Reverse(image_pixels(prompt)));
     let mut longest = 0;
     for prompt in by_length.into_iter().take(ENCODED).chain(by_images.into_iter().take(ENCODED)) {
-        let ids = model.tokenizer.encode_prompt(&prompt.body).map_err(|error| {
+        let ids = tokenizer.encode_prompt(&prompt.body).map_err(|error| {
             anyhow::Error::from(error)
                 .context(format!("prompt {:?} cannot be encoded", shorten(prompt.question())))
         });
         longest = longest.max(ids.input()?.ids.len());
     }
+    Ok(longest)
+}
+
+/// Holds prompts and completions against the model's context.
+///
+/// # Errors
+/// If the longest prompt with `max_new_tokens` does not fit, or the template refuses a prompt.
+pub fn check_lengths(loaded: &Loaded, model: &LoadedModel, prompts: &[Prompt]) -> anyhow::Result<()> {
+    let longest = longest_prompt(&model.tokenizer, prompts)?;
     let (context, wanted) = (model.model.spec().max_positions, loaded.config.actor.max_new_tokens);
     if longest + wanted <= context {
         return Ok(());

@@ -1,8 +1,9 @@
 //! Recycled f32 buffers: a step takes the same sizes again and again, and fresh pages cost more than the arithmetic on them.
 //!
 //! Batches differ in rows from step to step. So capacities come in classes, eight an octave, a buffer serves somewhat smaller needs
-//! than it was made for, and one that nobody has wanted for some steps is let go: the pool holds what recent steps needed, not what
-//! every step needed.
+//! than it was made for, and one that nobody has wanted for some steps is let go. All buffers together, idle ones included, hold a quarter
+//! more than what was in use at once at the worst time: before there are more, those that have been idle longest go. (Without that limit,
+//! the buffers of a small batch pile up beside those of a large one: 2.2 times what was ever in use, on the quickstart.)
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,6 +24,11 @@ struct State {
     /// Buffers in use, and the most that ever were.
     out: u64,
     most_out: u64,
+    /// Values they have room for.
+    room: usize,
+    /// Values asked of them, and the most that ever were at once.
+    wanted: usize,
+    most_wanted: usize,
 }
 
 #[derive(Debug)]
@@ -41,6 +47,39 @@ pub(super) struct Buf {
 
 /// A buffer is let go when so many times the buffers of a step have been taken without it.
 const PATIENCE: u64 = 16;
+/// Values that buffers may hold beyond the most that were ever in use: a quarter of these, or so many.
+const SLACK: usize = 4 << 20;
+
+impl State {
+    /// Whether one more buffer for `len` values would be more than there may be.
+    fn is_full(&self, len: usize) -> bool {
+        let idle: usize = self.idle.iter().map(|idle| idle.values.capacity()).sum();
+        let needed = self.most_wanted.max(self.wanted + len);
+        self.room + idle + class(len) > needed + (needed / 4).max(SLACK)
+    }
+
+    /// Counts a buffer with `room` values as in use for `len`.
+    fn lend(&mut self, room: usize, len: usize) {
+        self.taken += 1;
+        self.out += 1;
+        self.most_out = self.most_out.max(self.out);
+        self.room += room;
+        self.wanted += len;
+        self.most_wanted = self.most_wanted.max(self.wanted);
+    }
+
+    /// Idle buffers to let go: those that nobody wanted for long, and as many as stand in the way of one more for `len` values.
+    fn unwanted(&mut self, len: Option<usize>) -> Vec<Idle> {
+        let oldest = self.taken.saturating_sub(PATIENCE * self.most_out);
+        let mut unwanted: Vec<Idle> = self.idle.extract_if(.., |idle| idle.since < oldest).collect();
+        while len.is_some_and(|len| self.is_full(len))
+            && let Some(longest) = (0..self.idle.len()).min_by_key(|at| self.idle[*at].since)
+        {
+            unwanted.push(self.idle.swap_remove(longest));
+        }
+        unwanted
+    }
+}
 
 impl BufferPool {
     /// `len` values of unspecified content: the taker overwrites them all.
@@ -52,11 +91,8 @@ impl BufferPool {
             .filter(|at| fits(&state.idle[*at]))
             .min_by_key(|at| state.idle[*at].values.capacity());
         let found = best.map(|at| state.idle.swap_remove(at).values);
-        state.taken += 1;
-        state.out += 1;
-        state.most_out = state.most_out.max(state.out);
-        let oldest = state.taken.saturating_sub(PATIENCE * state.most_out);
-        let unwanted: Vec<Idle> = state.idle.extract_if(.., |idle| idle.since < oldest).collect();
+        let unwanted = state.unwanted(found.is_none().then_some(len));
+        state.lend(found.as_ref().map_or(class(len), Pages::capacity), len);
         drop(state);
         drop(unwanted);
         let mut values = found.unwrap_or_else(|| Pages::zeros(class(len)));
@@ -108,6 +144,8 @@ impl Drop for Buf {
     fn drop(&mut self) {
         let mut state = self.pool.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.out -= 1;
+        state.room -= self.values.capacity();
+        state.wanted -= self.values.len();
         let since = state.taken;
         state.idle.push(Idle { values: std::mem::take(&mut self.values), since });
     }
@@ -147,6 +185,25 @@ mod tests {
         let new = after.iter().filter(|at| !before.contains(at)).count();
         assert!(new <= 3, "{new} allocations were kept of 500 takes that could have done without");
         assert!(after.len() <= 12, "{} buffers for five", after.len());
+    }
+
+    #[test]
+    fn small_batches_beside_large_ones_do_not_pile_up_buffers() {
+        let pool = BufferPool::default();
+        let step = |rows: usize| {
+            let _step: Vec<Buf> = [128, 192, 192, 384, 512].map(|width| pool.take(rows * width)).into();
+        };
+        let held = || {
+            let state = pool.state.lock().unwrap();
+            assert_eq!((state.out, state.room, state.wanted), (0, 0, 0));
+            state.idle.iter().map(|idle| idle.values.capacity()).sum::<usize>()
+        };
+        let most = 16_000 * 1408;
+        for i in 0..40 {
+            step(16_000);
+            step(1000 + 700 * (i % 13));
+            assert!(held() <= most + most / 4, "{} values, {most} were ever in use", held());
+        }
     }
 
     #[test]

@@ -13,6 +13,7 @@ use super::prefill::attention_flops;
 use super::{Machine, Sampling, check_sizes, ids, median, number, token_flops};
 use crate::cli::model::ModelArgs;
 use crate::cli::table::{bytes, table};
+use crate::cost::{Cost, update_bytes};
 
 #[derive(Debug, Args)]
 pub struct TrainArgs {
@@ -85,6 +86,7 @@ impl TrainArgs {
             "stream_bytes_per_s": trained.stream_bytes_per_s,
             "optimizer_stream_fraction": moved as f64 / part(2) / trained.stream_bytes_per_s,
             "memory_peak_bytes": memory_peak(),
+            "memory_planned_bytes": update_bytes(&Cost::of(model, written as u64), written as u64, tokens.len() as u64),
         }))
     }
 }
@@ -171,6 +173,7 @@ fn text(rows: &[Value]) -> String {
     let cells: Vec<Vec<String>> = rows
         .iter()
         .map(|row| {
+            let memory = |key: &str| row[key].as_u64().map_or_else(|| "-".into(), bytes);
             vec![
                 number(row, "batch", 1.0, 0),
                 number(row, "length", 1.0, 0),
@@ -184,7 +187,8 @@ fn text(rows: &[Value]) -> String {
                 number(row, "optimizer_share", 100.0, 1),
                 number(row, "optimizer_bytes_per_s", 1e-9, 1),
                 number(row, "stream_bytes_per_s", 1e-9, 1),
-                row["memory_peak_bytes"].as_u64().map_or_else(|| "-".into(), bytes),
+                memory("memory_peak_bytes"),
+                memory("memory_planned_bytes"),
             ]
         })
         .collect();
@@ -202,6 +206,7 @@ fn text(rows: &[Value]) -> String {
         "AdamW GB/s",
         "STREAM GB/s",
         "memory",
+        "planned",
     ];
     table(&header, &cells)
 }
