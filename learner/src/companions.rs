@@ -4,6 +4,8 @@
 //! All of it changes with a step and only then, as a function of the batch, so that it is where it was after a restart: in the
 //! checkpoint, and repeated from the journal.
 
+use std::sync::Arc;
+
 use freewheel_model::{ParamData, Params};
 use freewheel_types::PolicyVersion;
 use half::bf16;
@@ -22,7 +24,7 @@ use crate::update::{Helpers, Updated};
 pub struct Companions {
     reference: Option<Box<dyn PolicyTrainer>>,
     /// Weights of a reference that moves, and how often.
-    moving: Option<(Params, u64)>,
+    moving: Option<(Arc<Params>, u64)>,
     critic: Option<Critic>,
     entropy: Option<AdaptiveEntropy>,
     weight: EntropyWeight,
@@ -53,7 +55,7 @@ impl Companions {
         let every = config.reference_every.filter(|_| reference.is_some());
         Self {
             reference,
-            moving: every.map(|every| (policy.weights().clone(), every)),
+            moving: every.map(|every| (Arc::new(policy.weights().clone()), every)),
             critic,
             entropy: config.adaptive_entropy(),
             weight: EntropyWeight { coef: config.entropy_coef, active: false },
@@ -89,7 +91,8 @@ impl Companions {
         if let (Some((weights, every)), Some(reference)) = (&mut self.moving, &mut self.reference)
             && policy.step().is_multiple_of(*every)
         {
-            weights.clone_from(policy.weights());
+            // A checkpoint may still be writing the old ones.
+            *weights = Arc::new(policy.weights().clone());
             reference.load(weights, policy.version());
         }
     }
@@ -106,13 +109,13 @@ impl Companions {
     }
 
     /// The critic, whose optimiser is a file of its own.
-    pub fn critic(&self) -> Option<&Critic> {
-        self.critic.as_ref()
+    pub fn critic_mut(&mut self) -> Option<&mut Critic> {
+        self.critic.as_mut()
     }
 
     /// The weights of a reference that moves: a file of their own.
-    pub fn moving_reference(&self) -> Option<&Params> {
-        self.moving.as_ref().map(|(weights, _)| weights)
+    pub fn moving_reference(&self) -> Option<Arc<Params>> {
+        self.moving.as_ref().map(|(weights, _)| weights.clone())
     }
 
     /// Takes back what a checkpoint holds.
@@ -130,7 +133,7 @@ impl Companions {
         }
         if let (Some((weights, _)), Some(reference)) = (&mut self.moving, &mut self.reference) {
             let bytes = loaded.reference()?;
-            fill(weights, &bytes)
+            fill(Arc::make_mut(weights), &bytes)
                 .map_err(|what| LearnerError::Checkpoint { path: loaded.path.clone(), what })?;
             reference.load(weights, PolicyVersion::default());
         }

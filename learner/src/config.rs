@@ -82,8 +82,22 @@ pub struct TrainingConfig {
     /// Checkpoints kept. 2 or more. Default 2.
     #[schemars(range(min = 2))]
     pub keep_last: usize,
+    /// What is kept of the journal of rollouts and updates. "checkpoints" keeps disks small on long runs; `freewheel replay`, and what
+    /// `freewheel explain` says of a rollout, then reach back no further than the oldest checkpoint kept. Default "all".
+    pub keep_journal: KeepJournal,
     /// Compute threads; 0 takes all cores. No result depends on it. Default 0.
     pub threads: usize,
+}
+
+/// What is kept of a journal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum KeepJournal {
+    /// All of it: every update can be made again.
+    #[default]
+    All,
+    /// What the checkpoints kept resume from.
+    Checkpoints,
 }
 
 impl Default for TrainingConfig {
@@ -108,6 +122,7 @@ impl Default for TrainingConfig {
             checkpoint_every: 50,
             checkpoint_shard_mib: 4768,
             keep_last: 2,
+            keep_journal: KeepJournal::All,
             threads: 0,
         }
     }

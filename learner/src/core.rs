@@ -16,9 +16,9 @@ use crate::LearnerError;
 use crate::assembly::{Arrival, Assembly, Group, GroupRules, Ledger, SettledGroup};
 use crate::batch::Batch;
 use crate::batching::{BatchRules, Overtaking};
-use crate::checkpoint::{Checkpoints, Commit, ModelWriter, TrainerState};
+use crate::checkpoint::{Checkpoints, Commit, ModelWriter, TrainerState, Writing, Written};
 use crate::companions::Companions;
-use crate::config::LearnerConfig;
+use crate::config::{KeepJournal, LearnerConfig};
 use crate::consumed::IdSet;
 use crate::critic::Critic;
 use crate::disk::Disk;
@@ -75,7 +75,7 @@ pub struct LearnerParts {
     /// Where files go.
     pub disk: Arc<dyn Disk>,
     /// Writes the model part of a checkpoint.
-    pub writer: Box<dyn ModelWriter>,
+    pub writer: Arc<dyn ModelWriter>,
     /// Asked at each checkpoint.
     pub curriculum: Option<Arc<dyn CurriculumSource>>,
     /// Costs that are kept under limits.
@@ -98,6 +98,9 @@ pub struct Learner {
     /// `None` when a run is only repeated: nothing is written then.
     journal: Option<SharedJournal>,
     checkpoints: Checkpoints,
+    writing: Writing,
+    /// Seconds that training stood still for checkpoints since the last step; `None` if none was begun.
+    pause_s: Option<f64>,
     /// Where the first record of each held group begins.
     begins: BTreeMap<TaskId, Position>,
     /// Where the record of the last arrival begins; arrivals come in journal order.
@@ -152,6 +155,10 @@ impl Learner {
         if !problems.is_empty() {
             return Err(LearnerError::Config(problems.join("\n")));
         }
+        let checkpoints = match (config.keep_journal, &journal) {
+            (KeepJournal::Checkpoints, Some(_)) => checkpoints.trimming(journal_dir(&parts.run_dir)),
+            _ => checkpoints,
+        };
         let loss = Loss::new(&config.loss).map_err(|problems| LearnerError::Config(problems.join("\n")))?;
         if loss.needs_reference() && parts.reference.is_none() {
             return Err(LearnerError::Config("learner.kl_coef above 0 needs a reference model".into()));
@@ -180,6 +187,8 @@ impl Learner {
             overtaking: Overtaking::default(),
             journal,
             checkpoints,
+            writing: Writing::default(),
+            pause_s: None,
             begins: BTreeMap::new(),
             dropped: Vec::new(),
             new_outcomes: Vec::new(),
@@ -266,17 +275,32 @@ impl Learner {
         std::mem::take(&mut self.made_again)
     }
 
-    /// Commits a checkpoint if one is due, or `now` asks for one.
+    /// Begins a checkpoint if one is due; if `now` asks for one, returns when it is committed. Else it is written while training goes
+    /// on, after the one before.
     ///
     /// # Errors
-    /// If the disk refuses for another reason than being full, or was full several times.
+    /// If the disk refused this one or the one before for another reason than being full, or was full several times.
     pub fn checkpoint(&mut self, now: bool) -> Result<(), LearnerError> {
-        let step = self.policy().step();
-        let due = step.is_multiple_of(self.parts.config.checkpoint_every);
-        if self.committed_step == Some(step) || !(due || now) {
+        let (step, began) = (self.policy().step(), Instant::now());
+        let due = now || step.is_multiple_of(self.parts.config.checkpoint_every);
+        let written = if due { self.writing.end() } else { self.writing.ended() };
+        self.note_written(written)?;
+        if !due || self.committed_step == Some(step) {
             return Ok(());
         }
-        match self.commit() {
+        let commit = self.commit();
+        self.writing.begin(&self.checkpoints, commit, self.parts.writer.clone())?;
+        if now {
+            let written = self.writing.end();
+            self.note_written(written)?;
+        }
+        *self.pause_s.get_or_insert_default() += began.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    fn note_written(&mut self, written: Option<Written>) -> Result<(), LearnerError> {
+        let Some(Written { step, result }) = written else { return Ok(()) };
+        match result {
             Ok(path) => {
                 tracing::info!(checkpoint = %path.display(), step, "checkpoint committed");
                 self.full_disk_in_a_row = 0;
@@ -295,7 +319,7 @@ impl Learner {
         }
     }
 
-    fn commit(&mut self) -> Result<PathBuf, LearnerError> {
+    fn commit(&mut self) -> Commit {
         let end = self.lock_journal().position();
         let held_from = self.begins.values().min().copied();
         let state = TrainerState {
@@ -319,18 +343,22 @@ impl Learner {
             weights: self.policy().digest().to_string(),
             tokenizer: self.parts.tokenizer.to_string(),
         };
-        let curriculum = self.parts.curriculum.as_ref().and_then(|source| source.snapshot());
-        let commit = Commit {
-            state: &state,
-            weights: self.policy().weights(),
-            optimizer: self.policy().optimizer(),
-            critic: self.companions.critic().map(|critic| critic.model.optimizer()),
+        Commit {
+            state,
+            critic: self.companions.critic_mut().map(|critic| critic.model.lend()),
             adapter: self.policy().adapter(),
             base: self.parts.base.clone(),
             reference: self.companions.moving_reference(),
-            curriculum: curriculum.as_deref(),
-        };
-        self.checkpoints.commit(&commit, &*self.parts.writer)
+            curriculum: self.parts.curriculum.as_ref().and_then(|source| source.snapshot()),
+            policy: self.policy_mut().lend(),
+        }
+    }
+
+    /// Seconds that training stood still for checkpoints since the step before; `None` if there was none.
+    fn take_pause(&mut self) -> Option<f64> {
+        let critic = self.companions.critic_mut().map_or(0.0, |critic| critic.model.take_waited());
+        let waited = self.policy_mut().take_waited() + critic;
+        self.pause_s.take().map(|pause_s| pause_s + waited)
     }
 
     /// Trains on ready groups; `costs` are those journalled when the update is repeated.
@@ -379,6 +407,9 @@ impl Learner {
         let mut line =
             report::line(after, &batch, &updated, &self.loss, rules.learning_rate, &interval, &times);
         line.insert("train/groups".into(), groups.len().into());
+        if let Some(pause_s) = self.take_pause() {
+            line.insert("learner/checkpoint_pause_s".into(), pause_s.into());
+        }
         let mut record = StepFormed {
             from_step: before.step,
             rollouts,

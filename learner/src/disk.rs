@@ -30,6 +30,8 @@ pub trait Disk: Send + Sync {
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Removes a folder with everything in it.
     fn remove_dir(&self, path: &Path) -> io::Result<()>;
+    /// Removes a file.
+    fn remove_file(&self, path: &Path) -> io::Result<()>;
     /// A file's content, to be read from its start.
     fn open(&self, path: &Path) -> io::Result<Box<dyn Read>>;
     /// A file's content, whole.
@@ -83,6 +85,10 @@ impl Disk for SystemDisk {
 
     fn remove_dir(&self, path: &Path) -> io::Result<()> {
         std::fs::remove_dir_all(path)
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        std::fs::remove_file(path)
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn Read>> {
@@ -243,6 +249,10 @@ pub(crate) mod faults {
         fn remove_dir(&self, path: &Path) -> io::Result<()> {
             self.step(false)?;
             SystemDisk.remove_dir(path)
+        }
+        fn remove_file(&self, path: &Path) -> io::Result<()> {
+            self.step(false)?;
+            SystemDisk.remove_file(path)
         }
         fn open(&self, path: &Path) -> io::Result<Box<dyn Read>> {
             SystemDisk.open(path)

@@ -257,6 +257,12 @@ pub fn read(
     each: &mut dyn FnMut(Position, Record) -> Result<(), LearnerError>,
 ) -> Result<(), LearnerError> {
     let segments = segments(disk, folder)?;
+    if let Some(first) = segments.first().filter(|first| **first > from.segment) {
+        let what = format!(
+            "the segment is missing, the journal begins with {first:08}.fwj; learner.keep_journal = \"checkpoints\" keeps no more than checkpoints need"
+        );
+        return Err(damaged(&segment_path(folder, from.segment), 0, what));
+    }
     let seals = seals(disk, folder, &segments)?;
     for &segment in segments.iter().filter(|&&segment| segment >= from.segment) {
         let path = segment_path(folder, segment);
@@ -273,6 +279,29 @@ pub fn read(
             each(Position { segment, offset: at as u64 }, record)?;
             at = next;
         }
+    }
+    Ok(())
+}
+
+/// Where the journal begins: at 0, unless older segments were removed.
+///
+/// # Errors
+/// If the disk refuses, or a segment is missing.
+pub fn start(disk: &dyn Disk, folder: &Path) -> Result<Position, LearnerError> {
+    let first = segments(disk, folder)?.first().copied();
+    Ok(Position { segment: first.unwrap_or(0), offset: 0 })
+}
+
+/// Removes the segments before `segment`, the oldest first, so that a crash leaves no gap.
+///
+/// # Errors
+/// If the disk refuses.
+pub fn remove_before(disk: &dyn Disk, folder: &Path, segment: u64) -> Result<(), LearnerError> {
+    let old: Vec<u64> = segments(disk, folder)?.into_iter().filter(|&old| old < segment).collect();
+    for &old in &old {
+        let path = segment_path(folder, old);
+        disk.remove_file(&path).map_err(LearnerError::disk(&path, "remove"))?;
+        disk.sync_dir(folder).map_err(LearnerError::disk(folder, "sync"))?;
     }
     Ok(())
 }
@@ -512,6 +541,23 @@ mod tests {
             prop_assert!(offset <= at as u64);
             prop_assert!(contents(dir.path(), Position::default()).is_err());
         }
+    }
+
+    #[test]
+    fn what_is_removed_at_the_front_is_missed_only_by_who_reads_from_there() {
+        let dir = tempfile::tempdir().unwrap();
+        filled(dir.path(), 20);
+        let all = contents(dir.path(), Position::default()).unwrap();
+        remove_before(&SystemDisk, dir.path(), 2).unwrap();
+        let begin = start(&SystemDisk, dir.path()).unwrap();
+        assert_eq!(begin, Position { segment: 2, offset: 0 });
+        let left: Vec<_> = all.into_iter().filter(|(at, _)| *at >= begin).collect();
+        assert_eq!(contents(dir.path(), begin).unwrap(), left);
+        let error = contents(dir.path(), Position { segment: 1, offset: 0 }).unwrap_err().to_string();
+        assert!(error.contains("00000001.fwj") && error.contains("keep_journal"), "{error}");
+        // It goes on after the last one, as always.
+        let journal = Journal::open(Arc::new(SystemDisk), dir.path()).unwrap();
+        assert_eq!(journal.position().segment, left.last().unwrap().0.segment + 1);
     }
 
     #[test]

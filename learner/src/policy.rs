@@ -1,6 +1,7 @@
 //! The weights being trained: f32 masters, their working copy, the gradient, and the model that computes with them.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::time::Instant;
 
 use freewheel_kernels::Threads;
 use freewheel_model::{Adapter, Params};
@@ -11,17 +12,31 @@ use crate::optim::{Optimizer, OptimizerSettings, StepOutcome};
 use crate::packing::{TrainSequence, pack};
 use crate::trainer::{ExpertLoad, PackedBatch, PolicyTrainer, TokenGradients, TokenLogProbs};
 
+/// Optimiser and weights of a policy, lent to whoever writes them down: while this lives they do not move.
+pub struct Lent {
+    /// Masters and moments.
+    pub optimizer: Arc<Optimizer>,
+    /// Weights in working precision.
+    pub weights: Arc<Params>,
+    /// Gone when this is; the fields above go before it.
+    _held: mpsc::Sender<()>,
+}
+
 /// A policy under training.
 pub struct Policy {
     trainer: Box<dyn PolicyTrainer>,
     /// Over the weights, or over adapters to them.
-    optimizer: Optimizer,
+    optimizer: Arc<Optimizer>,
     lora: Option<Lora>,
     /// What corrections of routers move by.
     router_bias_rate: f64,
     /// Of the last update.
     load: Option<ExpertLoad>,
-    weights: Params,
+    weights: Arc<Params>,
+    /// Ends when what was lent is back.
+    lent: Option<mpsc::Receiver<()>>,
+    /// Seconds that updates waited for it.
+    waited_s: f64,
     grads: Vec<f32>,
     version: PolicyVersion,
     threads: Threads,
@@ -43,12 +58,14 @@ impl Policy {
             None => (None, Optimizer::new(settings, &params)),
         };
         Self {
-            optimizer,
+            optimizer: Arc::new(optimizer),
             lora,
             router_bias_rate,
             load: None,
             grads: vec![0.0; params.layout.total],
-            weights: params,
+            weights: Arc::new(params),
+            lent: None,
+            waited_s: 0.0,
             trainer,
             version,
             threads,
@@ -94,10 +111,33 @@ impl Policy {
         fill: impl FnOnce(&mut Optimizer) -> Result<(), E>,
         step: u64,
     ) -> Result<(), E> {
-        fill(&mut self.optimizer)?;
+        self.take_back();
+        fill(owned(&mut self.optimizer))?;
         self.version.step = step;
         self.write_weights();
         Ok(())
+    }
+
+    /// Lends optimiser and weights. The next update, which is what moves them, waits at its end until they are back.
+    pub fn lend(&mut self) -> Lent {
+        self.take_back();
+        let (held, lent) = mpsc::channel();
+        self.lent = Some(lent);
+        Lent { optimizer: self.optimizer.clone(), weights: self.weights.clone(), _held: held }
+    }
+
+    fn take_back(&mut self) {
+        if let Some(lent) = self.lent.take() {
+            let began = Instant::now();
+            // Nobody ever sends: what comes is the end of the channel.
+            lent.recv().ok();
+            self.waited_s += began.elapsed().as_secs_f64();
+        }
+    }
+
+    /// Seconds that updates since the last call waited for what was lent.
+    pub fn take_waited(&mut self) -> f64 {
+        std::mem::take(&mut self.waited_s)
     }
 
     /// Forward only.
@@ -128,14 +168,19 @@ impl Policy {
     /// One optimiser update with the gradient gathered, which is zero afterwards. If it is not finite nothing changes.
     /// The version stays: [`advance`](Self::advance) ends a step.
     pub fn update(&mut self, learning_rate: f64) -> StepOutcome {
+        self.take_back();
         let outcome = match &self.lora {
             Some(lora) => {
                 let mut grads = lora.project(&self.threads, self.optimizer.masters(), &self.grads);
-                let outcome = self.optimizer.step(&self.threads, &mut grads, learning_rate);
+                let optimizer = owned(&mut self.optimizer);
+                let outcome = optimizer.step(&self.threads, &mut grads, learning_rate);
                 self.discard_gradient();
                 outcome
             }
-            None => self.optimizer.update(&self.threads, &mut self.grads, learning_rate, &mut self.weights),
+            None => {
+                let (optimizer, weights) = (owned(&mut self.optimizer), owned(&mut self.weights));
+                optimizer.update(&self.threads, &mut self.grads, learning_rate, weights)
+            }
         };
         self.load = self.trainer.take_expert_load();
         if matches!(outcome, StepOutcome::Refused { .. }) {
@@ -143,7 +188,7 @@ impl Policy {
         }
         let balanced = self.load.as_ref().filter(|_| self.router_bias_rate > 0.0);
         if let Some(load) = balanced {
-            self.optimizer.balance(load, self.router_bias_rate);
+            owned(&mut self.optimizer).balance(load, self.router_bias_rate);
         }
         match balanced.is_some() || self.lora.is_some() {
             true => self.write_weights(),
@@ -155,9 +200,10 @@ impl Policy {
 
     /// The working weights follow from the masters.
     fn write_weights(&mut self) {
+        let weights = owned(&mut self.weights);
         match &self.lora {
-            Some(lora) => lora.merge(&self.threads, self.optimizer.masters(), &mut self.weights),
-            None => self.optimizer.write_weights(&self.threads, &mut self.weights),
+            Some(lora) => lora.merge(&self.threads, self.optimizer.masters(), weights),
+            None => self.optimizer.write_weights(&self.threads, weights),
         }
         self.trainer.load(&self.weights, self.version);
     }
@@ -181,4 +227,9 @@ impl Policy {
     pub fn discard_gradient(&mut self) {
         self.grads.fill(0.0);
     }
+}
+
+/// What nobody else holds.
+fn owned<T>(shared: &mut Arc<T>) -> &mut T {
+    Arc::get_mut(shared).expect("what was lent is back")
 }

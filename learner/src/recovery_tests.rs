@@ -9,7 +9,7 @@ use freewheel_types::{GroupFate, RolloutId, TaskId};
 use crate::LearnerError;
 use crate::assembly::{Arrival, Ledger};
 use crate::checkpoint::Checkpoints;
-use crate::config::LearnerConfig;
+use crate::config::{KeepJournal, LearnerConfig};
 use crate::core::{Learner, Recovery, checkpoint_dir, journal_dir};
 use crate::disk::faults::{Fault, FaultyDisk};
 use crate::disk::{Disk, SystemDisk};
@@ -145,6 +145,30 @@ fn rollouts_journalled_but_not_yet_taken_at_a_checkpoint_are_not_forgotten() {
     let (mut learner, recovery) = start(&config, dir.path(), whole()).unwrap();
     assert_eq!(recovery, Recovery { checkpoint_step: Some(1), replayed_steps: 0, held: 6 });
     assert!(learner.try_step().unwrap().is_some());
+}
+
+#[test]
+fn a_journal_cut_back_to_what_checkpoints_need_is_enough_to_resume() {
+    let (mut config, script) = (config(9), script(30));
+    let (expected, operations) = uninterrupted(&config, &script);
+    config.keep_journal = KeepJournal::Checkpoints;
+    let mut shorter = 0;
+    for seed in 0..40 {
+        let dir = tempfile::tempdir().unwrap();
+        // Every start begins a segment.
+        for stream in 0..4 {
+            let at = freewheel_types::CounterRng::new(seed, stream).below(0, operations as u64) as usize;
+            drive(&config, dir.path(), Arc::new(FaultyDisk::new(Some((at, Fault::Crash)))), &script).ok();
+        }
+        assert_eq!(drive(&config, dir.path(), whole(), &script).unwrap(), expected, "seed {seed}");
+        let begin = journal::start(&SystemDisk, &journal_dir(dir.path())).unwrap();
+        shorter += usize::from(begin > Position::default());
+        // From the checkpoint before the last on all of it can still be made again; from the initial weights only if all of it is there.
+        let replay = |until| Learner::repeat_run(parts(&config, dir.path(), whole()), until);
+        assert_eq!(replay(Some(9)).unwrap().weights, expected.weights);
+        assert_eq!(replay(None).is_ok(), begin == Position::default());
+    }
+    assert!(shorter > 9, "of 40 journals {shorter} were cut");
 }
 
 #[test]

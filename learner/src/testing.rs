@@ -159,7 +159,7 @@ pub fn parts(config: &LearnerConfig, run_dir: &Path, disk: Arc<dyn Disk>) -> Lea
         images: Arc::new(TextOnly),
         base: "base".into(),
         run_dir: run_dir.to_owned(),
-        writer: Box::new(PlainWriter(disk.clone())),
+        writer: Arc::new(PlainWriter(disk.clone())),
         disk,
         curriculum: None,
         duals: DualConfig::default(),

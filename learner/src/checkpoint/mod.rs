@@ -10,8 +10,12 @@
 //! and moments), `critic.safetensors` (those of a critic), `reference.bin` (weights of a reference that moves), `state.json`,
 //! `curriculum.json`; and, for others, `adapter/` in PEFT's layout where adapters are trained. `EPOCH-<m>` files are the authority on who the learner is: claimed with
 //! `O_EXCL`, looked at again before every rename.
+//!
+//! Writing is done by a thread of its own ([`Writing`]) while training goes on. It needs no copy: weights and optimiser move only at the end of
+//! an update, which waits for those that are not written yet.
 
 mod arenas;
+mod writing;
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -23,6 +27,7 @@ use freewheel_types::{Digest, GroupOutcome};
 use serde::{Deserialize, Serialize};
 
 use self::arenas::ReadError;
+pub use self::writing::{Writing, Written};
 use crate::LearnerError;
 use crate::assembly::Ledger;
 use crate::batching::Overtaking;
@@ -30,8 +35,9 @@ use crate::companions::CompanionState;
 use crate::consumed::IdSet;
 use crate::disk::Disk;
 use crate::dual::DualState;
-use crate::journal::Position;
+use crate::journal::{self, Position};
 use crate::optim::Optimizer;
+use crate::policy::Lent;
 use crate::report::StepReport;
 
 const STATE: &str = "state.json";
@@ -48,7 +54,7 @@ const ADAPTER: &str = "adapter";
 const FORMAT: u32 = 2;
 
 /// Writes a model in Hugging Face layout.
-pub trait ModelWriter: Send {
+pub trait ModelWriter: Send + Sync {
     /// Writes every file but weights and optimiser state into `dir`, and `weights` as safetensors.
     ///
     /// # Errors
@@ -113,21 +119,19 @@ pub struct Loaded {
 }
 
 /// What is to be committed.
-pub struct Commit<'a> {
+pub struct Commit {
     /// The state.
-    pub state: &'a TrainerState,
-    /// Weights in working precision.
-    pub weights: &'a Params,
-    /// Masters and moments.
-    pub optimizer: &'a Optimizer,
+    pub state: TrainerState,
+    /// Weights in working precision, masters and moments.
+    pub policy: Lent,
     /// Those of the critic, if there is one.
-    pub critic: Option<&'a Optimizer>,
+    pub critic: Option<Lent>,
     /// The adapter, if adapters are trained and PEFT has a place for them: written into `adapter/` for others, never read again.
     pub adapter: Option<Adapter>,
     /// Weights of the reference, if it moves.
-    pub reference: Option<&'a Params>,
+    pub reference: Option<Arc<Params>>,
     /// The curriculum's state.
-    pub curriculum: Option<&'a [u8]>,
+    pub curriculum: Option<Vec<u8>>,
     /// What the adapter is an adapter to.
     pub base: String,
 }
@@ -139,10 +143,13 @@ struct FileDigest {
 }
 
 /// The folder of checkpoints of one run.
+#[derive(Clone)]
 pub struct Checkpoints {
     disk: Arc<dyn Disk>,
     folder: PathBuf,
     keep_last: usize,
+    /// The journal, if what no checkpoint needs of it is to go.
+    journal: Option<PathBuf>,
 }
 
 impl Checkpoints {
@@ -152,12 +159,18 @@ impl Checkpoints {
     /// If the disk refuses.
     pub fn open(disk: Arc<dyn Disk>, folder: &Path, keep_last: usize) -> Result<Self, LearnerError> {
         disk.create_dir(folder).map_err(LearnerError::disk(folder, "make the checkpoint folder"))?;
-        Ok(Self { disk, folder: folder.to_owned(), keep_last: keep_last.max(2) })
+        Ok(Self { disk, folder: folder.to_owned(), keep_last: keep_last.max(2), journal: None })
     }
 
     /// The same, to read from only.
     pub fn read_only(disk: Arc<dyn Disk>, folder: &Path) -> Self {
-        Self { disk, folder: folder.to_owned(), keep_last: usize::MAX }
+        Self { disk, folder: folder.to_owned(), keep_last: usize::MAX, journal: None }
+    }
+
+    /// With every commit, removes of `journal` what none of the checkpoints kept resumes from.
+    pub fn trimming(mut self, journal: PathBuf) -> Self {
+        self.journal = Some(journal);
+        self
     }
 
     /// Removes what a crash left half written. Only the learner that holds the epoch may call it.
@@ -215,7 +228,7 @@ impl Checkpoints {
     ///
     /// # Errors
     /// If the disk refuses or the epoch is over. The checkpoints before are untouched then.
-    pub fn commit(&self, commit: &Commit<'_>, model: &dyn ModelWriter) -> Result<PathBuf, LearnerError> {
+    pub fn commit(&self, commit: Commit, model: &dyn ModelWriter) -> Result<PathBuf, LearnerError> {
         let (step, epoch) = (commit.state.step, commit.state.epoch);
         let path = self.path(step, epoch);
         let tmp = self.folder.join(format!("step-{step}-e{epoch}.tmp"));
@@ -229,38 +242,43 @@ impl Checkpoints {
         self.disk.sync_dir(&self.folder).map_err(LearnerError::disk(&self.folder, "sync"))?;
         self.set_latest(&path)?;
         self.remove_old()?;
+        self.trim_journal()?;
         Ok(path)
     }
 
-    fn write(&self, commit: &Commit<'_>, model: &dyn ModelWriter, tmp: &Path) -> Result<(), LearnerError> {
+    fn write(&self, commit: Commit, model: &dyn ModelWriter, tmp: &Path) -> Result<(), LearnerError> {
+        let Commit { state, policy, critic, adapter, reference, curriculum, base } = commit;
         if self.list()?.iter().any(|path| path == tmp) {
             self.disk.remove_dir(tmp).map_err(LearnerError::disk(tmp, "write the checkpoint"))?;
         }
         self.disk.create_dir(tmp).map_err(LearnerError::disk(tmp, "write the checkpoint"))?;
-        model.write(tmp, commit.weights)?;
-        let optimizers = [(TRAINER, Some(commit.optimizer)), (CRITIC, commit.critic)];
-        for (file, optimizer) in optimizers.into_iter().filter_map(|(file, o)| Some((tmp.join(file), o?))) {
+        model.write(tmp, &policy.weights)?;
+        for (file, lent) in [(TRAINER, Some(policy)), (CRITIC, critic)] {
+            let Some(lent) = lent else { continue };
+            let file = tmp.join(file);
             self.disk
-                .write(&file, &mut |out| arenas::write(optimizer, out))
+                .write(&file, &mut |out| arenas::write(&lent.optimizer, out))
                 .map_err(LearnerError::disk(&file, "write the checkpoint"))?;
+            // Here it goes back: what follows, syncs and digests, no update waits for.
+            drop(lent);
         }
-        if let Some(reference) = commit.reference {
+        if let Some(reference) = reference {
             self.write_bytes(&tmp.join(REFERENCE), reference.as_bytes())?;
         }
-        if let Some(adapter) = &commit.adapter {
+        if let Some(adapter) = &adapter {
             let dir = tmp.join(ADAPTER);
             self.disk.create_dir(&dir).map_err(LearnerError::disk(&dir, "write the adapter"))?;
-            for (name, bytes) in adapter.files(&commit.base) {
+            for (name, bytes) in adapter.files(&base) {
                 let path = dir.join(name);
                 self.write_bytes(&path, &bytes)?;
                 self.disk.sync_file(&path).map_err(LearnerError::disk(&path, "fsync"))?;
             }
             self.disk.sync_dir(&dir).map_err(LearnerError::disk(&dir, "fsync"))?;
         }
-        let state = serde_json::to_vec_pretty(commit.state).expect("plain data always serialises");
+        let state = serde_json::to_vec_pretty(&state).expect("plain data always serialises");
         self.write_bytes(&tmp.join(STATE), &state)?;
-        if let Some(curriculum) = commit.curriculum {
-            self.write_bytes(&tmp.join(CURRICULUM), curriculum)?;
+        if let Some(curriculum) = curriculum {
+            self.write_bytes(&tmp.join(CURRICULUM), &curriculum)?;
         }
         let mut digests = BTreeMap::new();
         let listed = self.disk.list(tmp).map_err(LearnerError::disk(tmp, "write the checkpoint"))?;
@@ -305,14 +323,17 @@ impl Checkpoints {
     /// If the disk refuses.
     pub fn newest_state(&self) -> Result<Option<TrainerState>, LearnerError> {
         let found = self.committed()?;
-        Ok(found.iter().rev().find_map(|(_, _, path)| {
-            let digests = self.disk.read(&path.join(DIGESTS)).ok()?;
-            let digests: BTreeMap<String, FileDigest> = serde_json::from_slice(&digests).ok()?;
-            let bytes = self.disk.read(&path.join(STATE)).ok()?;
-            let sound = digests.get(STATE)?.blake3 == Digest::of(&bytes).to_string();
-            let state: TrainerState = serde_json::from_slice(&bytes).ok()?;
-            (sound && state.format == FORMAT).then_some(state)
-        }))
+        Ok(found.iter().rev().find_map(|(_, _, path)| self.state(path)))
+    }
+
+    /// The state in `path`, if it is sound.
+    fn state(&self, path: &Path) -> Option<TrainerState> {
+        let digests = self.disk.read(&path.join(DIGESTS)).ok()?;
+        let digests: BTreeMap<String, FileDigest> = serde_json::from_slice(&digests).ok()?;
+        let bytes = self.disk.read(&path.join(STATE)).ok()?;
+        let sound = digests.get(STATE)?.blake3 == Digest::of(&bytes).to_string();
+        let state: TrainerState = serde_json::from_slice(&bytes).ok()?;
+        (sound && state.format == FORMAT).then_some(state)
     }
 
     /// The checkpoint in `path`, every digest checked.
@@ -398,6 +419,17 @@ impl Checkpoints {
             self.disk.remove_dir(path).map_err(LearnerError::disk(path, "remove"))?;
         }
         Ok(())
+    }
+
+    fn trim_journal(&self) -> Result<(), LearnerError> {
+        let Some(folder) = &self.journal else { return Ok(()) };
+        let found = self.committed()?;
+        let newest = &found[found.len().saturating_sub(self.keep_last)..];
+        let states: Option<Vec<TrainerState>> = newest.iter().map(|(_, _, path)| self.state(path)).collect();
+        // One that cannot be read, or too few of them: whatever may still be needed stays.
+        let Some(states) = states.filter(|states| states.len() >= self.keep_last) else { return Ok(()) };
+        let needed = states.iter().map(|state| state.replay_from.segment).min();
+        needed.map_or(Ok(()), |needed| journal::remove_before(&*self.disk, folder, needed))
     }
 
     fn write_bytes(&self, path: &Path, bytes: &[u8]) -> Result<(), LearnerError> {

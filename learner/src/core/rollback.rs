@@ -25,6 +25,8 @@ impl Learner {
     /// # Errors
     /// [`LearnerError::Diverged`] if it did so before, or there is no such checkpoint.
     pub(super) fn roll_back(&mut self) -> Result<StepReport, LearnerError> {
+        let written = self.writing.end();
+        self.note_written(written)?;
         let (from_step, loaded) = (self.policy().step(), self.checkpoint_before(self.policy().step())?);
         let Some(loaded) = loaded.filter(|_| self.rolled_back_to.is_none()) else {
             return Err(LearnerError::Diverged {

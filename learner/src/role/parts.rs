@@ -73,7 +73,7 @@ pub(super) fn parts(
         images: model.tokenizer.clone(),
         base: model.source.display().to_string(),
         run_dir,
-        writer: Box::new(HuggingFaceWriter { model, options, disk: disk.clone() }),
+        writer: Arc::new(HuggingFaceWriter { model, options, disk: disk.clone() }),
         disk,
         curriculum: None,
         duals: DualConfig::default(),
