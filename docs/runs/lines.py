@@ -2,10 +2,13 @@
 
     python3 docs/runs/lines.py out.svg --title T --x step --y train/loss [--log-x] [--smooth 9] NAME=FILE[:key=value,...] ...
 
-One line a NAME=FILE; what follows a colon keeps only the lines of the file with these values, what follows an @ is its y.
+One line a NAME=FILE; what follows a colon keeps only the lines of the file with these values, what follows an @ is its y. FILE may be
+a pattern of several, and a file may have several points with one x, as with several seeds: then the line is their mean and lies in a band
+from the lowest to the highest.
 """
 
 import argparse
+import glob
 import json
 import math
 
@@ -19,14 +22,18 @@ def read(spec, x, y, smooth):
     y = own or y
     path, _, conditions = rest.partition(":")
     wanted = dict(part.split("=") for part in conditions.split(",") if part)
-    points = []
-    for line in open(path):
-        line = json.loads(line)
-        if all(json.dumps(line.get(key)) == value for key, value in wanted.items()) and x in line and y in line:
-            points.append((float(line[x]), float(line[y])))
-    half = smooth // 2
-    window = lambda i: points[max(0, i - half) : i + half + 1]
-    return name, [(p[0], sum(q[1] for q in window(i)) / len(window(i))) for i, p in enumerate(points)]
+    at = {}
+    for path in sorted(glob.glob(path)):
+        points = []
+        for line in open(path):
+            line = json.loads(line)
+            if all(json.dumps(line.get(key)) == value for key, value in wanted.items()) and x in line and y in line:
+                points.append((float(line[x]), float(line[y])))
+        half = smooth // 2
+        for i, (along, _) in enumerate(points):
+            window = [q[1] for q in points[max(0, i - half) : i + half + 1]]
+            at.setdefault(along, []).append(sum(window) / len(window))
+    return name, [(along, sum(values) / len(values), min(values), max(values)) for along, values in sorted(at.items())]
 
 
 def ticks(low, high):
@@ -49,7 +56,7 @@ def main():
     lines = [read(spec, args.x, args.y, args.smooth) for spec in args.series]
     along = math.log2 if args.log_x else float
     xs = [along(p[0]) for _, points in lines for p in points]
-    ys = [p[1] for _, points in lines for p in points]
+    ys = [value for _, points in lines for p in points for value in p[2:]]
     low = min(ys) if args.low is None else args.low
     high = max(ys) if args.high is None else args.high
     at_x = lambda x: LEFT + WIDTH * (along(x) - min(xs)) / (max(xs) - min(xs))
@@ -72,7 +79,11 @@ def main():
         last = label[i] = max(y, last + 13)
     for i, (name, points) in enumerate(lines):
         colour = COLOURS[i % len(COLOURS)]
-        path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points)
+        path = " ".join(f"{at_x(p[0]):.1f},{at_y(p[1]):.1f}" for p in points)
+        if any(p[2] < p[3] for p in points):
+            around = [(p[0], p[3]) for p in points] + [(p[0], p[2]) for p in reversed(points)]
+            band = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in around)
+            out.append(f'<polygon points="{band}" fill="{colour}" fill-opacity="0.15"/>')
         out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
         out.append(f'<text x="{LEFT + WIDTH + 6}" y="{label[i] + 4:.1f}" fill="{colour}">{name}</text>')
     open(args.out, "w").write("\n".join(out) + "\n</svg>\n")

@@ -20,7 +20,7 @@ threads = 1
 [output]
 dir = "out"
 T
-for seed in ${SEEDS:-0 1}; do
+for seed in ${SEEDS:-0 1 2}; do
     for width in 64 128 256; do
         for metap in false true; do
             base="" keys=""
