@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use freewheel_kernels::Threads;
 use freewheel_model::{ParamLayout, Params};
-use freewheel_types::{FinishReason, PolicyVersion, TaskId, WeightsDtype};
+use freewheel_types::{FinishReason, PolicyVersion, TaskId, Verdict, WeightsDtype};
 
 use crate::assembly::{Arrival, Group};
 use crate::batch::Batch;
@@ -193,6 +193,25 @@ fn a_sample_with_nothing_to_train_on_is_not_computed_and_counts_in_its_groups_ba
     assert_eq!(masters, clean);
     let batch = Batch::new(&groups, &config.loss, &TextOnly, 0, 16, &Duals::default());
     assert_eq!(batch.samples.len(), 6, "it is still there to be compared with");
+}
+
+#[test]
+fn a_completion_near_the_limit_costs_as_if_its_reward_were_lower() {
+    let shaped = config(ObjectiveConfig { overlong_buffer: Some(16), ..Default::default() });
+    let plain = config(ObjectiveConfig::default());
+    // All 16 tokens that there may be are in the buffer: each costs a sixteenth.
+    let mut lowered = groups();
+    for arrival in lowered.iter_mut().flat_map(|group| group.members.values_mut()) {
+        let Arrival::Scored(sample) = arrival else { unreachable!("all are scored") };
+        let tokens = sample.rollout.len() as f32;
+        let Verdict::Scored { reward, .. } = &mut sample.reward.verdict else {
+            unreachable!("all are scored")
+        };
+        *reward -= tokens / 16.0;
+    }
+    let masters = train(&shaped, &groups(), None).0;
+    assert_eq!(masters, train(&plain, &lowered, None).0);
+    assert_ne!(masters, train(&plain, &groups(), None).0);
 }
 
 #[test]
