@@ -6,6 +6,7 @@ use freewheel_kernels::Precision;
 use freewheel_learner::optim::{OptimizerConfig, OptimizerKind, StateType};
 use freewheel_model::{
     AttentionSpec, FfnSpec, KvCache, ModelSpec, ParamLayout, QkNorm, Tokenizer, Transformer,
+    logits_chunk_rows,
 };
 
 /// Sizes of one model.
@@ -95,11 +96,12 @@ impl Cost {
     }
 
     /// Bytes of activations while `tokens` are trained on: those of the layers in buffers that are used again, and the logits and
-    /// their gradient in chunks of 256 rows.
+    /// their gradient, as many rows at once as [`logits_chunk_rows`] says.
     pub fn training_bytes(&self, tokens: u64, recompute: bool) -> u64 {
         let of_token = if recompute { self.recomputed_bytes } else { self.activation_bytes };
         // With the idle ones buffers hold a quarter more than is in use.
-        (tokens * of_token + 2 * 256 * self.logits_bytes) * 5 / 4
+        let rows = logits_chunk_rows(self.logits_bytes as usize / size_of::<f32>()) as u64;
+        (tokens * of_token + 2 * rows.min(tokens) * self.logits_bytes) * 5 / 4
     }
 
     /// Bytes of weights packed for sampling, `element` bytes each; for training every projection is there a second time, transposed.

@@ -56,6 +56,6 @@ pub use template::RenderOptions;
 pub use tokenizer::{ChatIds, DecodeStream, Framed, Tokenizer};
 pub use transformer::{
     BatchSeq, ForwardBatch, ForwardOutput, KvCache, LogProbs, PolicyWeights, ProductShape, Purpose, Tape,
-    Target, TileRows, TrainBatch, TrainOptions, TrainSeq, Transformer, UpdatePart,
+    Target, TileRows, TrainBatch, TrainOptions, TrainSeq, Transformer, UpdatePart, logits_chunk_rows,
 };
 pub use upcycle::{UpcycleOptions, upcycle};

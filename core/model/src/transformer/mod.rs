@@ -35,6 +35,7 @@ use freewheel_kernels::rope::RopeTable;
 use freewheel_kernels::{CodeBits, Quantisation};
 
 pub use cache::KvCache;
+pub use head::chunk_rows as logits_chunk_rows;
 pub use inference::{BatchSeq, ForwardBatch, ForwardOutput};
 pub use products::ProductShape;
 pub use tape::{LogProbs, Tape, Target, TrainBatch, TrainSeq, UpdatePart};
