@@ -96,12 +96,12 @@ impl Cost {
     }
 
     /// Bytes of activations while `tokens` are trained on: those of the layers in buffers that are used again, and the logits and
-    /// their gradient, as many rows at once as [`logits_chunk_rows`] says.
+    /// their gradient in their place, as many rows at once as [`logits_chunk_rows`] says.
     pub fn training_bytes(&self, tokens: u64, recompute: bool) -> u64 {
         let of_token = if recompute { self.recomputed_bytes } else { self.activation_bytes };
         // With the idle ones buffers hold a quarter more than is in use.
         let rows = logits_chunk_rows(self.logits_bytes as usize / size_of::<f32>()) as u64;
-        (tokens * of_token + 2 * rows.min(tokens) * self.logits_bytes) * 5 / 4
+        (tokens * of_token + rows.min(tokens) * self.logits_bytes) * 5 / 4
     }
 
     /// Bytes of weights packed for sampling, `element` bytes each; for training every projection is there a second time, transposed.

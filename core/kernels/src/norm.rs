@@ -47,9 +47,9 @@ pub fn rms_norm(threads: &Threads, x: &[f32], width: usize, scale: NormScale, ep
     });
 }
 
-/// Gradients of [`rms_norm`]: `dx` is overwritten, `dweight [width]` is added to.
+/// Gradients of [`rms_norm`]: `dx` and `dweight [width]` are added to.
 ///
-/// With r = 1/sqrt(mean(x²)+eps) and g = dy·scale: dx = r·g − x·r³·mean(g·x), dweight += Σ over rows of dy·x·r.
+/// With r = 1/sqrt(mean(x²)+eps) and g = dy·scale: dx += r·g − x·r³·mean(g·x), dweight += Σ over rows of dy·x·r.
 ///
 /// # Panics
 /// When a length does not fit `width`, or `dweight` is asked for where there is no weight.
@@ -162,7 +162,8 @@ simd! {
             let back = S::splat(-(*inv_rms * *inv_rms * *inv_rms * mean));
             for at in (0..width).step_by(LANES) {
                 let g = S::read(&dy[at..], 0.0).mul(factor(weight, offset, at));
-                S::read(&x[at..], 0.0).fma(back, g.mul(r)).write(&mut dx[at..]);
+                let d = S::read(&x[at..], 0.0).fma(back, g.mul(r));
+                S::read(&dx[at..], 0.0).add(d).write(&mut dx[at..]);
             }
         }
     }
@@ -178,18 +179,41 @@ simd! {
         inv_rms: &[f32],
         dweight: &mut [f32],
     ) {
-        let columns = first..first + dweight.len();
-        for (block, out) in dweight.chunks_mut(LANES).enumerate() {
-            let at = block * LANES;
-            let mut sum = S::splat(0.0);
-            for (row, &inv_rms) in inv_rms.iter().enumerate() {
-                let (x, dy) = (&x[row * width..][columns.clone()], &dy[row * width..][columns.clone()]);
-                let normal = S::read(&x[at..], 0.0).mul(S::splat(inv_rms));
-                sum = S::read(&dy[at..], 0.0).fma(normal, sum);
-            }
-            let total = S::read(out, 0.0).add(sum);
-            total.write(out);
+        // Several registers of columns at a time: a row is read in longer runs.
+        let (wide, rest) = dweight.as_chunks_mut::<{ 4 * LANES }>();
+        let mut column = first;
+        for out in wide {
+            add_columns::<S, 4>(x, width, column, dy, inv_rms, out);
+            column += out.len();
         }
+        for out in rest.chunks_mut(LANES) {
+            add_columns::<S, 1>(x, width, column, dy, inv_rms, out);
+            column += out.len();
+        }
+    }
+}
+
+/// `N` registers of columns from `column` on.
+#[inline(always)]
+fn add_columns<S: Lanes, const N: usize>(
+    x: &[f32],
+    width: usize,
+    column: usize,
+    dy: &[f32],
+    inv_rms: &[f32],
+    out: &mut [f32],
+) {
+    let columns = column..column + out.len();
+    let mut sums = [S::splat(0.0); N];
+    for (row, &inv_rms) in inv_rms.iter().enumerate() {
+        let (x, dy) = (&x[row * width..][columns.clone()], &dy[row * width..][columns.clone()]);
+        for (i, sum) in sums.iter_mut().enumerate() {
+            let normal = S::read(&x[i * LANES..], 0.0).mul(S::splat(inv_rms));
+            *sum = S::read(&dy[i * LANES..], 0.0).fma(normal, *sum);
+        }
+    }
+    for (sum, out) in sums.into_iter().zip(out.chunks_mut(LANES)) {
+        S::read(out, 0.0).add(sum).write(out);
     }
 }
 
@@ -264,7 +288,7 @@ mod tests {
                 let has_weight = w.is_some();
                 let before = 0.25;
                 let got = assert_all_agree("rms_norm_backward", || {
-                    let (mut dx, mut dweight) = (vec![f32::NAN; x.len()], vec![before; width]);
+                    let (mut dx, mut dweight) = (vec![0.0; x.len()], vec![before; width]);
                     let dw = has_weight.then_some(&mut dweight[..]);
                     rms_norm_backward(&Threads::single(), &x, width, scale, 1e-2, &dy, &mut dx, dw);
                     dx.extend(dweight);

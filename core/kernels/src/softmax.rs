@@ -90,24 +90,22 @@ simd! {
     }
 }
 
-/// Writes the gradient, with respect to the row of raw logits, of `d_logprob · logprob[target] + d_entropy · entropy`.
+/// Replaces a row of raw logits by the gradient, with respect to them, of `d_logprob · logprob[target] + d_entropy · entropy`.
 ///
 /// # Panics
-/// When the lengths differ or `target` is not in the row.
+/// When `target` is not in the row.
 pub fn log_prob_backward(
-    logits: &[f32],
+    row: &mut [f32],
     stats: &RowStats,
     inv_temperature: f32,
     target: usize,
     d_logprob: f32,
     d_entropy: f32,
-    dlogits: &mut [f32],
 ) {
-    assert_eq!(logits.len(), dlogits.len(), "log_prob_backward: lengths");
-    assert!(target < logits.len(), "log_prob_backward: target {target} of {}", logits.len());
-    let entropy = if d_entropy == 0.0 { 0.0 } else { entropy_of(logits, stats, inv_temperature) };
-    backward_row(logits, stats, inv_temperature, d_logprob, d_entropy, entropy, dlogits);
-    dlogits[target] = d_logprob.mul_add(inv_temperature, dlogits[target]);
+    assert!(target < row.len(), "log_prob_backward: target {target} of {}", row.len());
+    let entropy = if d_entropy == 0.0 { 0.0 } else { entropy_of(row, stats, inv_temperature) };
+    backward_row(row, stats, inv_temperature, d_logprob, d_entropy, entropy);
+    row[target] = d_logprob.mul_add(inv_temperature, row[target]);
 }
 
 /// Replaces a row of scores by its softmax.
@@ -191,21 +189,20 @@ simd! {
 simd! {
     /// −p·inv_temperature·(d_logprob + d_entropy·(log p + entropy))
     fn backward_row<S>(
-        logits: &[f32],
+        row: &mut [f32],
         stats: &RowStats,
         inv_temperature: f32,
         d_logprob: f32,
         d_entropy: f32,
         entropy: f32,
-        dlogits: &mut [f32],
     ) {
         let scale = S::splat(-inv_temperature);
         let constant = S::splat(d_entropy.mul_add(entropy, d_logprob));
         let slope = S::splat(d_entropy);
-        for (logits, dlogits) in logits.chunks(LANES).zip(dlogits.chunks_mut(LANES)) {
+        for logits in row.chunks_mut(LANES) {
             let log_p = log_probs::<S>(logits, stats, inv_temperature);
             let inner = log_p.fma(slope, constant);
-            exp(log_p).mul(scale).mul(inner).write(dlogits);
+            exp(log_p).mul(scale).mul(inner).write(logits);
         }
     }
 }
@@ -257,8 +254,8 @@ mod tests {
             let (d_logprob, d_entropy) = (0.7, -0.3);
             let got = assert_all_agree("softmax", || {
                 let stats = row_stats(&logits, inv_temperature);
-                let mut out = vec![f32::NAN; len];
-                log_prob_backward(&logits, &stats, inv_temperature, target, d_logprob, d_entropy, &mut out);
+                let mut out = logits.clone();
+                log_prob_backward(&mut out, &stats, inv_temperature, target, d_logprob, d_entropy);
                 out.push(log_prob(&stats, logits[target], inv_temperature));
                 out.push(entropy_of(&logits, &stats, inv_temperature));
                 out.push(stats.log_sum_exp);
@@ -302,8 +299,8 @@ mod tests {
         assert_eq!(full.max, kept.max);
         assert!((full.log_sum - kept.log_sum).abs() <= 1e-6);
         assert!((entropy_of(&logits, &full, 0.5) - entropy_of(&[1.0, 2.0], &kept, 0.5)).abs() <= 1e-6);
-        let mut gradient = [f32::NAN; 5];
-        log_prob_backward(&logits, &full, 0.5, 3, 1.0, 1.0, &mut gradient);
+        let mut gradient = logits;
+        log_prob_backward(&mut gradient, &full, 0.5, 3, 1.0, 1.0);
         assert_eq!([gradient[0], gradient[2], gradient[4]], [0.0; 3]);
         assert!(gradient[1] != 0.0 && gradient[3] != 0.0);
         assert_eq!(log_prob(&full, inf, 0.5), inf);

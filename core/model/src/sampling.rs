@@ -85,33 +85,32 @@ pub fn log_prob_of(
     }
 }
 
-/// Writes the gradient of `d_logprob · log p(token) + d_entropy · H` with respect to `logits`. The support counts as fixed.
+/// Replaces a row of logits by the gradient, with respect to them, of `d_logprob · log p(token) + d_entropy · H`. The support
+/// counts as fixed.
 pub(crate) fn backward(
-    logits: &[f32],
+    row: &mut [f32],
     params: &SamplingParams,
     token: u32,
     d_logprob: f32,
     d_entropy: f32,
     scratch: &mut SampleScratch,
-    d_logits: &mut [f32],
 ) {
     let inv_t = inverse_temperature(params);
     if !params.truncates() {
-        let stats = softmax::row_stats(logits, inv_t);
-        softmax::log_prob_backward(logits, &stats, inv_t, token as usize, d_logprob, d_entropy, d_logits);
+        let stats = softmax::row_stats(row, inv_t);
+        softmax::log_prob_backward(row, &stats, inv_t, token as usize, d_logprob, d_entropy);
         return;
     }
     let SampleScratch { kept, values, probs } = scratch;
-    support(logits, params, Some(token), kept, probs);
+    support(row, params, Some(token), kept, probs);
     values.clear();
-    values.extend(kept.iter().map(|&id| logits[id as usize]));
+    values.extend(kept.iter().map(|&id| row[id as usize]));
     let stats = softmax::row_stats(values, inv_t);
-    probs.resize(values.len(), 0.0);
     let at = kept.binary_search(&token).expect("the sampled token is always kept");
-    softmax::log_prob_backward(values, &stats, inv_t, at, d_logprob, d_entropy, probs);
-    d_logits.fill(0.0);
-    for (&id, &d) in kept.iter().zip(probs.iter()) {
-        d_logits[id as usize] = d;
+    softmax::log_prob_backward(values, &stats, inv_t, at, d_logprob, d_entropy);
+    row.fill(0.0);
+    for (&id, &d) in kept.iter().zip(values.iter()) {
+        row[id as usize] = d;
     }
 }
 
@@ -269,8 +268,8 @@ mod tests {
         for params in CASES {
             let row = logits(5, 23);
             let token = sample(&row, &params, 0.4, &mut scratch).token;
-            let mut d = vec![0.0; row.len()];
-            backward(&row, &params, token, 0.7, -0.3, &mut scratch, &mut d);
+            let mut d = row.clone();
+            backward(&mut d, &params, token, 0.7, -0.3, &mut scratch);
             for at in 0..row.len() {
                 let value = |delta: f32| {
                     let mut moved = row.clone();

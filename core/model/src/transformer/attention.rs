@@ -8,7 +8,6 @@ use freewheel_kernels::attention::{
 use freewheel_kernels::convert::round_to_bf16;
 use freewheel_kernels::gemm::{matmul, matmul_add};
 use freewheel_kernels::norm::{NormScale, rms_norm, rms_norm_backward};
-use freewheel_kernels::optim::axpy;
 use freewheel_kernels::rope::{self, RopeTable, rope, rope_backward};
 
 use super::bindings::LayerBinding;
@@ -330,13 +329,11 @@ pub(super) fn norm_backward(
     dy: &[f32],
     dx: &mut [f32],
 ) {
-    let mut d = cx.pool.take(x.len());
     let (scale, d_weight) = match weight {
         Some((gain, grad)) => (NormScale::Weight(gain), Some(grad)),
         None => (NormScale::None, None),
     };
-    rms_norm_backward(cx.threads, x, width, scale, eps, dy, &mut d, d_weight);
-    axpy(cx.threads, 1.0, &d, dx);
+    rms_norm_backward(cx.threads, x, width, scale, eps, dy, dx, d_weight);
 }
 
 /// The columns of `x`, cut into matrices of these widths.

@@ -398,16 +398,16 @@ impl Tape {
         let rows = HeadRows::gather(weights, cx, &self.x_td, chunk.iter().map(|(t, ..)| t.row));
         let mut logits = cx.pool.take(chunk.len() * v);
         rows.logits(weights, cx, &mut logits);
-        let mut d_logits = cx.pool.take(chunk.len() * v);
-        cx.threads.for_each_row_chunk(&mut d_logits, v, MIN_VALUES / v + 1, |first, d_logits| {
+        // In place: they are read once more, and by nobody else.
+        cx.threads.for_each_row_chunk(&mut logits, v, MIN_VALUES / v + 1, |first, logits| {
             let mut scratch = SampleScratch::default();
-            for (row, d_logits) in (first..).zip(d_logits.chunks_exact_mut(v)) {
-                let ((target, d_logprob, d_entropy), logits) = (&chunk[row], &logits[row * v..][..v]);
+            for (row, logits) in (first..).zip(logits.chunks_exact_mut(v)) {
+                let (target, d_logprob, d_entropy) = &chunk[row];
                 let token = target.token;
-                sampling::backward(logits, sampling, token, *d_logprob, *d_entropy, &mut scratch, d_logits);
+                sampling::backward(logits, sampling, token, *d_logprob, *d_entropy, &mut scratch);
             }
         });
-        let dx = rows.backward(weights, cx, &d_logits, grads);
+        let dx = rows.backward(weights, cx, &logits, grads);
         for ((target, ..), dx) in chunk.iter().zip(dx.chunks_exact(d)) {
             let row = &mut dx_td[target.row * d..][..d];
             add_assign(row, dx);

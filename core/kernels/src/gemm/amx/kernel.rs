@@ -35,9 +35,19 @@ pub(super) struct Operands {
 /// AMX is granted and configured; the pointers are to as many tiles as the kernel reads and writes.
 pub(super) type Kernel = unsafe fn(&Operands);
 
+/// Asks for the tile of a panel that is used two tiles later.
+macro_rules! ask {
+    ($b:literal) => {
+        ask!($b, 2048, 2112, 2176, 2240, 2304, 2368, 2432, 2496, 2560, 2624, 2688, 2752, 2816, 2880, 2944, 3008)
+    };
+    ($b:literal, $($at:literal),*) => {
+        concat!($("prefetcht0 [{", $b, "} + ", $at, "]\n"),*)
+    };
+}
+
 /// Defines a kernel: tmm0–3 are C tiles, tmm4–7 A and B tiles.
 macro_rules! kernel {
-    ($name:ident, zero: [$($zero:literal),*], load: [$($load:literal),*], step: [$($step:literal),*], store: [$($store:literal),*]) => {
+    ($name:ident, zero: [$($zero:expr),*], load: [$($load:expr),*], step: [$($step:expr),*], store: [$($store:expr),*]) => {
         /// # Safety
         /// As [`Kernel`] says.
         pub(super) unsafe fn $name(o: &Operands) {
@@ -123,12 +133,16 @@ kernel!(kernel_1x4,
     ],
     step: [
         "tileloadd tmm4, [{a0} + {s}*1]",
+        ask!("b0"),
         "tileloadd tmm6, [{b0} + {s}*1]",
         "tdpbf16ps tmm0, tmm4, tmm6",
+        ask!("b1"),
         "tileloadd tmm7, [{b1} + {s}*1]",
         "tdpbf16ps tmm1, tmm4, tmm7",
+        ask!("b2"),
         "tileloadd tmm5, [{b2} + {s}*1]",
         "tdpbf16ps tmm2, tmm4, tmm5",
+        ask!("b3"),
         "tileloadd tmm6, [{b3} + {s}*1]",
         "tdpbf16ps tmm3, tmm4, tmm6"
     ],
