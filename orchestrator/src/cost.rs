@@ -254,7 +254,7 @@ mod tests {
     #[test]
     fn the_quickstarts_plan_covers_what_it_was_measured_to_need() {
         let whole = plan(&[]);
-        // 1.2 GB at most, as the README says; a plan of several times that would frighten for nothing.
+        // 1.1 GB at most, as the README says; a plan of several times that would frighten for nothing.
         assert!((1.0e9..2.0e9).contains(&(whole.total as f64)), "{whole:?}");
         assert!(whole.activations > whole.total / 3, "activations are what matters here: {whole:?}");
         let half = plan(&["learner.micro_batch_tokens=8192"]);
