@@ -92,51 +92,45 @@ simd! {
     }
 }
 
-/// (act(x), act'(x))
-#[inline(always)]
-pub(crate) fn silu<S: Lanes>(x: S) -> (S, S) {
-    let s = sigmoid_lanes(x);
-    let slope = s.mul(x.fma(S::splat(1.0).sub(s), S::splat(1.0)));
-    (x.mul(s), slope)
-}
+/// An activation as a type, for kernels that are compiled for each.
+pub(crate) trait Activate {
+    /// (act(x), act'(x))
+    fn act<S: Lanes>(x: S) -> (S, S);
 
-/// (act(x), act'(x))
-#[inline(always)]
-pub(crate) fn gelu_tanh<S: Lanes>(x: S) -> (S, S) {
-    const SQRT_2_OVER_PI: f32 = 0.797_884_6;
-    const CUBIC: f32 = 0.044715;
-    let x2 = x.mul(x);
-    // 2u = 2·√(2/π)·x·(1 + 0.044715·x²)
-    let u2 = x.mul(x2.fma(S::splat(2.0 * SQRT_2_OVER_PI * CUBIC), S::splat(2.0 * SQRT_2_OVER_PI)));
-    let s = sigmoid_lanes(u2);
-    let du2 = x2.fma(S::splat(6.0 * SQRT_2_OVER_PI * CUBIC), S::splat(2.0 * SQRT_2_OVER_PI));
-    let slope = s.mul(x.mul(du2).fma(S::splat(1.0).sub(s), S::splat(1.0)));
-    (x.mul(s), slope)
-}
-
-/// An activation as a type, for kernels that gate what they compute.
-pub(crate) trait Gated {
     /// `act(gate) · up`
-    fn gate<S: Lanes>(gate: S, up: S) -> S;
+    #[inline(always)]
+    fn gate<S: Lanes>(gate: S, up: S) -> S {
+        Self::act(gate).0.mul(up)
+    }
 }
 
 /// [`Activation::Silu`]
 pub(crate) struct Silu;
 
-impl Gated for Silu {
+impl Activate for Silu {
     #[inline(always)]
-    fn gate<S: Lanes>(gate: S, up: S) -> S {
-        silu(gate).0.mul(up)
+    fn act<S: Lanes>(x: S) -> (S, S) {
+        let s = sigmoid_lanes(x);
+        let slope = s.mul(x.fma(S::splat(1.0).sub(s), S::splat(1.0)));
+        (x.mul(s), slope)
     }
 }
 
 /// [`Activation::GeluTanh`]
 pub(crate) struct GeluTanh;
 
-impl Gated for GeluTanh {
+impl Activate for GeluTanh {
     #[inline(always)]
-    fn gate<S: Lanes>(gate: S, up: S) -> S {
-        gelu_tanh(gate).0.mul(up)
+    fn act<S: Lanes>(x: S) -> (S, S) {
+        const SQRT_2_OVER_PI: f32 = 0.797_884_6;
+        const CUBIC: f32 = 0.044715;
+        let x2 = x.mul(x);
+        // 2u = 2·√(2/π)·x·(1 + 0.044715·x²)
+        let u2 = x.mul(x2.fma(S::splat(2.0 * SQRT_2_OVER_PI * CUBIC), S::splat(2.0 * SQRT_2_OVER_PI)));
+        let s = sigmoid_lanes(u2);
+        let du2 = x2.fma(S::splat(6.0 * SQRT_2_OVER_PI * CUBIC), S::splat(2.0 * SQRT_2_OVER_PI));
+        let slope = s.mul(x.mul(du2).fma(S::splat(1.0).sub(s), S::splat(1.0)));
+        (x.mul(s), slope)
     }
 }
 
@@ -148,8 +142,7 @@ macro_rules! rows {
                 for (gate_up, out) in gate_up.chunks_exact(2 * width).zip(out.chunks_exact_mut(width)) {
                     let (gate, up) = gate_up.split_at(width);
                     for ((gate, up), out) in gate.chunks(LANES).zip(up.chunks(LANES)).zip(out.chunks_mut(LANES)) {
-                        let (value, _) = $act(S::read(gate, 0.0));
-                        value.mul(S::read(up, 0.0)).write(out);
+                        $act::gate(S::read(gate, 0.0), S::read(up, 0.0)).write(out);
                     }
                 }
             }
@@ -164,7 +157,7 @@ macro_rules! rows {
                     let inputs = gate.chunks(LANES).zip(up.chunks(LANES)).zip(dy.chunks_mut(LANES));
                     let outputs = dgate.chunks_mut(LANES).zip(dup.chunks_mut(LANES));
                     for (((gate, up), dy), (dgate, dup)) in inputs.zip(outputs) {
-                        let (value, slope) = $act(S::read(gate, 0.0));
+                        let (value, slope) = $act::act(S::read(gate, 0.0));
                         let (up, d) = (S::read(up, 0.0), S::read(dy, 0.0));
                         d.mul(up).mul(slope).write(dgate);
                         d.mul(value).write(dup);
@@ -176,8 +169,8 @@ macro_rules! rows {
     };
 }
 
-rows!(silu_rows, silu_rows_backward, silu);
-rows!(gelu_rows, gelu_rows_backward, gelu_tanh);
+rows!(silu_rows, silu_rows_backward, Silu);
+rows!(gelu_rows, gelu_rows_backward, GeluTanh);
 
 /// Even and odd elements of up to sixteen pairs.
 #[inline(always)]

@@ -3,7 +3,7 @@
 //! Elementwise, hence batch-invariant. gelu is x·Φ(x) with Φ the normal distribution, by the error function; tanh is
 //! 2·sigmoid(2x) − 1 (absolute error below 2e-7).
 
-use crate::activation::{gelu_tanh, silu};
+use crate::activation::{Activate, GeluTanh, Silu};
 use crate::math::{erf, exp, sigmoid};
 use crate::simd::{LANES, Lanes, simd};
 
@@ -79,7 +79,7 @@ fn tanh<S: Lanes>(x: S) -> (S, S) {
 
 /// Defines the forward and backward of one activation.
 macro_rules! elements {
-    ($forward:ident, $backward:ident, $act:ident) => {
+    ($forward:ident, $backward:ident, $act:path) => {
         simd! {
             fn $forward<S>(x: &[f32], out: &mut [f32]) {
                 for (x, out) in x.chunks(LANES).zip(out.chunks_mut(LANES)) {
@@ -101,9 +101,9 @@ macro_rules! elements {
 }
 
 elements!(gelu_forward, gelu_backward, gelu);
-elements!(gelu_tanh_forward, gelu_tanh_backward, gelu_tanh);
+elements!(gelu_tanh_forward, gelu_tanh_backward, GeluTanh::act);
 elements!(relu_forward, relu_backward, relu);
-elements!(silu_forward, silu_backward, silu);
+elements!(silu_forward, silu_backward, Silu::act);
 elements!(tanh_forward, tanh_backward, tanh);
 
 #[cfg(test)]

@@ -22,7 +22,7 @@ mod unfold;
 use super::pack::{Element, LINES_AT_ONCE, Line, Precision, transpose_lines};
 use super::tile::{Gate, Matrix, Output, Store};
 use super::{Group, PackedMatrix, few};
-use crate::activation::{Gated, GeluTanh, Silu};
+use crate::activation::{Activate, GeluTanh, Silu};
 use crate::simd::{LANES, Lanes, simd};
 use crate::{Pages, Threads};
 use kernel::{Kernel, MOST_PANELS, Operands, kernel_1x1, kernel_1x2, kernel_1x4, kernel_2x1, kernel_2x2};
@@ -359,7 +359,7 @@ fn put_plain<S: Lanes>(c: &[Line], panels: &[usize], first: usize, m: usize, out
 
 /// The first half of the panels are gates, the second what goes through them.
 #[inline(always)]
-fn put_gated<S: Lanes, G: Gated>(
+fn put_gated<S: Lanes, A: Activate>(
     c: &[Line],
     panels: &[usize],
     first: usize,
@@ -376,7 +376,7 @@ fn put_gated<S: Lanes, G: Gated>(
                 let (gate, up) = (lanes::<S>(&gate[p * TILE_LINES + r]), lanes::<S>(&up[p * TILE_LINES + r]));
                 // SAFETY: each tile belongs to one task.
                 unsafe {
-                    out.put(first + r, panel, G::gate(gate, up));
+                    out.put(first + r, panel, A::gate(gate, up));
                     if let Some(kept) = kept {
                         out.keep(kept, first + r, panel, gate);
                         out.keep(kept, first + r, ups[p], up);
