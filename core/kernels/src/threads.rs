@@ -120,6 +120,11 @@ impl<T> SharedMut<T> {
         SharedMut { start: slice.as_mut_ptr(), len: slice.len() }
     }
 
+    /// Where value `at` is, or would be past the end.
+    pub(crate) fn address(&self, at: usize) -> *const T {
+        self.start.wrapping_add(at).cast_const()
+    }
+
     /// The part `start..start + len`.
     ///
     /// # Safety

@@ -105,6 +105,14 @@ impl Output {
         Self { first_row: self.first_row + first_row, ..self }
     }
 
+    /// Where row `row` of panel `panel` starts and the bytes from row to row, unless lines are written past the caches.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn cached(&self, row: usize, panel: usize) -> Option<(*const f32, usize)> {
+        let Matrix { base, n, streams } = &self.matrix;
+        let at = (self.first_row + row) * n + self.column(panel);
+        (!streams || self.store == Store::Add).then(|| (base.address(at), n * size_of::<f32>()))
+    }
+
     /// Columns before panel `panel` of the kernel.
     #[inline(always)]
     pub(super) fn column(&self, panel: usize) -> usize {

@@ -21,7 +21,8 @@ pub(super) struct Operands {
     pub a: *const Line,
     /// Lines between rows of A tiles.
     pub a_lines: usize,
-    /// B tiles of each panel, one after the other along k.
+    /// B tiles of each panel, one after the other along k. Kernels of two panels that ask for panels to come have these third and
+    /// fourth.
     pub b: [*const Line; MOST_PANELS],
     /// Tiles along k, at least 1.
     pub k_tiles: usize,
@@ -29,11 +30,40 @@ pub(super) struct Operands {
     pub c: *mut Line,
     /// Whether C holds sums over earlier k, to go on from; else they start at zero.
     pub go_on: bool,
+    /// Where the first line of these tiles goes, which kernels of two panels and two rows of tiles or more ask for.
+    pub out: *const f32,
+    /// Bytes from one row there to the next.
+    pub out_stride: usize,
 }
 
 /// # Safety
 /// AMX is granted and configured; the pointers are to as many tiles as the kernel reads and writes.
-pub(super) type Kernel = unsafe fn(&Operands);
+type Kernel = unsafe fn(&Operands);
+
+/// Kernels for two rows of tiles and for one.
+pub(super) struct Kernels {
+    pub pair: Kernel,
+    pub single: Kernel,
+    /// Lines of each tile of `b[2]` and `b[3]` that `pair` asks for.
+    pub asks: usize,
+}
+
+impl Kernels {
+    /// Those for so many panels. Where two more panels are to be asked for in `passes` of `pair`, it asks for as many lines as
+    /// make up whole tiles then.
+    pub(super) fn of<const PANELS: usize>(passes: Option<usize>) -> Self {
+        let (pair, single, asks): (Kernel, Kernel, usize) = match (PANELS, passes) {
+            (1, _) => (kernel_2x1, kernel_1x1, 0),
+            (2, None) => (kernel_2x2, kernel_1x2, 0),
+            (2, Some(0..=1)) => (kernel_2x2_asks_16, kernel_1x2, 16),
+            (2, Some(2..=3)) => (kernel_2x2_asks_8, kernel_1x2, 8),
+            (2, Some(4..=7)) => (kernel_2x2_asks_4, kernel_1x2, 4),
+            (2, Some(_)) => (kernel_2x2_asks_2, kernel_1x2, 2),
+            _ => (kernel_1x4, kernel_1x4, 0),
+        };
+        Self { pair, single, asks }
+    }
+}
 
 /// Asks for the tile of a panel that is used two tiles later.
 macro_rules! ask {
@@ -42,6 +72,20 @@ macro_rules! ask {
     };
     ($b:literal, $($at:literal),*) => {
         concat!($("prefetcht0 [{", $b, "} + ", $at, "]\n"),*)
+    };
+}
+
+/// Asks for lines of tiles of the panels to come, into the second-level cache.
+macro_rules! ask_next {
+    ($($at:literal),*) => {
+        concat!($("prefetcht1 [{b2} + ", $at, "]\nprefetcht1 [{b3} + ", $at, "]\n"),*)
+    };
+}
+
+/// Asks for the lines of a row that C tiles go to, to be written: another core's cache may have them.
+macro_rules! ask_out {
+    () => {
+        "prefetchw [{out}]\nprefetchw [{out} + 64]\nadd {out}, {stride}\n"
     };
 }
 
@@ -68,6 +112,7 @@ macro_rules! kernel {
                     "add {b1}, 1024",
                     "add {b2}, 1024",
                     "add {b3}, 1024",
+                    "// {out} {stride}: of some kernels",
                     "dec {count}",
                     "jnz 2b",
                     $($store,)*
@@ -81,6 +126,8 @@ macro_rules! kernel {
                     s = in(reg) size_of::<Line>(),
                     c = in(reg) o.c,
                     go_on = in(reg) usize::from(o.go_on),
+                    out = inout(reg) o.out => _,
+                    stride = in(reg) o.out_stride,
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                     out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                     options(nostack),
@@ -90,26 +137,46 @@ macro_rules! kernel {
     };
 }
 
-kernel!(kernel_2x2,
-    zero: ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
-    load: [
-        "tileloadd tmm0, [{c} + {s}*1]", "tileloadd tmm1, [{c} + {s}*1 + 1024]",
-        "tileloadd tmm2, [{c} + {s}*1 + 2048]", "tileloadd tmm3, [{c} + {s}*1 + 3072]"
-    ],
-    step: [
-        "tileloadd tmm6, [{b0} + {s}*1]",
-        "tileloaddt1 tmm4, [{a0} + {s}*1]",
-        "tdpbf16ps tmm0, tmm4, tmm6",
-        "tileloadd tmm7, [{b1} + {s}*1]",
-        "tdpbf16ps tmm1, tmm4, tmm7",
-        "tileloaddt1 tmm5, [{a1} + {s}*1]",
-        "tdpbf16ps tmm2, tmm5, tmm6",
-        "tdpbf16ps tmm3, tmm5, tmm7"
-    ],
-    store: [
-        "tilestored [{c} + {s}*1], tmm0", "tilestored [{c} + {s}*1 + 1024], tmm1",
-        "tilestored [{c} + {s}*1 + 2048], tmm2", "tilestored [{c} + {s}*1 + 3072], tmm3"
-    ]
+/// Defines a kernel of 2×2 tiles that in each step asks for lines of the output and for lines of the panels to come.
+macro_rules! kernel_2x2 {
+    ($name:ident, $out:expr, $first:expr, $second:expr) => {
+        kernel!($name,
+            zero: ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
+            load: [
+                "tileloadd tmm0, [{c} + {s}*1]", "tileloadd tmm1, [{c} + {s}*1 + 1024]",
+                "tileloadd tmm2, [{c} + {s}*1 + 2048]", "tileloadd tmm3, [{c} + {s}*1 + 3072]"
+            ],
+            step: [
+                "tileloadd tmm6, [{b0} + {s}*1]",
+                "tileloaddt1 tmm4, [{a0} + {s}*1]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                $first,
+                $out,
+                "tileloadd tmm7, [{b1} + {s}*1]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloaddt1 tmm5, [{a1} + {s}*1]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                $second,
+                $out,
+                "tdpbf16ps tmm3, tmm5, tmm7"
+            ],
+            store: [
+                "tilestored [{c} + {s}*1], tmm0", "tilestored [{c} + {s}*1 + 1024], tmm1",
+                "tilestored [{c} + {s}*1 + 2048], tmm2", "tilestored [{c} + {s}*1 + 3072], tmm3"
+            ]
+        );
+    };
+}
+
+kernel_2x2!(kernel_2x2, "", "", "");
+kernel_2x2!(kernel_2x2_asks_2, ask_out!(), ask_next!(0), ask_next!(64));
+kernel_2x2!(kernel_2x2_asks_4, ask_out!(), ask_next!(0, 64), ask_next!(128, 192));
+kernel_2x2!(kernel_2x2_asks_8, ask_out!(), ask_next!(0, 64, 128, 192), ask_next!(256, 320, 384, 448));
+kernel_2x2!(
+    kernel_2x2_asks_16,
+    "",
+    ask_next!(0, 64, 128, 192, 256, 320, 384, 448),
+    ask_next!(512, 576, 640, 704, 768, 832, 896, 960)
 );
 
 kernel!(kernel_2x1,

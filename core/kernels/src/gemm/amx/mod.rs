@@ -16,16 +16,16 @@
 //! past m are not copied out.
 
 mod kernel;
+mod put;
 mod round;
 mod unfold;
 
 use super::pack::{Element, LINES_AT_ONCE, Line, Precision, transpose_lines};
-use super::tile::{Gate, Matrix, Output, Store};
+use super::tile::{Output, Store};
 use super::{Group, PackedMatrix, few};
-use crate::activation::{Activate, GeluTanh, Silu};
-use crate::simd::{LANES, Lanes, simd};
+use crate::simd::{LANES, simd};
 use crate::{Pages, Threads};
-use kernel::{Kernel, MOST_PANELS, Operands, kernel_1x1, kernel_1x2, kernel_1x4, kernel_2x1, kernel_2x2};
+use kernel::{Kernels, MOST_PANELS, Operands};
 use std::arch::x86_64::_mm_sfence;
 use std::cell::RefCell;
 use std::ops::Range;
@@ -69,7 +69,7 @@ pub(super) fn product(threads: &Threads, x: &[f32], k: usize, groups: &[Group], 
     }
     with_a_tiles(tile_rows.len(), k, |a| {
         let lines = lines_of_row(k).max(1);
-        threads.for_each_row_chunk(a, lines, (1 << 16) / (TILE * k.max(1)) + 1, |first, block| {
+        threads.for_each_row_chunk(a, lines, (1 << 14) / (TILE * k.max(1)) + 1, |first, block| {
             for (rows, tiles) in tile_rows[first..].iter().zip(block.chunks_exact_mut(lines)) {
                 round::rows_to_tiles(&x[rows.start * k..rows.end * k], k, tiles);
             }
@@ -164,6 +164,8 @@ struct Task<'a> {
     part: &'a Part<'a>,
     rows: Range<usize>,
     panels: Range<usize>,
+    /// Panel at which the task begins that the same thread will likely have next.
+    next: usize,
 }
 
 fn multiply(threads: &Threads, parts: &[Part]) {
@@ -181,11 +183,18 @@ fn multiply(threads: &Threads, parts: &[Part]) {
         let block = m_tiles.div_ceil(blocks).next_multiple_of(2);
         // Runs of panels as wide as the kernels take them.
         let run = least.div_ceil(block.min(m_tiles) * lines * part.per_panel());
-        let run = run.next_multiple_of(4).min(panels.max(1));
-        let run = panels.div_ceil(panels.div_ceil(run)).next_multiple_of(2);
+        // As many runs for one thread as for another.
+        let runs = panels.div_ceil(run.max(1)).next_multiple_of(threads.count());
+        let width = if m_tiles == 1 && part.per_panel() == 1 { 4 } else { 2 };
+        let run = panels.div_ceil(runs).next_multiple_of(width);
         for rows in (0..m_tiles).step_by(block).map(|row| row..m_tiles.min(row + block)) {
             let runs = (0..panels).step_by(run).map(|panel| panel..panels.min(panel + run));
-            tasks.extend(runs.map(|panels| Task { part, rows: rows.clone(), panels }));
+            tasks.extend(runs.map(|panels| Task {
+                part,
+                rows: rows.clone(),
+                next: panels.end + (threads.count() - 1) * run,
+                panels,
+            }));
         }
     }
     threads.for_each(tasks.len(), &|i| tasks[i].run());
@@ -208,23 +217,23 @@ impl Task<'_> {
                 let up = j + self.part.panels();
                 j += match (self.part.out.gate, self.rows.len(), self.panels.end - j) {
                     (None, 1, 4..) => {
-                        self.strip([j, j + 1, j + 2, j + 3], kernel_1x4, kernel_1x4, scratch);
+                        self.strip([j, j + 1, j + 2, j + 3], None, scratch);
                         4
                     }
                     (None, _, 2..) => {
-                        self.strip([j, j + 1], kernel_2x2, kernel_1x2, scratch);
+                        self.strip([j, j + 1], self.after(j + 2, 1), scratch);
                         2
                     }
                     (None, ..) => {
-                        self.strip([j], kernel_2x1, kernel_1x1, scratch);
+                        self.strip([j], None, scratch);
                         1
                     }
                     (Some(_), 1, 2..) => {
-                        self.strip([j, j + 1, up, up + 1], kernel_1x4, kernel_1x4, scratch);
+                        self.strip([j, j + 1, up, up + 1], None, scratch);
                         2
                     }
                     (Some(_), ..) => {
-                        self.strip([j, up], kernel_2x2, kernel_1x2, scratch);
+                        self.strip([j, up], self.after(j + 1, up - j), scratch);
                         1
                     }
                 };
@@ -265,15 +274,24 @@ impl Task<'_> {
         }
     }
 
-    /// All rows of some panels of the weight, two rows of tiles at a time by `pair`, a last one by `single`.
+    /// The two panels, `apart` from each other, that this thread will go through once those before `panel` are done: of this
+    /// task or of the one it will likely have next.
+    fn after(&self, panel: usize, apart: usize) -> Option<[usize; 2]> {
+        let panel = if panel < self.panels.end { panel } else { self.next };
+        let w = self.part.w;
+        let exist = panel < self.part.panels() && panel + apart < w.rows().div_ceil(LANES);
+        (exist && w.quantisation().is_none()).then_some([panel, panel + apart])
+    }
+
+    /// All rows of some panels of the weight, two rows of tiles at a time. Meanwhile the panels `next` are asked for.
     #[inline(always)]
     fn strip<const PANELS: usize>(
         &self,
         panels: [usize; PANELS],
-        pair: Kernel,
-        single: Kernel,
+        next: Option<[usize; 2]>,
         scratch: &mut Scratch,
     ) {
+        let kernels = Kernels::of::<PANELS>(next.map(|_| self.rows.len() / 2));
         let Part { a, w, m, out, .. } = self.part;
         let (k_tiles, lines) = (w.inner().div_ceil(TILE_K), lines_of_row(w.inner()));
         let quantised = w.quantisation().is_some();
@@ -306,7 +324,18 @@ impl Task<'_> {
                 let two = row + 2 <= self.rows.end;
                 let rows = if two { 2 } else { 1 };
                 let at = if block < k_tiles { i * 2 * PANELS * TILE_LINES } else { 0 };
+                if let Some(next) = next {
+                    // The next block of k, or the first of the next panels: in each pass some lines of its tiles.
+                    let (asked, tile) =
+                        if end < k_tiles { ([panels[0], panels[PANELS - 1]], end) } else { (next, 0) };
+                    for (b, panel) in b[2..].iter_mut().zip(asked) {
+                        *b = w.panels(panel, 1)[tile * TILE_LINES + i * kernels.asks % TILE_LINES..].as_ptr();
+                    }
+                }
                 let c = &mut scratch.c[at..][..rows * PANELS * TILE_LINES];
+                // The lines that the result goes to, unless all rows are these.
+                let to = out.cached(row * TILE, panels[0]).filter(|_| end == k_tiles && self.rows.len() > 2);
+                let (to, stride) = to.unwrap_or((c.as_ptr().cast(), 0));
                 let operands = Operands {
                     a: a[row * lines..(row + rows) * lines][k * TILE_LINES..].as_ptr(),
                     a_lines: lines,
@@ -314,12 +343,14 @@ impl Task<'_> {
                     k_tiles: end - k,
                     c: c.as_mut_ptr(),
                     go_on: k > 0,
+                    out: to,
+                    out_stride: stride,
                 };
                 // SAFETY: AMX is configured; A has `rows` rows of tiles from `row` on, B `PANELS` panels, both from tile
                 // `k` to `end` of each; C has room for their tiles.
-                unsafe { if two { pair(&operands) } else { single(&operands) } };
+                unsafe { if two { (kernels.pair)(&operands) } else { (kernels.single)(&operands) } };
                 if end == k_tiles {
-                    put_tiles(c, &panels, row * TILE, *m, out);
+                    put::put_tiles(c, &panels, row * TILE, *m, out);
                 }
             }
         }
@@ -331,64 +362,4 @@ fn widen(line: &Line, out: &mut [f32]) {
     for (pair, out) in line.0.iter().zip(out.as_chunks_mut::<2>().0) {
         *out = [f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000)];
     }
-}
-
-simd! {
-    /// Stores C tiles, those of `panels` in each row of tiles, from row `first` on.
-    fn put_tiles<S>(c: &[Line], panels: &[usize], first: usize, m: usize, out: &Output) {
-        match out.gate {
-            None => put_plain::<S>(c, panels, first, m, out),
-            Some((Gate::Silu, kept)) => put_gated::<S, Silu>(c, panels, first, m, out, kept.as_ref()),
-            Some((Gate::GeluTanh, kept)) => put_gated::<S, GeluTanh>(c, panels, first, m, out, kept.as_ref()),
-        }
-    }
-}
-
-#[inline(always)]
-fn put_plain<S: Lanes>(c: &[Line], panels: &[usize], first: usize, m: usize, out: &Output) {
-    for (i, tiles) in c.chunks_exact(panels.len() * TILE_LINES).enumerate() {
-        let first = first + i * TILE;
-        for r in 0..TILE.min(m - first) {
-            for (p, &panel) in panels.iter().enumerate() {
-                // SAFETY: each tile belongs to one task.
-                unsafe { out.put(first + r, panel, lanes::<S>(&tiles[p * TILE_LINES + r])) };
-            }
-        }
-    }
-}
-
-/// The first half of the panels are gates, the second what goes through them.
-#[inline(always)]
-fn put_gated<S: Lanes, A: Activate>(
-    c: &[Line],
-    panels: &[usize],
-    first: usize,
-    m: usize,
-    out: &Output,
-    kept: Option<&Matrix>,
-) {
-    let (gates, ups) = panels.split_at(panels.len() / 2);
-    for (i, tiles) in c.chunks_exact(panels.len() * TILE_LINES).enumerate() {
-        let first = first + i * TILE;
-        let (gate, up) = tiles.split_at(gates.len() * TILE_LINES);
-        for r in 0..TILE.min(m - first) {
-            for (p, &panel) in gates.iter().enumerate() {
-                let (gate, up) = (lanes::<S>(&gate[p * TILE_LINES + r]), lanes::<S>(&up[p * TILE_LINES + r]));
-                // SAFETY: each tile belongs to one task.
-                unsafe {
-                    out.put(first + r, panel, A::gate(gate, up));
-                    if let Some(kept) = kept {
-                        out.keep(kept, first + r, panel, gate);
-                        out.keep(kept, first + r, ups[p], up);
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// A line of a C tile.
-#[inline(always)]
-fn lanes<S: Lanes>(line: &Line) -> S {
-    S::load(bytemuck::cast_ref(&line.0))
 }
