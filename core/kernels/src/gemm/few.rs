@@ -1,37 +1,44 @@
-//! Products of a few rows with weights of 8 or 4 bits: the codes go from memory straight into the sums.
+//! Products of a few rows without tiles: weights, or the codes that stand for them, go from memory straight into the sums.
 //!
-//! With one row, unfolding codes into tiles takes longer than reading them. Here sixteen columns' codes become f32 lanes
-//! and meet a value of x in each, in the order that the module gives for bf16. A scale of 8 bits is a power of two, which
-//! moves no rounding, so the sums of a tile are taken over the codes and scaled once; 4 bits are scaled code by code.
+//! A tile has room for sixteen rows. One row in it takes as long as sixteen, and codes have to be unfolded first: both
+//! longer than reading the weights. Here a line of sixteen columns becomes f32 lanes and meets a value of each row of x,
+//! in the order that the module gives for bf16. A scale of 8 bits is a power of two, which moves no rounding, so the sums
+//! of a tile are taken over the codes and scaled once; 4 bits are scaled code by code.
+//!
+//! ```text
+//!   panels a, b, …  ──line after line of each──► even, odd k of a block of 32 ──► sums, a register for each row and panel
+//!        └─ asked for ahead: of the same panel, at its end of the one that comes after
+//! ```
+//!
+//! Several panels at a time keep both multipliers at work: a chain over 16 k waits four cycles for each step.
 //!
 //! That gives the tile instruction's bits as long as nothing is subnormal and nothing overflows on either way. Where values
-//! of x and scales are zero or from 2^−56 to 2^56 in size, neither can be: with at most 7 bits in a code and 8 in a value,
-//! every product and every rounded sum, scaled or not, is a multiple of 2^−126 and below 2^127.
+//! of x, and weights or scales, are zero or from 2^−56 to 2^56 in size, neither can be: with at most 8 bits in a value, or 7
+//! in a code beside its scale, every product and every rounded sum, scaled or not, is a multiple of 2^−126 and below 2^127.
 
 use super::PackedMatrix;
 use super::pack::Line;
-use super::quant::{CodeBits, TILE_K};
-use super::tile::Output;
+use super::quant::{CodeBits, Quantisation, TILE_K};
+use super::tile::{Gate, Matrix, Output};
+use crate::activation::{Activate, GeluTanh, Silu};
 use crate::simd::{LANES, Lanes, simd};
 use std::ops::Range;
 
-/// The most rows that it is worth for.
-pub(super) const MOST_ROWS: usize = 4;
+/// The most rows that it is worth for: with more, tiles are as quick.
+pub(super) const MOST_ROWS: usize = 6;
+/// The same for codes: with more, they are as quickly unfolded.
+pub(super) const MOST_ROWS_OF_CODES: usize = 4;
 /// Bits of 2^−56 and of 2^56.
 const LEAST: u32 = (127 - 56) << 23;
 const MOST: u32 = (127 + 56) << 23;
 
-/// Bytes of codes that are asked for ahead of their use.
-const AHEAD: usize = 4096;
+/// Lines of each panel that are asked for ahead of their use.
+const AHEAD: usize = 32;
 
 /// Whether [`block`] may multiply `x`, some rows, by `w`.
 pub(super) fn takes(x: &[f32], rows: usize, w: &PackedMatrix) -> bool {
-    may_take(rows, w) && plain(x)
-}
-
-/// Whether it may, for all that the weight says.
-pub(super) fn may_take(rows: usize, w: &PackedMatrix) -> bool {
-    rows <= MOST_ROWS && w.quantisation().is_some() && w.has_plain_scales()
+    let most = if w.quantisation().is_some() { MOST_ROWS_OF_CODES } else { MOST_ROWS };
+    rows <= most && w.is_plain() && plain(x)
 }
 
 simd! {
@@ -46,100 +53,247 @@ simd! {
     }
 }
 
+/// What bf16 values have been seen, by the bits of their sizes.
+#[derive(Clone, Copy)]
+pub(super) struct Sizes {
+    /// The least, less one: zero is above all others.
+    least: u16,
+    most: u16,
+}
+
+impl Sizes {
+    /// Nothing seen.
+    pub(super) const NONE: Self = Self { least: u16::MAX, most: 0 };
+
+    /// Sees pairs.
+    #[inline(always)]
+    pub(super) fn see(&mut self, pairs: &[[u32; LANES]]) {
+        for &bits in bytemuck::cast_slice::<_, u16>(pairs) {
+            let size = bits & 0x7fff;
+            self.least = self.least.min(size.wrapping_sub(1));
+            self.most = self.most.max(size);
+        }
+    }
+
+    /// Whether all were zero or from 2^−56 to 2^56 in size.
+    pub(super) fn are_plain(self) -> bool {
+        u32::from(self.least) >= (LEAST >> 16) - 1 && u32::from(self.most) <= MOST >> 16
+    }
+}
+
+/// What the lines of a panel hold, `LINES` of them for each 32 of k.
+trait Held<const LINES: usize> {
+    /// The even and the odd of a pair of k in sixteen columns.
+    fn pair<S: Lanes>(tile: &[Line; LINES], pair: usize, scale: S) -> (S, S);
+
+    /// The sums over more k, given those of a tile.
+    #[inline(always)]
+    fn add<S: Lanes>(sums: S, of_tile: S, _scale: S) -> S {
+        sums.add(of_tile)
+    }
+}
+
+/// Weights in bf16.
+struct Full;
+/// Codes of 8 bits.
+struct Eight;
+/// Codes of 4 bits.
+struct Four;
+
+impl Held<16> for Full {
+    #[inline(always)]
+    fn pair<S: Lanes>(tile: &[Line; 16], pair: usize, _scale: S) -> (S, S) {
+        (S::bf16_even(&tile[pair].0), S::bf16_odd(&tile[pair].0))
+    }
+}
+
+impl Held<8> for Eight {
+    #[inline(always)]
+    fn pair<S: Lanes>(tile: &[Line; 8], pair: usize, _scale: S) -> (S, S) {
+        let codes: &[[u8; LANES]; TILE_K] = bytemuck::cast_ref(tile);
+        (S::from_i8(&codes[2 * pair]), S::from_i8(&codes[2 * pair + 1]))
+    }
+
+    #[inline(always)]
+    fn add<S: Lanes>(sums: S, of_tile: S, scale: S) -> S {
+        scale.fma(of_tile, sums)
+    }
+}
+
+impl Held<4> for Four {
+    #[inline(always)]
+    fn pair<S: Lanes>(tile: &[Line; 4], pair: usize, scale: S) -> (S, S) {
+        let codes: &[[u8; LANES]; TILE_K / 2] = bytemuck::cast_ref(tile);
+        let (even, odd) = S::from_i4(&codes[pair]);
+        (even.mul(scale), odd.mul(scale))
+    }
+}
+
 simd! {
-    /// Computes the product of `x [rows, k]`, rounded to bf16 and each row padded with zeros to a multiple of 32, for `panels`.
+    /// Computes the product of `x [rows, k]`, rounded to bf16 and each row padded with zeros to a multiple of 32, for `panels`
+    /// of the output.
     pub(super) fn block<S>(x: &[f32], rows: usize, w: &PackedMatrix, panels: Range<usize>, out: &Output) {
-        match (w.quantisation().expect("only a quantised matrix has codes").bits(), rows) {
-            (CodeBits::Eight, 1) => strips::<S, 1, 4, false>(x, w, panels, out),
-            (CodeBits::Eight, 2) => strips::<S, 2, 4, false>(x, w, panels, out),
-            (CodeBits::Eight, 3) => strips::<S, 3, 2, false>(x, w, panels, out),
-            (CodeBits::Eight, _) => strips::<S, 4, 2, false>(x, w, panels, out),
-            (CodeBits::Four, 1) => strips::<S, 1, 4, true>(x, w, panels, out),
-            (CodeBits::Four, 2) => strips::<S, 2, 4, true>(x, w, panels, out),
-            (CodeBits::Four, 3) => strips::<S, 3, 2, true>(x, w, panels, out),
-            (CodeBits::Four, _) => strips::<S, 4, 2, true>(x, w, panels, out),
+        match w.quantisation().map(Quantisation::bits) {
+            None => match rows {
+                5 => strips::<S, Full, 16, 5, 2>(x, w, panels, out),
+                6 => strips::<S, Full, 16, 6, 2>(x, w, panels, out),
+                _ => up_to_four::<S, Full, 16>(x, rows, w, panels, out),
+            },
+            Some(CodeBits::Eight) => up_to_four::<S, Eight, 8>(x, rows, w, panels, out),
+            Some(CodeBits::Four) => up_to_four::<S, Four, 4>(x, rows, w, panels, out),
         }
         S::fence();
     }
 }
 
-/// All of `panels`, `PANELS` at a time and the last ones by themselves.
+/// As many panels at a time as there are registers for.
 #[inline(always)]
-fn strips<S: Lanes, const ROWS: usize, const PANELS: usize, const FOUR: bool>(
+fn up_to_four<S: Lanes, H: Held<LINES>, const LINES: usize>(
+    x: &[f32],
+    rows: usize,
+    w: &PackedMatrix,
+    panels: Range<usize>,
+    out: &Output,
+) {
+    match rows {
+        1 => strips::<S, H, LINES, 1, 4>(x, w, panels, out),
+        2 => strips::<S, H, LINES, 2, 4>(x, w, panels, out),
+        3 => strips::<S, H, LINES, 3, 2>(x, w, panels, out),
+        4 => strips::<S, H, LINES, 4, 2>(x, w, panels, out),
+        _ => unreachable!("{rows} rows are not few: `takes`"),
+    }
+}
+
+/// All of `panels`, `PANELS` of the weight at a time and the last ones by fewer; of a gated product as many gates as what goes
+/// through them.
+#[inline(always)]
+fn strips<S: Lanes, H: Held<LINES>, const LINES: usize, const ROWS: usize, const PANELS: usize>(
     x: &[f32],
     w: &PackedMatrix,
     panels: Range<usize>,
     out: &Output,
 ) {
-    let mut panel = panels.start;
-    while panel < panels.end {
-        panel += match panels.end - panel {
-            left if left >= PANELS => strip::<S, ROWS, PANELS, FOUR>(x, w, panel, out),
-            _ => strip::<S, ROWS, 1, FOUR>(x, w, panel, out),
+    let mut j = panels.start;
+    while j < panels.end {
+        let left = panels.end - j;
+        let up = j + w.rows() / (2 * LANES);
+        j += match out.gate {
+            None if PANELS >= 4 && left >= 4 => {
+                strip::<S, H, LINES, ROWS, 4>(x, w, [j, j + 1, j + 2, j + 3], 4, out)
+            }
+            None if left >= 2 => strip::<S, H, LINES, ROWS, 2>(x, w, [j, j + 1], 2, out),
+            None => strip::<S, H, LINES, ROWS, 1>(x, w, [j], 1, out),
+            Some(_) if PANELS >= 4 && left >= 2 => {
+                strip::<S, H, LINES, ROWS, 4>(x, w, [j, j + 1, up, up + 1], 2, out)
+            }
+            Some(_) => strip::<S, H, LINES, ROWS, 2>(x, w, [j, up], 1, out),
         };
     }
 }
 
-/// `PANELS` panels from `panel` on; returns `PANELS`.
+/// The panels `of` the weight, of which the next ones lie `step` further; returns `step`.
 #[inline(always)]
-fn strip<S: Lanes, const ROWS: usize, const PANELS: usize, const FOUR: bool>(
+fn strip<S: Lanes, H: Held<LINES>, const LINES: usize, const ROWS: usize, const PANELS: usize>(
     x: &[f32],
     w: &PackedMatrix,
-    panel: usize,
+    of: [usize; PANELS],
+    step: usize,
     out: &Output,
 ) -> usize {
-    let tiles = x.len() / (ROWS * TILE_K);
-    let tiles_per_group = w.quantisation().map_or(1, |quantisation| quantisation.group() / TILE_K);
     let (x, _) = x.as_chunks::<TILE_K>();
-    let (mut groups, mut codes) = ([&[][..]; PANELS], [&[][..]; PANELS]);
-    let mut ahead = [&[][..]; PANELS];
+    let tiles = x.len() / ROWS;
+    let mut scales = [&[][..]; PANELS];
+    let mut held: [&[[Line; LINES]]; PANELS] = [&[]; PANELS];
     for p in 0..PANELS {
-        let (scales, lines) = w.scales_and_codes(panel + p);
-        (groups[p], codes[p]) = (scales, bytemuck::cast_slice::<Line, [u8; LANES]>(lines));
-        ahead[p] = bytemuck::cast_slice::<Line, f32>(lines);
+        let lines;
+        (scales[p], lines) = w.scales_and_lines(of[p]);
+        held[p] = &lines.as_chunks().0[..tiles];
     }
+    let tiles_per_group = w.quantisation().map_or(1, |quantisation| quantisation.group() / TILE_K);
     let mut sums = [[S::splat(0.0); PANELS]; ROWS];
     for tile in 0..tiles {
-        let mut scales = [S::splat(0.0); PANELS];
-        for p in 0..PANELS {
-            scales[p] = S::from_bf16(&groups[p][tile / tiles_per_group]);
+        let mut ahead = tile * LINES + AHEAD;
+        if ahead >= tiles * LINES {
+            ahead += (step - 1) * w.lines_per_panel();
+        }
+        let mut scale = [S::splat(0.0); PANELS];
+        if w.quantisation().is_some() {
+            for p in 0..PANELS {
+                scale[p] = S::from_bf16(&scales[p][tile / tiles_per_group]);
+            }
         }
         let mut even = [[S::splat(0.0); PANELS]; ROWS];
         let mut odd = even;
         for pair in 0..TILE_K / 2 {
+            let (mut w_even, mut w_odd) = ([S::splat(0.0); PANELS], [S::splat(0.0); PANELS]);
             for p in 0..PANELS {
-                // Bytes of a pair's codes, and where they are.
-                let bytes = if FOUR { LANES } else { 2 * LANES };
-                let at = (tile * TILE_K / 2 + pair) * bytes;
-                if at.is_multiple_of(size_of::<Line>()) {
-                    S::prefetch(ahead[p], (at + AHEAD) / size_of::<f32>());
+                if (pair * LINES).is_multiple_of(TILE_K / 2) {
+                    S::prefetch(held[p].as_flattened(), ahead + pair * LINES / (TILE_K / 2));
                 }
-                let (w_even, w_odd) = if FOUR {
-                    let (low, high) = S::from_i4(&codes[p][tile * TILE_K / 2 + pair]);
-                    (low.mul(scales[p]), high.mul(scales[p]))
-                } else {
-                    let at = tile * TILE_K + 2 * pair;
-                    (S::from_i8(&codes[p][at]), S::from_i8(&codes[p][at + 1]))
-                };
-                for r in 0..ROWS {
-                    let x = &x[r * tiles + tile];
-                    even[r][p] = S::splat(x[2 * pair]).fma(w_even, even[r][p]);
-                    odd[r][p] = S::splat(x[2 * pair + 1]).fma(w_odd, odd[r][p]);
+                (w_even[p], w_odd[p]) = H::pair::<S>(&held[p][tile], pair, scale[p]);
+            }
+            for r in 0..ROWS {
+                let x = &x[r * tiles + tile];
+                for p in 0..PANELS {
+                    even[r][p] = S::splat(x[2 * pair]).fma(w_even[p], even[r][p]);
+                    odd[r][p] = S::splat(x[2 * pair + 1]).fma(w_odd[p], odd[r][p]);
                 }
             }
         }
         for r in 0..ROWS {
             for p in 0..PANELS {
-                let both = even[r][p].add(odd[r][p]);
-                sums[r][p] = if FOUR { sums[r][p].add(both) } else { scales[p].fma(both, sums[r][p]) };
+                sums[r][p] = H::add(sums[r][p], even[r][p].add(odd[r][p]), scale[p]);
             }
         }
     }
-    for (r, sums) in sums.into_iter().enumerate() {
-        for (p, sum) in sums.into_iter().enumerate() {
-            // SAFETY: each (row, panel) is given to one thread only.
-            unsafe { out.put(r, panel + p, sum) };
+    let mut done = [[[0.0; LANES]; PANELS]; ROWS];
+    for r in 0..ROWS {
+        for p in 0..PANELS {
+            sums[r][p].store(&mut done[r][p]);
         }
     }
-    PANELS
+    put(done.as_flattened(), &of, out);
+    step
+}
+
+simd! {
+    /// Stores sums `[rows, panels]` of the weight's `panels`.
+    fn put<S>(sums: &[[f32; LANES]], panels: &[usize], out: &Output) {
+        match out.gate {
+            None => {
+                for (r, sums) in sums.chunks_exact(panels.len()).enumerate() {
+                    for (sum, &panel) in sums.iter().zip(panels) {
+                        // SAFETY: each (row, panel) is given to one thread only.
+                        unsafe { out.put(r, panel, S::load(sum)) };
+                    }
+                }
+            }
+            Some((Gate::Silu, kept)) => put_gated::<S, Silu>(sums, panels, out, kept.as_ref()),
+            Some((Gate::GeluTanh, kept)) => put_gated::<S, GeluTanh>(sums, panels, out, kept.as_ref()),
+        }
+    }
+}
+
+/// The first half of the panels are gates, the second what goes through them.
+#[inline(always)]
+fn put_gated<S: Lanes, A: Activate>(
+    sums: &[[f32; LANES]],
+    panels: &[usize],
+    out: &Output,
+    kept: Option<&Matrix>,
+) {
+    let (gates, ups) = panels.split_at(panels.len() / 2);
+    for (r, sums) in sums.chunks_exact(panels.len()).enumerate() {
+        for (p, (&gate, &up)) in gates.iter().zip(ups).enumerate() {
+            let (value, through) = (S::load(&sums[p]), S::load(&sums[gates.len() + p]));
+            // SAFETY: each (row, panel) is given to one thread only.
+            unsafe {
+                out.put(r, gate, A::gate(value, through));
+                if let Some(kept) = kept {
+                    out.keep(kept, r, gate, value);
+                    out.keep(kept, r, up, through);
+                }
+            }
+        }
+    }
 }

@@ -106,6 +106,9 @@ thread_local!(static GRAD_SCRATCH: RefCell<GradScratch> = RefCell::default());
 /// Products below this many multiply-adds per thread are not worth waking another thread for.
 const MIN_WORK_PER_THREAD: usize = 1 << 20;
 
+/// Weights below this many bytes per thread are not worth it either, where it is their reading that takes the time.
+const MIN_BYTES_PER_THREAD: usize = 1 << 17;
+
 /// Row-blocks that threads or caches split m by; a multiple of every kernel's row count.
 const ROW_BLOCK: usize = 240;
 
@@ -137,8 +140,8 @@ pub fn grouped_matmul_add(threads: &Threads, x: &[f32], groups: &[Group], out: &
 
 /// Computes `out[rows] = act(gate) · up` with `[gate | up] = x[rows]·Wᵀ` for each group, `x [m,k]`, W `[2F,k]`, `out [m,F]`: the
 /// bits of [`grouped_matmul`] and [`crate::activation::gated`], without reading the product again; it goes to `kept [m,2F]`,
-/// where there is one. Returns `false`, and leaves both as they are, where it cannot: without matrix tiles, for an F that is no multiple of 16, for an activation that takes
-/// its operands alternating, and for the few rows that meet codes without tiles.
+/// where there is one. Returns `false`, and leaves both as they are, where it cannot: without matrix tiles, for an F that is no
+/// multiple of 16, and for an activation that takes its operands alternating.
 ///
 /// # Panics
 /// As [`grouped_matmul`].
@@ -158,7 +161,6 @@ pub fn grouped_matmul_gated(
     let Some(Group { w: first, .. }) = groups.first() else { return true };
     if (first.precision(), isa::current()) != (Precision::Bf16, isa::Isa::Amx)
         || !first.rows().is_multiple_of(2 * LANES)
-        || groups.iter().any(|group| few::may_take(group.rows.len(), group.w))
     {
         return false;
     }
@@ -223,7 +225,11 @@ fn product(threads: &Threads, x: &[f32], m: usize, w: &PackedMatrix, out: &mut [
         #[cfg(target_arch = "x86_64")]
         (Precision::Bf16, isa::Isa::Amx) => amx::product(threads, x, k, &[Group { rows: 0..m, w }], &out),
         (Precision::Bf16, _) if few::takes(x, m, w) => bf16::with_rounded(threads, x, m, k, |x| {
-            split(threads, m, n, k, &|_, panels| few::block(x, m, w, panels, &out));
+            let panels = n.div_ceil(LANES);
+            let least = MIN_BYTES_PER_THREAD * panels / w.bytes().max(1);
+            threads.for_each_chunk(panels, least.next_multiple_of(4), &|panels| {
+                few::block(x, m, w, panels, &out)
+            });
         }),
         (Precision::Bf16, _) => bf16::with_rounded(threads, x, m, k, |x| {
             split(threads, m, n, k, &|rows, panels| {

@@ -6,7 +6,9 @@ use crate::convert::bf16_bits;
 use crate::isa;
 use crate::simd::{LANES, Lanes, simd};
 use half::bf16;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
+use super::few::Sizes;
 use super::quant::{Quantisation, Weight};
 
 /// In which numbers a product is computed.
@@ -37,8 +39,8 @@ compile_error!("bf16 pairs are packed for little-endian machines");
 pub struct PackedMatrix {
     precision: Precision,
     pub(super) quantisation: Option<Quantisation>,
-    /// Of a quantised matrix: see `PackedMatrix::has_plain_scales`.
-    pub(super) plain_scales: bool,
+    /// See [`PackedMatrix::is_plain`].
+    pub(super) plain: bool,
     pub(super) n: usize,
     pub(super) k: usize,
     pub(super) lines: Pages<Line>,
@@ -88,7 +90,7 @@ impl PackedMatrix {
     }
 
     pub(super) fn empty(precision: Precision) -> Self {
-        PackedMatrix { precision, quantisation: None, plain_scales: true, n: 0, k: 0, lines: Pages::new() }
+        PackedMatrix { precision, quantisation: None, plain: true, n: 0, k: 0, lines: Pages::new() }
     }
 
     /// Changes the shape, keeping the allocation where it is large enough; every value must then be filled in.
@@ -149,6 +151,12 @@ impl PackedMatrix {
         size_of_val(&*self.lines)
     }
 
+    /// Whether all that is stored in bf16, its weights or the scales of its codes, is zero or from 2^−56 to 2^56 in size: with
+    /// values of such sizes nothing in a product is subnormal (`few`).
+    pub(super) fn is_plain(&self) -> bool {
+        self.plain
+    }
+
     /// Lines of one panel of sixteen columns.
     pub(super) fn lines_per_panel(&self) -> usize {
         match (self.quantisation, self.precision) {
@@ -181,13 +189,17 @@ impl PackedMatrix {
         }
         let (n, k, precision, lines) = (self.n, self.k, self.precision, self.lines_per_panel());
         assert_eq!(w.len(), n * k, "packing: w is [n,k] = [{n},{k}]");
+        let plain = AtomicBool::new(precision == Precision::Bf16);
         threads.for_each_row_chunk(&mut self.lines, lines.max(1), min_panels(lines), |first, block| {
+            let mut sizes = Sizes::NONE;
             for (i, panel) in block.chunks_exact_mut(lines).enumerate() {
                 let row = (first + i) * LANES;
                 let rows = &w[row * k..n.min(row + LANES) * k];
-                E::pack_panel(precision, rows, k, panel);
+                E::pack_panel(precision, rows, k, panel, &mut sizes);
             }
+            plain.fetch_and(sizes.are_plain(), Relaxed);
         });
+        self.plain = plain.into_inner();
     }
 
     pub(super) fn fill_transposed<E: Element>(&mut self, threads: &Threads, w_kn: &[E]) {
@@ -197,21 +209,38 @@ impl PackedMatrix {
         let (n, k, precision, lines) = (self.n, self.k, self.precision, self.lines_per_panel());
         assert_eq!(w_kn.len(), n * k, "packing: the transpose of w is [k,n] = [{k},{n}]");
         let per_line = if precision == Precision::Bf16 { 2 } else { 1 };
+        let plain = AtomicBool::new(precision == Precision::Bf16);
         threads.for_each_row_chunk(&mut self.lines, lines.max(1), min_panels(lines), |first, block| {
+            let mut sizes = Sizes::NONE;
             // A few rows of the source at a time, across all panels, so that it is read in long runs.
             for start in (0..lines).step_by(LINES_AT_ONCE) {
                 let end = lines.min(start + LINES_AT_ONCE);
                 let rows = &w_kn[k.min(start * per_line) * n..k.min(end * per_line) * n];
                 for (i, panel) in block.chunks_exact_mut(lines).enumerate() {
-                    E::pack_panel_transposed(precision, rows, n, (first + i) * LANES, &mut panel[start..end]);
+                    let part = &mut panel[start..end];
+                    E::pack_panel_transposed(precision, rows, n, (first + i) * LANES, part);
+                    if precision == Precision::Bf16 {
+                        see_lines(part, &mut sizes);
+                    }
                 }
             }
+            plain.fetch_and(sizes.are_plain(), Relaxed);
         });
+        self.plain = plain.into_inner();
+    }
+}
+
+simd! {
+    fn see_lines<S>(lines: &[Line], sizes: &mut Sizes) {
+        sizes.see(bytemuck::cast_slice(lines));
     }
 }
 
 /// Lines that a transposed source is packed for before it moves on to the next panel.
 pub(super) const LINES_AT_ONCE: usize = 32;
+
+/// Bytes of each row that are asked for ahead of their packing.
+const AHEAD: usize = 512;
 
 /// Panels worth a thread of their own.
 fn min_panels(lines: usize) -> usize {
@@ -220,8 +249,8 @@ fn min_panels(lines: usize) -> usize {
 
 /// A number that weights may be stored in.
 pub(super) trait Element: Weight {
-    /// Packs up to sixteen rows of W (`rows.len() / k` of them) into the lines of a panel.
-    fn pack_panel(precision: Precision, rows: &[Self], k: usize, panel: &mut [Line]);
+    /// Packs up to sixteen rows of W (`rows.len() / k` of them) into the lines of a panel; `sizes` sees those in bf16.
+    fn pack_panel(precision: Precision, rows: &[Self], k: usize, panel: &mut [Line], sizes: &mut Sizes);
     /// Packs sixteen columns of the transpose `[k,n]`, from `column` on, into the lines of a panel.
     fn pack_panel_transposed(
         precision: Precision,
@@ -238,10 +267,10 @@ pub(super) trait Element: Weight {
 macro_rules! element {
     ($t:ty, $bits_f32:expr, $bits_bf16:expr, $columns_on_amx:expr) => {
         impl Element for $t {
-            fn pack_panel(precision: Precision, rows: &[Self], k: usize, panel: &mut [Line]) {
+            fn pack_panel(precision: Precision, rows: &[Self], k: usize, panel: &mut [Line], sizes: &mut Sizes) {
                 match precision {
                     Precision::F32 => pack_rows_f32(rows, k, panel),
-                    Precision::Bf16 => pack_rows_bf16(rows, k, panel),
+                    Precision::Bf16 => pack_rows_bf16(rows, k, panel, sizes),
                 }
                 simd! {
                     fn pack_rows_f32<S>(rows: &[$t], k: usize, panel: &mut [Line]) {
@@ -264,12 +293,15 @@ macro_rules! element {
                     }
                 }
                 simd! {
-                    fn pack_rows_bf16<S>(rows: &[$t], k: usize, panel: &mut [Line]) {
+                    fn pack_rows_bf16<S>(rows: &[$t], k: usize, panel: &mut [Line], sizes: &mut Sizes) {
                         const BLOCK: usize = 2 * LANES;
                         for (block, lines) in panel.chunks_mut(LANES).enumerate() {
                             let mut a = [[0u32; LANES]; LANES];
                             for (a, row) in a.iter_mut().zip(rows.chunks_exact(k)) {
                                 let row = &row[block * BLOCK..];
+                                for line in (0..size_of::<$t>() * BLOCK).step_by(size_of::<Line>()) {
+                                    S::prefetch(row, (AHEAD + line) / size_of::<$t>());
+                                }
                                 if let Some(full) = row.first_chunk::<BLOCK>() {
                                     let a: &mut [u16; BLOCK] = bytemuck::cast_mut(a);
                                     for j in 0..BLOCK {
@@ -285,6 +317,7 @@ macro_rules! element {
                                     a[pairs.len()] = u32::from($bits_bf16(*last));
                                 }
                             }
+                            sizes.see(&a);
                             transpose_lines::<S>(&a, lines);
                         }
                     }

@@ -313,19 +313,15 @@ impl PackedMatrix {
                 }
             }
         });
-        self.plain_scales = plain.into_inner();
+        self.plain = plain.into_inner();
     }
 
-    /// Whether all scales are such that sums of codes may be scaled in the place of codes: [`few::plain`].
-    pub(super) fn has_plain_scales(&self) -> bool {
-        self.plain_scales
-    }
-
-    /// The scales of each group of a panel's sixteen rows, and its codes tile by tile.
-    pub(super) fn scales_and_codes(&self, panel: usize) -> (&[[u16; LANES]], &[Line]) {
-        let quantisation = self.quantisation.expect("only a quantised matrix has codes");
-        let (scales, codes) = self.panel(panel).split_at(quantisation.scale_lines(self.k));
-        (bytemuck::cast_slice(scales), codes)
+    /// The scales of each group of a panel's sixteen rows, and its codes tile by tile. None and the weights where there are
+    /// no codes.
+    pub(super) fn scales_and_lines(&self, panel: usize) -> (&[[u16; LANES]], &[Line]) {
+        let scales = self.quantisation.map_or(0, |quantisation| quantisation.scale_lines(self.k));
+        let (scales, lines) = self.panel(panel).split_at(scales);
+        (bytemuck::cast_slice(scales), lines)
     }
 
     /// Becomes the panels `panels` of the quantised matrix `of`, in full precision.
@@ -335,7 +331,7 @@ impl PackedMatrix {
         self.reshape(of.precision(), columns, of.k);
         let lines = self.lines_per_panel();
         for (panel, out) in panels.zip(self.lines.chunks_exact_mut(lines.max(1))) {
-            let (scales, codes) = of.scales_and_codes(panel);
+            let (scales, codes) = of.scales_and_lines(panel);
             let tiles_per_group = quantisation.group() / TILE_K;
             match (quantisation.bits, of.precision()) {
                 (CodeBits::Eight, Precision::Bf16) => unfold_8_bf16(scales, codes, tiles_per_group, out),

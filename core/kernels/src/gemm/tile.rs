@@ -150,7 +150,6 @@ impl Output {
     ///
     /// # Safety
     /// As [`Output::part`].
-    #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     pub(super) unsafe fn keep<S: Lanes>(&self, kept: &Matrix, row: usize, panel: usize, value: S) {
         // SAFETY: the caller's promise.

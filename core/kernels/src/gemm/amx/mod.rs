@@ -246,16 +246,14 @@ impl Task<'_> {
         }
     }
 
-    /// A product of a few rows with codes.
+    /// A product of a few rows.
     fn without_tiles(&self) {
         let Part { a, w, m, out, .. } = self.part;
         SCRATCH.with_borrow_mut(|Scratch { x, .. }| {
             let padded = w.inner().next_multiple_of(TILE_K);
             x.resize(m * padded, 0.0);
             for (row, x) in x.chunks_exact_mut(padded).enumerate() {
-                for (tile, x) in a.chunks_exact(TILE_LINES).zip(x.chunks_exact_mut(TILE_K)) {
-                    widen(&tile[row], x);
-                }
+                widen(a, row, x);
             }
             few::block(x, *m, w, self.panels.clone(), out);
         });
@@ -357,9 +355,14 @@ impl Task<'_> {
     }
 }
 
-/// The thirty-two bf16 of a line, as f32.
-fn widen(line: &Line, out: &mut [f32]) {
-    for (pair, out) in line.0.iter().zip(out.as_chunks_mut::<2>().0) {
-        *out = [f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000)];
+simd! {
+    /// Row `row` of A tiles, in f32.
+    fn widen<S>(a: &[Line], row: usize, x: &mut [f32]) {
+        for (tile, x) in a.chunks_exact(TILE_LINES).zip(x.as_chunks_mut::<TILE_K>().0) {
+            let halves: &[[u16; LANES]; 2] = bytemuck::cast_ref(&tile[row].0);
+            for (half, x) in halves.iter().zip(x.as_chunks_mut::<LANES>().0) {
+                S::from_bf16(half).store(x);
+            }
+        }
     }
 }

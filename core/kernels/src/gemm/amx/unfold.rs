@@ -13,7 +13,7 @@ const AHEAD: usize = 2048;
 /// The tiles of `panel` from tile `first` of k on, as many as `out` holds.
 pub(super) fn unfold(w: &PackedMatrix, panel: usize, first: usize, out: &mut [Line]) {
     let quantisation = w.quantisation().expect("only a quantised matrix is unfolded");
-    let (scales, codes) = w.scales_and_codes(panel);
+    let (scales, codes) = w.scales_and_lines(panel);
     let tiles_per_group = quantisation.group() / TILE_K;
     let (out, _) = out.as_chunks_mut::<TILE_LINES>();
     for (tile, out) in (first..).zip(out) {
