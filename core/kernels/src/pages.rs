@@ -4,11 +4,17 @@
 //! their places in the second-level cache collide at random; in pages of 2 MiB neither happens, and a first touch costs one fault
 //! in five hundred.
 
+mod blocks;
+
+use blocks::Piece;
 use memmap2::MmapMut;
 use std::ops::{Deref, DerefMut};
 
 /// Bytes from which memory is asked of the operating system directly.
 const LARGE: usize = 1 << 20;
+
+/// Bytes from which memory that lasts is cut from blocks of large pages.
+const SHARED: usize = 1 << 16;
 
 /// A vector of plain numbers that start as zeros.
 pub struct Pages<T> {
@@ -20,6 +26,8 @@ enum Memory<T> {
     Small(Vec<T>),
     /// As many `T` as fit.
     Large(MmapMut),
+    /// The same in a block that others share.
+    Shared(Piece),
 }
 
 impl<T: bytemuck::Pod> Pages<T> {
@@ -46,11 +54,25 @@ impl<T: bytemuck::Pod> Pages<T> {
         Self { memory, len }
     }
 
+    /// As [`Pages::zeros`], in blocks of large pages shared with others made so: for what lasts, such as weights. Other memory
+    /// would leave gaps in them.
+    ///
+    /// # Panics
+    /// As [`Pages::zeros`].
+    pub fn lasting(len: usize) -> Self {
+        let bytes = len.checked_mul(size_of::<T>()).expect("a length that fits the address space");
+        match bytes {
+            SHARED..=blocks::LARGEST => Self { memory: Memory::Shared(Piece::zeros(bytes)), len },
+            _ => Self::zeros(len),
+        }
+    }
+
     /// Values that fit without another allocation.
     pub fn capacity(&self) -> usize {
         match &self.memory {
             Memory::Small(values) => values.len(),
             Memory::Large(map) => map.len() / size_of::<T>(),
+            Memory::Shared(piece) => piece.bytes().len() / size_of::<T>(),
         }
     }
 
@@ -78,7 +100,10 @@ impl<T: bytemuck::Pod> Default for Pages<T> {
 
 impl<T: bytemuck::Pod> Clone for Pages<T> {
     fn clone(&self) -> Self {
-        let mut copy = Self::zeros(self.len);
+        let mut copy = match self.memory {
+            Memory::Shared(_) => Self::lasting(self.len),
+            _ => Self::zeros(self.len),
+        };
         copy.copy_from_slice(self);
         copy
     }
@@ -97,6 +122,7 @@ impl<T: bytemuck::Pod> Deref for Pages<T> {
         match &self.memory {
             Memory::Small(values) => &values[..self.len],
             Memory::Large(map) => bytemuck::cast_slice(&map[..self.len * size_of::<T>()]),
+            Memory::Shared(piece) => bytemuck::cast_slice(&piece.bytes()[..self.len * size_of::<T>()]),
         }
     }
 }
@@ -106,6 +132,9 @@ impl<T: bytemuck::Pod> DerefMut for Pages<T> {
         match &mut self.memory {
             Memory::Small(values) => &mut values[..self.len],
             Memory::Large(map) => bytemuck::cast_slice_mut(&mut map[..self.len * size_of::<T>()]),
+            Memory::Shared(piece) => {
+                bytemuck::cast_slice_mut(&mut piece.bytes_mut()[..self.len * size_of::<T>()])
+            }
         }
     }
 }
@@ -116,8 +145,11 @@ mod tests {
 
     #[test]
     fn small_and_large_hold_what_is_written() {
-        for len in [0, 1, 1000, LARGE / 4 - 1, LARGE / 4, 3 * LARGE / 4 + 5] {
-            let mut pages = Pages::<f32>::zeros(len);
+        let made: [fn(usize) -> Pages<f32>; 2] = [Pages::zeros, Pages::lasting];
+        let lens =
+            [0, 1, 1000, SHARED / 4, LARGE / 4 - 1, LARGE / 4, 3 * LARGE / 4 + 5, blocks::LARGEST / 4 + 1];
+        for (len, made) in lens.into_iter().flat_map(|len| made.map(|made| (len, made))) {
+            let mut pages = made(len);
             assert!(pages.len() == len && pages.capacity() >= len && pages.iter().all(|x| *x == 0.0));
             pages.iter_mut().enumerate().for_each(|(i, x)| *x = i as f32);
             let copy = pages.clone();

@@ -84,9 +84,14 @@ impl PackedMatrix {
 
     /// A matrix to be filled by one of the `repack_from` methods; zeros until then.
     pub fn zeros(precision: Precision, n: usize, k: usize) -> Self {
-        let mut packed = Self::empty(precision);
-        packed.reshape(precision, n, k);
-        packed
+        Self::empty(precision).lasting(n, k)
+    }
+
+    /// Zeros in the shape `[n,k]`, in memory that lasts.
+    pub(super) fn lasting(mut self, n: usize, k: usize) -> Self {
+        (self.n, self.k) = (n, k);
+        self.lines = Pages::lasting(n.div_ceil(LANES) * self.lines_per_panel());
+        self
     }
 
     pub(super) fn empty(precision: Precision) -> Self {

@@ -267,8 +267,7 @@ impl PackedMatrix {
     pub fn quantised(quantisation: Quantisation, precision: Precision, n: usize, k: usize) -> Self {
         let mut packed = Self::empty(precision);
         packed.quantisation = Some(quantisation);
-        packed.reshape(precision, n, k);
-        packed
+        packed.lasting(n, k)
     }
 
     /// How it is quantised, if it is.
