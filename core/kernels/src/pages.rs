@@ -27,7 +27,7 @@ enum Memory<T> {
     /// As many `T` as fit.
     Large(MmapMut),
     /// The same in a block that others share.
-    Shared(Piece),
+    Shared(Box<Piece>),
 }
 
 impl<T: bytemuck::Pod> Pages<T> {
@@ -62,7 +62,7 @@ impl<T: bytemuck::Pod> Pages<T> {
     pub fn lasting(len: usize) -> Self {
         let bytes = len.checked_mul(size_of::<T>()).expect("a length that fits the address space");
         match bytes {
-            SHARED..=blocks::LARGEST => Self { memory: Memory::Shared(Piece::zeros(bytes)), len },
+            SHARED..=blocks::LARGEST => Self { memory: Memory::Shared(Box::new(Piece::zeros(bytes))), len },
             _ => Self::zeros(len),
         }
     }

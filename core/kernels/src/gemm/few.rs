@@ -35,10 +35,10 @@ const MOST: u32 = (127 + 56) << 23;
 /// Lines of each panel that are asked for ahead of their use.
 const AHEAD: usize = 32;
 
-/// Whether [`block`] may multiply `x`, some rows, by `w`.
-pub(super) fn takes(x: &[f32], rows: usize, w: &PackedMatrix) -> bool {
+/// Whether [`block`] may multiply so many rows by `w`, if they are plain.
+pub(super) fn may_take(rows: usize, w: &PackedMatrix) -> bool {
     let most = if w.quantisation().is_some() { MOST_ROWS_OF_CODES } else { MOST_ROWS };
-    rows <= most && w.is_plain() && plain(x)
+    rows <= most && w.is_plain()
 }
 
 simd! {
@@ -50,6 +50,17 @@ simd! {
             plain &= (size == 0) | (size.wrapping_sub(LEAST) <= MOST - LEAST);
         }
         plain
+    }
+}
+
+simd! {
+    /// The same for the first `rows` rows of a row of tiles.
+    pub(super) fn plain_tiles<S>(tiles: &[Line], rows: usize) -> bool {
+        let mut sizes = Sizes::NONE;
+        for tile in tiles.chunks_exact(LANES) {
+            sizes.see(bytemuck::cast_slice(&tile[..rows]));
+        }
+        sizes.are_plain()
     }
 }
 

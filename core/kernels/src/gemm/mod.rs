@@ -38,7 +38,7 @@ use crate::isa;
 use crate::simd::LANES;
 use std::cell::RefCell;
 use std::ops::Range;
-use tile::{Gate, Matrix, Output, Store};
+use tile::{Gate, Matrix, Output};
 
 /// Computes `out = x·Wᵀ` for `x [m,k]`, `out [m,n]`.
 ///
@@ -138,40 +138,71 @@ pub fn grouped_matmul_add(threads: &Threads, x: &[f32], groups: &[Group], out: &
     grouped_product(threads, x, groups, out, Store::Add);
 }
 
-/// Computes `out[rows] = act(gate) · up` with `[gate | up] = x[rows]·Wᵀ` for each group, `x [m,k]`, W `[2F,k]`, `out [m,F]`: the
-/// bits of [`grouped_matmul`] and [`crate::activation::gated`], without reading the product again; it goes to `kept [m,2F]`,
-/// where there is one. Returns `false`, and leaves both as they are, where it cannot: without matrix tiles, for an F that is no
-/// multiple of 16, and for an activation that takes its operands alternating.
-///
-/// # Panics
-/// As [`grouped_matmul`].
-pub fn grouped_matmul_gated(
-    threads: &Threads,
-    activation: Activation,
-    x: &[f32],
-    groups: &[Group],
-    out: &mut [f32],
-    kept: Option<&mut [f32]>,
-) -> bool {
-    let gate = match activation {
-        Activation::Silu => Gate::Silu,
-        Activation::GeluTanh => Gate::GeluTanh,
-        Activation::ClampedSwiglu { .. } => return false,
-    };
-    let Some(Group { w: first, .. }) = groups.first() else { return true };
-    if (first.precision(), isa::current()) != (Precision::Bf16, isa::Isa::Amx)
-        || !first.rows().is_multiple_of(2 * LANES)
-    {
-        return false;
+/// What becomes of the product of a gated MLP's last weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Store {
+    /// `out = product`
+    Set,
+    /// `out += product`
+    Add,
+}
+
+/// A gated MLP (Shazeer 2020): `down(act(gate) · up)`, `[gate | up] = x·Wᵀ`, W `[2F,k]`. Experts have as many groups of rows as there are,
+/// the same in both weights.
+#[derive(Clone, Copy, Debug)]
+#[expect(missing_docs, reason = "the two products and what is between them")]
+pub struct GatedMlp<'a> {
+    pub gate_up: &'a [Group<'a>],
+    pub activation: Activation,
+    pub down: &'a [Group<'a>],
+}
+
+impl GatedMlp<'_> {
+    /// Computes `out[rows] (+)= mlp(x[rows])`, `x [m,k]`, `out [m,n]`: the bits of [`grouped_matmul`], [`crate::activation::gated`]
+    /// and [`grouped_matmul`] (or [`grouped_matmul_add`]), but what is between the products is never a matrix. `[gate | up]` goes to
+    /// `kept [m,2F]`, where there is one. Returns `false`, and leaves both as they are, where it cannot: without matrix tiles, for
+    /// an F that is no multiple of 16, and for an activation that takes its operands alternating.
+    ///
+    /// # Panics
+    /// As [`grouped_matmul`], or when the groups of both weights differ.
+    pub fn forward(
+        &self,
+        threads: &Threads,
+        x: &[f32],
+        out: &mut [f32],
+        store: Store,
+        kept: Option<&mut [f32]>,
+    ) -> bool {
+        let gate = match self.activation {
+            Activation::Silu => Gate::Silu,
+            Activation::GeluTanh => Gate::GeluTanh,
+            Activation::ClampedSwiglu { .. } => return false,
+        };
+        let (Some(Group { w: gate_up, .. }), Some(Group { w: down, .. })) =
+            (self.gate_up.first(), self.down.first())
+        else {
+            return true;
+        };
+        let on_tiles = |w: &PackedMatrix| (w.precision(), isa::current()) == (Precision::Bf16, isa::Isa::Amx);
+        let (width, n) = (down.inner(), down.rows());
+        if !(on_tiles(gate_up) && on_tiles(down) && width.is_multiple_of(LANES)) {
+            return false;
+        }
+        let m = check_groups(x, self.gate_up);
+        let rows = |groups: &[Group]| groups.iter().map(|group| group.rows.clone()).collect::<Vec<_>>();
+        assert_eq!(rows(self.gate_up), rows(self.down), "gated mlp: both weights have the same groups");
+        assert_eq!(gate_up.rows(), 2 * width, "gated mlp: gate and up are as wide as what down takes");
+        assert!(out.len() >= m * n, "gated mlp: out is [m,n]");
+        let fits = kept.as_ref().is_none_or(|kept| kept.len() >= 2 * m * width);
+        assert!(fits, "gated mlp: kept is [m,2F]");
+        let kept = kept.map(|kept| Matrix::new(kept, 2 * width));
+        #[cfg(target_arch = "x86_64")]
+        {
+            let out = Output::new(out, n, store);
+            amx::mlp(threads, x, self.gate_up, (gate, kept), self.down, &out);
+        }
+        true
     }
-    let width = first.rows() / 2;
-    let m = check_groups(x, groups);
-    let fits = kept.as_ref().is_none_or(|kept| kept.len() >= 2 * m * width);
-    assert!(fits && out.len() >= m * width, "grouped_matmul_gated: out is [m,F], kept is [m,2F]");
-    let kept = kept.map(|kept| Matrix::new(kept, 2 * width));
-    #[cfg(target_arch = "x86_64")]
-    amx::product(threads, x, first.inner(), groups, &Output::new(out, width, Store::Set).gated(gate, kept));
-    true
 }
 
 /// The number of rows, of groups that fit.
@@ -224,13 +255,15 @@ fn product(threads: &Threads, x: &[f32], m: usize, w: &PackedMatrix, out: &mut [
         }
         #[cfg(target_arch = "x86_64")]
         (Precision::Bf16, isa::Isa::Amx) => amx::product(threads, x, k, &[Group { rows: 0..m, w }], &out),
-        (Precision::Bf16, _) if few::takes(x, m, w) => bf16::with_rounded(threads, x, m, k, |x| {
-            let panels = n.div_ceil(LANES);
-            let least = MIN_BYTES_PER_THREAD * panels / w.bytes().max(1);
-            threads.for_each_chunk(panels, least.next_multiple_of(4), &|panels| {
-                few::block(x, m, w, panels, &out)
-            });
-        }),
+        (Precision::Bf16, _) if few::may_take(m, w) && few::plain(x) => {
+            bf16::with_rounded(threads, x, m, k, |x| {
+                let panels = n.div_ceil(LANES);
+                let least = MIN_BYTES_PER_THREAD * panels / w.bytes().max(1);
+                threads.for_each_chunk(panels, least.next_multiple_of(4), &|panels| {
+                    few::block(x, m, w, panels, &out)
+                });
+            })
+        }
         (Precision::Bf16, _) => bf16::with_rounded(threads, x, m, k, |x| {
             split(threads, m, n, k, &|rows, panels| {
                 quant::in_full(w, panels, &mut |w, panels, first| {

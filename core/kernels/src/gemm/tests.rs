@@ -381,7 +381,7 @@ fn a_few_rows_meet_codes_as_the_definition_says() {
             for m in 1..=few::MOST_ROWS_OF_CODES + 1 {
                 let x = random.wide_vec(m * k, x_low, x_high);
                 assert_eq!(
-                    few::takes(&x, m, &packed),
+                    few::may_take(m, &packed) && few::plain(&x),
                     taken && m <= few::MOST_ROWS_OF_CODES,
                     "{bits:?}/{group} {m} rows {x_low} {w_low}"
                 );
@@ -423,7 +423,8 @@ fn a_few_rows_meet_weights_as_the_definition_says() {
             for m in 1..=few::MOST_ROWS + 3 {
                 let x = random.wide_vec(m * k, x_low, x_high);
                 let what = format!("{m} rows, [{n},{k}], exponents {x_low} {w_low}");
-                assert_eq!(few::takes(&x, m, &packed), taken && m <= few::MOST_ROWS, "{what}");
+                let takes = few::may_take(m, &packed) && few::plain(&x);
+                assert_eq!(takes, taken && m <= few::MOST_ROWS, "{what}");
                 let before = random.vec(m * n);
                 let want = scalar_bf16(&x, &w, m, n, k);
                 let want_added: Vec<f32> = before.iter().zip(&want).map(|(a, b)| a + b).collect();
@@ -576,65 +577,82 @@ fn groups_give_what_each_product_gives() {
     }
 }
 
+/// Weights `[n,k]` for each of the groups that end there.
+fn weights(
+    random: &mut Random,
+    groups: usize,
+    quantisation: Option<Quantisation>,
+    n: usize,
+    k: usize,
+) -> Vec<PackedMatrix> {
+    let weight = |_| {
+        let w = random.vec(n * k);
+        let mut packed = match quantisation {
+            Some(quantisation) => PackedMatrix::quantised(quantisation, Precision::Bf16, n, k),
+            None => PackedMatrix::zeros(Precision::Bf16, n, k),
+        };
+        packed.repack_from_f32(&Threads::single(), &w);
+        packed
+    };
+    (0..groups).map(weight).collect()
+}
+
+/// A group for each weight, which ends there.
+fn grouped<'a>(weights: &'a [PackedMatrix], ends: &[usize]) -> Vec<Group<'a>> {
+    let starts = [0].iter().chain(ends);
+    let rows = starts.zip(ends).map(|(&start, &end)| start..end);
+    rows.zip(weights).map(|(rows, w)| Group { rows, w }).collect()
+}
+
 #[test]
-fn gated_products_give_the_bits_of_the_two_steps() {
+fn gated_mlps_give_the_bits_of_their_steps() {
     let mut random = Random(79);
-    // Panels of gates: odd and even; k: of one block and of several.
-    for (width, k, ends) in [
-        (48, 45, [3usize, 3, 21, 60]),
-        (32, 700, [17, 50, 51, 100]),
-        (16, 2000, [1, 2, 4, 40]),
-        (80, 64, [5, 11, 15, 24]),
-        (112, 96, [2, 9, 10, 16]),
+    // Panels of gates: odd and even; k: of none, one and several blocks.
+    for (width, k, n, ends) in [
+        (48, 45, 33, [3usize, 3, 21, 60]),
+        (32, 700, 64, [17, 50, 51, 100]),
+        (16, 2000, 16, [1, 2, 4, 40]),
+        (80, 64, 48, [5, 11, 15, 24]),
+        (112, 96, 100, [2, 9, 10, 16]),
+        (32, 0, 20, [2, 9, 30, 31]),
     ] {
         let m = ends[3];
         let x = random.vec(m * k);
-        let quantised = Quantisation::new(CodeBits::Eight, 32);
-        for quantisation in [None, Some(quantised)] {
-            let packed: Vec<_> = ends
-                .iter()
-                .map(|_| {
-                    let w = random.vec(2 * width * k);
-                    let mut packed = match quantisation {
-                        Some(quantisation) => {
-                            PackedMatrix::quantised(quantisation, Precision::Bf16, 2 * width, k)
-                        }
-                        None => PackedMatrix::zeros(Precision::Bf16, 2 * width, k),
-                    };
-                    packed.repack_from_f32(&Threads::single(), &w);
-                    packed
-                })
-                .collect();
-            let starts = [0, ends[0], ends[1], ends[2]];
-            let groups: Vec<_> =
-                packed.iter().enumerate().map(|(i, w)| Group { rows: starts[i]..ends[i], w }).collect();
+        let before = random.vec(m * n);
+        for quantisation in [None, Some(Quantisation::new(CodeBits::Eight, 32))] {
+            let gate_up = weights(&mut random, 4, quantisation, 2 * width, k);
+            let down = weights(&mut random, 4, quantisation, n, width);
+            let (gate_up, down) = (grouped(&gate_up, &ends), grouped(&down, &ends));
             for activation in [Activation::Silu, Activation::GeluTanh] {
                 let threads = Threads::new(2);
                 let mut apart = vec![f32::NAN; m * 2 * width];
-                grouped_matmul(&threads, &x, &groups, &mut apart);
-                let mut want = vec![f32::NAN; m * width];
-                crate::activation::gated(&threads, activation, &apart, width, &mut want);
-                for (isa, (done, got, kept)) in under_each(|| {
-                    let (mut got, mut kept) = (vec![7.0; m * width], vec![7.0; 2 * m * width]);
-                    let mut run =
-                        |kept| grouped_matmul_gated(&threads, activation, &x, &groups, &mut got, kept);
-                    let done = run(None) & run(Some(&mut kept));
-                    (done, got, kept)
+                grouped_matmul(&threads, &x, &gate_up, &mut apart);
+                let mut act = vec![f32::NAN; m * width];
+                crate::activation::gated(&threads, activation, &apart, width, &mut act);
+                let (mut set, mut added) = (before.clone(), before.clone());
+                grouped_matmul(&threads, &act, &down, &mut set);
+                grouped_matmul_add(&threads, &act, &down, &mut added);
+                let mlp = GatedMlp { gate_up: &gate_up, activation, down: &down };
+                for (isa, (done, got, got_added, kept)) in under_each(|| {
+                    let (mut got, mut added) = (before.clone(), before.clone());
+                    let mut kept = vec![7.0; 2 * m * width];
+                    let done = mlp.forward(&threads, &x, &mut got, Store::Set, None)
+                        & mlp.forward(&threads, &x, &mut added, Store::Add, Some(&mut kept));
+                    (done, got, added, kept)
                 }) {
                     assert_eq!(done, isa == Isa::Amx, "{} {width} {k}", isa.name());
                     let untouched = vec![7.0; 2 * m * width];
-                    let (want, apart) = if done {
-                        (&want[..], &apart[..])
-                    } else {
-                        (&untouched[..m * width], &untouched[..])
-                    };
+                    let [want, want_added, want_kept] =
+                        if done { [&set, &added, &apart] } else { [&before, &before, &untouched] };
                     assert_same_bits(&got, want, &format!("{activation:?} {width} {k}"));
-                    assert_same_bits(&kept, apart, &format!("{activation:?} {width} {k} kept"));
+                    assert_same_bits(&got_added, want_added, &format!("{activation:?} {width} {k} added"));
+                    assert_same_bits(&kept, want_kept, &format!("{activation:?} {width} {k} kept"));
                 }
             }
-            let alternating = Activation::ClampedSwiglu { alpha: 1.0, limit: 1.0 };
-            let mut out = vec![0.0; m * width];
-            assert!(!grouped_matmul_gated(&Threads::single(), alternating, &x, &groups, &mut out, None));
+            let activation = Activation::ClampedSwiglu { alpha: 1.0, limit: 1.0 };
+            let alternating = GatedMlp { gate_up: &gate_up, activation, down: &down };
+            let mut out = before.clone();
+            assert!(!alternating.forward(&Threads::single(), &x, &mut out, Store::Set, None));
         }
     }
 }

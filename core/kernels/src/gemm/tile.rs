@@ -1,16 +1,10 @@
 //! Where a kernel puts a tile of results.
 
+use super::Store;
+#[cfg(target_arch = "x86_64")]
+use super::pack::{Line, round};
 use crate::simd::{LANES, Lanes};
 use crate::threads::SharedMut;
-
-/// What is done with a finished product.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Store {
-    /// `out = product`
-    Set,
-    /// `out += product`
-    Add,
-}
 
 /// What becomes of the two halves of a product's columns on their way out: `act(first) · second`.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -68,10 +62,54 @@ impl Matrix {
     }
 }
 
+/// Rows of which each thread writes parts of its own, rounded to bf16 and in tiles, as the next product takes them.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+pub(super) struct TileRows {
+    base: SharedMut<u16>,
+    /// Values of sixteen rows.
+    per_tile_row: usize,
+    /// Row of tiles that a kernel's row 0 begins.
+    first: usize,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl TileRows {
+    /// The whole of `tiles`, rows of tiles of so many values.
+    pub(super) fn new(tiles: &mut [Line], per_tile_row: usize) -> Self {
+        Self { base: SharedMut::new(bytemuck::cast_slice_mut(tiles)), per_tile_row, first: 0 }
+    }
+
+    /// Stores sixteen values.
+    ///
+    /// # Safety
+    /// No other thread works on these, and the tiles are still borrowed.
+    #[inline(always)]
+    unsafe fn set<S: Lanes>(&self, row: usize, panel: usize, value: S) {
+        const TILE: usize = 2 * LANES * LANES;
+        let at = (self.first + row / LANES) * self.per_tile_row + panel / 2 * TILE;
+        let at = at + (2 * (row % LANES) + panel % 2) * LANES;
+        let mut values = [0.0; LANES];
+        value.store(&mut values);
+        // SAFETY: the caller's promise.
+        let to = unsafe { self.base.slice(at, LANES) };
+        for (to, value) in to.iter_mut().zip(values) {
+            *to = round(value);
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Place {
+    Matrix(Matrix),
+    #[cfg(target_arch = "x86_64")]
+    Tiles(TileRows),
+}
+
 /// Where a product goes.
 #[derive(Clone, Copy)]
 pub(super) struct Output {
-    matrix: Matrix,
+    place: Place,
     pub(super) store: Store,
     /// Whether the columns of the product, twice those of the matrix, are gates and what goes through them; and where these
     /// are kept besides.
@@ -85,13 +123,15 @@ pub(super) struct Output {
 impl Output {
     /// The whole of `out`, rows of `n`.
     pub(super) fn new(out: &mut [f32], n: usize, store: Store) -> Self {
-        Self { matrix: Matrix::new(out, n), store, gate: None, first_panel: 0, first_row: 0 }
+        let place = Place::Matrix(Matrix::new(out, n));
+        Self { place, store, gate: None, first_panel: 0, first_row: 0 }
     }
 
-    /// The same matrix for a product that is gated and, as it is, goes to `kept`.
+    /// `tiles`, for a product that is gated and, as it is, goes to `kept`.
     #[cfg(target_arch = "x86_64")]
-    pub(super) fn gated(self, gate: Gate, kept: Option<Matrix>) -> Self {
-        Self { gate: Some((gate, kept)), ..self }
+    pub(super) fn gated(gate: Gate, kept: Option<Matrix>, tiles: TileRows) -> Self {
+        let place = Place::Tiles(tiles);
+        Self { place, store: Store::Set, gate: Some((gate, kept)), first_panel: 0, first_row: 0 }
     }
 
     /// The same matrix for a kernel whose panel 0 is `first_panel`.
@@ -99,16 +139,21 @@ impl Output {
         Self { first_panel, ..self }
     }
 
-    /// The same matrix for a kernel whose row 0 is `first_row`.
+    /// The same for a kernel whose row 0 is `first_row` and begins the row of tiles `first_tile_row`.
     #[cfg(target_arch = "x86_64")]
-    pub(super) fn below(self, first_row: usize) -> Self {
-        Self { first_row: self.first_row + first_row, ..self }
+    pub(super) fn below(self, first_row: usize, first_tile_row: usize) -> Self {
+        let place = match self.place {
+            Place::Tiles(tiles) => Place::Tiles(TileRows { first: first_tile_row, ..tiles }),
+            matrix => matrix,
+        };
+        Self { place, first_row: self.first_row + first_row, ..self }
     }
 
-    /// Where row `row` of panel `panel` starts and the bytes from row to row, unless lines are written past the caches.
+    /// Where row `row` of panel `panel` starts and the bytes from row to row, in a matrix whose lines are not written past the
+    /// caches.
     #[cfg(target_arch = "x86_64")]
     pub(super) fn cached(&self, row: usize, panel: usize) -> Option<(*const f32, usize)> {
-        let Matrix { base, n, streams } = &self.matrix;
+        let Place::Matrix(Matrix { base, n, streams }) = &self.place else { return None };
         let at = (self.first_row + row) * n + self.column(panel);
         (!streams || self.store == Store::Add).then(|| (base.address(at), n * size_of::<f32>()))
     }
@@ -119,37 +164,30 @@ impl Output {
         (self.first_panel + panel) * LANES
     }
 
-    /// The part of row `row` that belongs to panel `panel`: sixteen values, fewer in the last panel.
-    ///
-    /// # Safety
-    /// No other thread works on this panel of this row, and the matrix is still borrowed.
-    #[inline(always)]
-    #[expect(clippy::mut_from_ref, reason = "each part belongs to one thread, as the caller promises")]
-    pub(super) unsafe fn part(&self, row: usize, panel: usize) -> &mut [f32] {
-        // SAFETY: the caller's promise.
-        unsafe { self.matrix.part(self.first_row + row, self.column(panel)) }
-    }
-
     /// Stores the sixteen values of one row and panel. Before other threads read them, [`Lanes::fence`] must be passed.
     ///
     /// # Safety
-    /// As [`Output::part`].
+    /// No other thread works on this panel of this row, and what the output was made of is still borrowed.
     #[inline(always)]
     pub(super) unsafe fn put<S: Lanes>(&self, row: usize, panel: usize, value: S) {
         // SAFETY: the caller's promise.
         unsafe {
-            if self.store == Store::Add {
-                let part = self.part(row, panel);
-                return S::read(part, 0.0).add(value).write(part);
+            match &self.place {
+                Place::Matrix(matrix) if self.store == Store::Add => {
+                    let part = matrix.part(self.first_row + row, self.column(panel));
+                    S::read(part, 0.0).add(value).write(part);
+                }
+                Place::Matrix(matrix) => matrix.set(self.first_row + row, self.column(panel), value),
+                #[cfg(target_arch = "x86_64")]
+                Place::Tiles(tiles) => tiles.set(row, panel, value),
             }
-            self.matrix.set(self.first_row + row, self.column(panel), value);
         }
     }
 
     /// Keeps sixteen values of a gated product, of one row and one of its own panels, in `kept`.
     ///
     /// # Safety
-    /// As [`Output::part`].
+    /// As [`Output::put`].
     #[inline(always)]
     pub(super) unsafe fn keep<S: Lanes>(&self, kept: &Matrix, row: usize, panel: usize, value: S) {
         // SAFETY: the caller's promise.

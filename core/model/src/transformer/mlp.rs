@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use freewheel_kernels::activation::{self, Activation as KernelActivation};
-use freewheel_kernels::gemm::{Group, grouped_matmul, grouped_matmul_add, grouped_matmul_gated, weight_grad};
+use freewheel_kernels::gemm::{GatedMlp, Group, Store, grouped_matmul, grouped_matmul_add, weight_grad};
 use freewheel_kernels::optim::add_assign;
 use freewheel_kernels::{PackedMatrix, Precision, Threads};
 
@@ -110,32 +110,23 @@ pub(super) fn forward(
 ) -> Option<Buf> {
     let Some(Part { at, .. }) = parts.first() else { return save.then(|| cx.pool.take(0)) };
     let rows = parts.last().map_or(0, |part| part.rows.end);
-    let mut act_tf = cx.pool.take(rows * at.width);
     let mut gate_up_tf = save.then(|| cx.pool.take(rows * 2 * at.width));
-    if !activated(cx, parts, x_td, &mut act_tf, gate_up_tf.as_deref_mut()) {
+    let biased = |part: &Part| part.weights.gate_up_bias.is_some();
+    let (gate_up, down) = (groups(parts, |w| &w.gate_up.forward), groups(parts, |w| &w.down.forward));
+    let mlp = GatedMlp { gate_up: &gate_up, activation: kernel(at.activation), down: &down };
+    let store = if add { Store::Add } else { Store::Set };
+    // In one step where the kernels have it: the same bits.
+    if parts.iter().any(biased) || !mlp.forward(cx.threads, x_td, out_td, store, gate_up_tf.as_deref_mut()) {
         let gate_up_tf = gate_up_tf.get_or_insert_with(|| cx.pool.take(rows * 2 * at.width));
-        grouped_matmul(cx.threads, x_td, &groups(parts, |w| &w.gate_up.forward), gate_up_tf);
+        grouped_matmul(cx.threads, x_td, &gate_up, gate_up_tf);
         add_biases(parts, gate_up_tf, 2 * at.width, |w| w.gate_up_bias.as_deref());
-        activation::gated(cx.threads, kernel(at.activation), gate_up_tf, at.width, &mut act_tf);
+        let mut act_tf = cx.pool.take(rows * at.width);
+        activation::gated(cx.threads, mlp.activation, gate_up_tf, at.width, &mut act_tf);
+        let product = if add { grouped_matmul_add } else { grouped_matmul };
+        product(cx.threads, &act_tf, &down, out_td);
     }
-    let down = if add { grouped_matmul_add } else { grouped_matmul };
-    down(cx.threads, &act_tf, &groups(parts, |w| &w.down.forward), out_td);
     add_biases(parts, out_td, at.gate_up.k, |w| w.down_bias.as_deref());
     gate_up_tf.filter(|_| save)
-}
-
-/// What `down` takes `[T, F]`, in one step where the kernels have it: the same bits.
-fn activated(
-    cx: &Context,
-    parts: &[Part],
-    x_td: &[f32],
-    act_tf: &mut [f32],
-    gate_up_tf: Option<&mut [f32]>,
-) -> bool {
-    let (biased, activation) = (|part: &Part| part.weights.gate_up_bias.is_some(), parts[0].at.activation);
-    let groups = groups(parts, |w| &w.gate_up.forward);
-    !parts.iter().any(biased)
-        && grouped_matmul_gated(cx.threads, kernel(activation), x_td, &groups, act_tf, gate_up_tf)
 }
 
 /// Adds the weight gradients and returns the gradient with respect to `x`.

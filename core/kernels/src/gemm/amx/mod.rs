@@ -21,7 +21,7 @@ mod round;
 mod unfold;
 
 use super::pack::{Element, LINES_AT_ONCE, Line, Precision, transpose_lines};
-use super::tile::{Output, Store};
+use super::tile::{Gate, Matrix, Output, TileRows};
 use super::{Group, PackedMatrix, few};
 use crate::simd::{LANES, simd};
 use crate::{Pages, Threads};
@@ -29,6 +29,7 @@ use kernel::{Kernels, MOST_PANELS, Operands};
 use std::arch::x86_64::_mm_sfence;
 use std::cell::RefCell;
 use std::ops::Range;
+use std::thread::LocalKey;
 
 pub(super) use round::columns_to_lines;
 
@@ -56,33 +57,76 @@ struct Scratch {
     unfolded: Vec<Line>,
 }
 
+type Tiles = LocalKey<RefCell<Pages<Line>>>;
+
 thread_local! {
     static A_TILES: RefCell<Pages<Line>> = RefCell::new(Pages::new());
+    static ACT_TILES: RefCell<Pages<Line>> = RefCell::new(Pages::new());
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
 /// Computes the products of each group's rows of `x [m,k]` with its weight into the same rows of `out`.
 pub(super) fn product(threads: &Threads, x: &[f32], k: usize, groups: &[Group], out: &Output) {
-    let mut tile_rows = Vec::with_capacity(x.len() / (TILE * k.max(1)) + groups.len());
-    for group in groups {
-        tile_rows.extend(group.rows.clone().step_by(TILE).map(|row| row..group.rows.end.min(row + TILE)));
-    }
-    with_a_tiles(tile_rows.len(), k, |a| {
+    with_rows(threads, x, k, groups, |a| multiply(threads, &parts(a, groups, out)));
+}
+
+/// Computes `down(act(gate) · up)` for each group's rows of `x [m,k]` into the same rows of `out`; `gate_up` and `down` have one
+/// group after the other in common. What is between the two is rounded as it leaves the first and never a matrix.
+pub(super) fn mlp(
+    threads: &Threads,
+    x: &[f32],
+    gate_up: &[Group],
+    (gate, kept): (Gate, Option<Matrix>),
+    down: &[Group],
+    out: &Output,
+) {
+    let (k, width) = (gate_up[0].w.inner(), down[0].w.inner());
+    with_rows(threads, x, k, gate_up, |a| {
+        with_tiles(&ACT_TILES, tile_rows(gate_up).count(), width, |act| {
+            if !width.is_multiple_of(TILE_K) {
+                // The last tile's other half.
+                act.fill(Line([0; LANES]));
+            }
+            let to = TileRows::new(act, lines_of_row(width) * 2 * LANES);
+            multiply(threads, &parts(a, gate_up, &Output::gated(gate, kept, to)));
+            multiply(threads, &parts(act, down, out));
+        });
+    });
+}
+
+/// The rows of each row of tiles: each group begins a new one.
+fn tile_rows(groups: &[Group]) -> impl Iterator<Item = Range<usize>> {
+    let of_group =
+        |rows: Range<usize>| rows.clone().step_by(TILE).map(move |row| row..rows.end.min(row + TILE));
+    groups.iter().flat_map(move |group| of_group(group.rows.clone()))
+}
+
+/// Calls `f` with the rows of the groups in A tiles.
+fn with_rows(threads: &Threads, x: &[f32], k: usize, groups: &[Group], f: impl FnOnce(&[Line])) {
+    let rows: Vec<_> = tile_rows(groups).collect();
+    with_tiles(&A_TILES, rows.len(), k, |a| {
         let lines = lines_of_row(k).max(1);
         threads.for_each_row_chunk(a, lines, (1 << 14) / (TILE * k.max(1)) + 1, |first, block| {
-            for (rows, tiles) in tile_rows[first..].iter().zip(block.chunks_exact_mut(lines)) {
+            for (rows, tiles) in rows[first..].iter().zip(block.chunks_exact_mut(lines)) {
                 round::rows_to_tiles(&x[rows.start * k..rows.end * k], k, tiles);
             }
         });
-        let mut rest: &[Line] = a;
-        let parts = groups.iter().map(|group| {
-            let (tiles, after) = rest.split_at(group.rows.len().div_ceil(TILE) * lines_of_row(k));
-            rest = after;
-            let few = few::takes(&x[group.rows.start * k..group.rows.end * k], group.rows.len(), group.w);
-            Part { a: tiles, w: group.w, m: group.rows.len(), few, out: out.below(group.rows.start) }
-        });
-        multiply(threads, &parts.collect::<Vec<_>>());
+        f(a);
     });
+}
+
+/// The products of groups whose rows are the tiles `a`.
+fn parts<'a>(a: &'a [Line], groups: &[Group<'a>], out: &Output) -> Vec<Part<'a>> {
+    let mut first_tile_row = 0;
+    let part = |group: &Group<'a>| {
+        let (m, lines) = (group.rows.len(), lines_of_row(group.w.inner()));
+        let tile_rows = first_tile_row..first_tile_row + m.div_ceil(TILE);
+        first_tile_row = tile_rows.end;
+        let a = &a[tile_rows.start * lines..tile_rows.end * lines];
+        let few = few::may_take(m, group.w) && few::plain_tiles(a, m);
+        Part { a, w: group.w, m, few, out: out.below(group.rows.start, tile_rows.start) }
+    };
+    groups.iter().map(part).collect()
 }
 
 /// Computes the product with the transpose `x_km [k,m]` into `out`.
@@ -91,7 +135,7 @@ pub(super) fn product_transposed(threads: &Threads, x_km: &[f32], m: usize, w: &
         return;
     }
     let k = w.inner();
-    with_a_tiles(m.div_ceil(TILE), k, |a| {
+    with_tiles(&A_TILES, m.div_ceil(TILE), k, |a| {
         let lines = lines_of_row(k).max(1);
         threads.for_each_row_chunk(a, lines, (1 << 15) / (TILE * k.max(1)) + 1, |first, block| {
             // A few rows of the source at a time, across all rows of tiles, so that it is read in long runs.
@@ -127,14 +171,13 @@ fn lines_of_row(k: usize) -> usize {
     k.div_ceil(TILE_K) * TILE_LINES
 }
 
-/// Calls `f` with room for rows of A tiles.
-fn with_a_tiles(tile_rows: usize, k: usize, f: impl FnOnce(&mut [Line])) {
+/// Calls `f` with room for rows of tiles.
+fn with_tiles(tiles: &'static Tiles, tile_rows: usize, k: usize, f: impl FnOnce(&mut [Line])) {
     // Taken, not borrowed: what `f` runs on this thread may be a product too.
-    let mut a = A_TILES.take();
-    let len = tile_rows * lines_of_row(k);
-    a.reset(len);
-    f(&mut a);
-    A_TILES.set(a);
+    let mut room = tiles.take();
+    room.reset(tile_rows * lines_of_row(k));
+    f(&mut room);
+    tiles.set(room);
 }
 
 /// A product of rows that share a weight.
@@ -263,11 +306,11 @@ impl Task<'_> {
     fn no_inner(&self) {
         let Part { m, out, .. } = self.part;
         for panel in self.panels.clone() {
-            for row in self.rows.start * TILE..(*m).min(self.rows.end * TILE) {
-                if out.store == Store::Set {
-                    // SAFETY: each tile belongs to one task.
-                    unsafe { out.part(row, panel) }.fill(0.0);
-                }
+            let panels = [panel, panel + self.part.panels()];
+            let panels = &panels[..self.part.per_panel()];
+            for row in self.rows.clone() {
+                let zeros = [Line([0; LANES]); 2 * TILE_LINES];
+                put::put_tiles(&zeros[..panels.len() * TILE_LINES], panels, row * TILE, *m, out);
             }
         }
     }
