@@ -125,6 +125,16 @@ impl<T> SharedMut<T> {
         self.start.wrapping_add(at).cast_const()
     }
 
+    /// Where a block starts: `rows` rows of `width` values, the first at `start`, each `stride` after the one before.
+    ///
+    /// # Panics
+    /// When it ends past the slice.
+    pub(crate) fn block(&self, start: usize, rows: usize, stride: usize, width: usize) -> *mut T {
+        let end = start + rows.saturating_sub(1) * stride + width;
+        assert!(end <= self.len, "block {start}..{end} of {}", self.len);
+        self.start.wrapping_add(start)
+    }
+
     /// The part `start..start + len`.
     ///
     /// # Safety

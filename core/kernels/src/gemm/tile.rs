@@ -2,7 +2,7 @@
 
 use super::Store;
 #[cfg(target_arch = "x86_64")]
-use super::pack::{Line, round};
+use super::pack::Line;
 use crate::simd::{LANES, Lanes};
 use crate::threads::SharedMut;
 
@@ -80,22 +80,17 @@ impl TileRows {
         Self { base: SharedMut::new(bytemuck::cast_slice_mut(tiles)), per_tile_row, first: 0 }
     }
 
-    /// Stores sixteen values.
+    /// Stores lines of sixteen values, one row below the other within sixteen rows.
     ///
     /// # Safety
     /// No other thread works on these, and the tiles are still borrowed.
-    #[inline(always)]
-    unsafe fn set<S: Lanes>(&self, row: usize, panel: usize, value: S) {
-        const TILE: usize = 2 * LANES * LANES;
-        let at = (self.first + row / LANES) * self.per_tile_row + panel / 2 * TILE;
-        let at = at + (2 * (row % LANES) + panel % 2) * LANES;
-        let mut values = [0.0; LANES];
-        value.store(&mut values);
-        // SAFETY: the caller's promise.
-        let to = unsafe { self.base.slice(at, LANES) };
-        for (to, value) in to.iter_mut().zip(values) {
-            *to = round(value);
-        }
+    unsafe fn set(&self, row: usize, panel: usize, lines: &[[f32; LANES]]) {
+        const WIDTH: usize = 2 * LANES;
+        let at = (self.first + row / LANES) * self.per_tile_row + panel / 2 * WIDTH * LANES;
+        let at = at + row % LANES * WIDTH + panel % 2 * LANES;
+        let to = self.base.block(at, lines.len(), WIDTH, LANES);
+        // SAFETY: these lines' halves lie in the tiles, and the caller promises that they are this thread's.
+        unsafe { super::amx::put_rounded(lines, to, WIDTH) };
     }
 }
 
@@ -179,7 +174,29 @@ impl Output {
                 }
                 Place::Matrix(matrix) => matrix.set(self.first_row + row, self.column(panel), value),
                 #[cfg(target_arch = "x86_64")]
-                Place::Tiles(tiles) => tiles.set(row, panel, value),
+                Place::Tiles(tiles) => {
+                    let mut line = [0.0; LANES];
+                    value.store(&mut line);
+                    tiles.set(row, panel, &[line]);
+                }
+            }
+        }
+    }
+
+    /// Stores such values of up to sixteen rows, all of a row of tiles.
+    ///
+    /// # Safety
+    /// As [`Output::put`].
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(super) unsafe fn put_lines<S: Lanes>(&self, row: usize, panel: usize, lines: &[[f32; LANES]]) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if let Place::Tiles(tiles) = &self.place {
+                return tiles.set(row, panel, lines);
+            }
+            for (i, line) in lines.iter().enumerate() {
+                self.put(row + i, panel, S::load(line));
             }
         }
     }

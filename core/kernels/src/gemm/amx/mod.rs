@@ -31,7 +31,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 use std::thread::LocalKey;
 
-pub(super) use round::columns_to_lines;
+pub(super) use round::{columns_to_lines, put_rounded};
 
 /// Rows (and columns) of a tile.
 const TILE: usize = 16;

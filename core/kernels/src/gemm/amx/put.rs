@@ -4,7 +4,7 @@ use super::super::pack::Line;
 use super::super::tile::{Gate, Matrix, Output};
 use super::{TILE, TILE_LINES};
 use crate::activation::{Activate, GeluTanh, Silu};
-use crate::simd::{Lanes, simd};
+use crate::simd::{LANES, Lanes, simd};
 
 simd! {
     /// Stores C tiles, those of `panels` in each row of tiles, from row `first` on.
@@ -43,17 +43,21 @@ fn put_gated<S: Lanes, A: Activate>(
     let (gates, ups) = panels.split_at(panels.len() / 2);
     for (i, tiles) in c.chunks_exact(panels.len() * TILE_LINES).enumerate() {
         let first = first + i * TILE;
-        let (gate, up) = tiles.split_at(gates.len() * TILE_LINES);
-        for r in 0..TILE.min(m - first) {
-            for (p, &panel) in gates.iter().enumerate() {
-                let (gate, up) = (lanes::<S>(&gate[p * TILE_LINES + r]), lanes::<S>(&up[p * TILE_LINES + r]));
-                // SAFETY: each tile belongs to one task.
+        let rows = TILE.min(m - first);
+        let (gate, up) = tiles.as_chunks::<TILE_LINES>().0.split_at(gates.len());
+        for (p, (gate, up)) in gate.iter().zip(up).enumerate() {
+            let mut lines = [[0.0; LANES]; TILE];
+            for r in 0..rows {
+                A::gate(lanes::<S>(&gate[r]), lanes::<S>(&up[r])).store(&mut lines[r]);
+            }
+            // SAFETY: each tile belongs to one task.
+            unsafe { out.put_lines::<S>(first, gates[p], &lines[..rows]) };
+            let Some(kept) = kept else { continue };
+            for r in 0..rows {
+                // SAFETY: as above.
                 unsafe {
-                    out.put(first + r, panel, A::gate(gate, up));
-                    if let Some(kept) = kept {
-                        out.keep(kept, first + r, panel, gate);
-                        out.keep(kept, first + r, ups[p], up);
-                    }
+                    out.keep(kept, first + r, gates[p], lanes::<S>(&gate[r]));
+                    out.keep(kept, first + r, ups[p], lanes::<S>(&up[r]));
                 }
             }
         }

@@ -18,6 +18,27 @@ pub(in super::super) fn columns_to_lines(w_kn: &[f32], n: usize, column: usize, 
     unsafe { columns_to_lines_bf16(w_kn, n, column, lines) }
 }
 
+/// Rounds lines into sixteen values each, the first at `to`, each `stride` after the one before.
+///
+/// # Safety
+/// They lie in one allocation and no one else reads or writes them.
+pub(in super::super) unsafe fn put_rounded(lines: &[[f32; LANES]], to: *mut u16, stride: usize) {
+    // SAFETY: as above, and the caller's promise.
+    unsafe { put_rounded_bf16(lines, to, stride) }
+}
+
+#[target_feature(enable = "avx512f,avx512vl,avx512bf16")]
+unsafe fn put_rounded_bf16(lines: &[[f32; LANES]], to: *mut u16, stride: usize) {
+    for (i, line) in lines.iter().enumerate() {
+        // SAFETY: a line is sixteen values, and sixteen may be written there by the caller's promise.
+        unsafe {
+            let bits =
+                std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(line.as_ptr())));
+            _mm256_storeu_si256(to.add(i * stride).cast(), bits);
+        }
+    }
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 fn rows_to_tiles_bf16(x: &[f32], k: usize, tiles: &mut [Line]) {
     debug_assert!(x.len() <= TILE * k && tiles.len() == k.div_ceil(TILE_K) * TILE_LINES);
