@@ -48,7 +48,7 @@ pub(super) fn block(x: &[f32], rows: Range<usize>, w: &PackedMatrix, panels: Ran
     let padded = 2 * w.lines_per_panel();
     let x_has_tiny = has_tiny(&x[rows.start * padded..rows.end * padded]);
     for panel in panels {
-        if x_has_tiny || has_tiny_pair(w.panel(panel)) {
+        if x_has_tiny || (!w.is_plain() && has_tiny_pair(w.panel(panel))) {
             flushing(x, rows.clone(), w, panel, out);
         } else {
             kernel(x, rows.clone(), w, panel, out, wide);

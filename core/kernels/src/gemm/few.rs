@@ -21,13 +21,10 @@ use super::pack::Line;
 use super::quant::{CodeBits, Quantisation, TILE_K};
 use super::tile::{Gate, Matrix, Output};
 use crate::activation::{Activate, GeluTanh, Silu};
+use crate::isa::{self, Isa};
 use crate::simd::{LANES, Lanes, simd};
 use std::ops::Range;
 
-/// The most rows that it is worth for: with more, tiles are as quick.
-pub(super) const MOST_ROWS: usize = 6;
-/// The same for codes: with more, they are as quickly unfolded.
-pub(super) const MOST_ROWS_OF_CODES: usize = 4;
 /// Bits of 2^−56 and of 2^56.
 const LEAST: u32 = (127 - 56) << 23;
 const MOST: u32 = (127 + 56) << 23;
@@ -37,8 +34,12 @@ const AHEAD: usize = 32;
 
 /// Whether [`block`] may multiply so many rows by `w`, if they are plain.
 pub(super) fn may_take(rows: usize, w: &PackedMatrix) -> bool {
-    let most = if w.quantisation().is_some() { MOST_ROWS_OF_CODES } else { MOST_ROWS };
-    rows <= most && w.is_plain()
+    rows <= most_rows() && w.is_plain()
+}
+
+/// The most rows that it is worth for. With more, tiles are as quick, and there are no registers for two panels.
+pub(super) fn most_rows() -> usize {
+    if isa::current() >= Isa::Avx512 { 6 } else { 4 }
 }
 
 simd! {
@@ -142,16 +143,19 @@ impl Held<4> for Four {
 
 simd! {
     /// Computes the product of `x [rows, k]`, rounded to bf16 and each row padded with zeros to a multiple of 32, for `panels`
-    /// of the output.
-    pub(super) fn block<S>(x: &[f32], rows: usize, w: &PackedMatrix, panels: Range<usize>, out: &Output) {
+    /// of the output; those from `next` on are what the thread will likely have next.
+    pub(super) fn block<S>(
+        x: &[f32],
+        rows: usize,
+        w: &PackedMatrix,
+        panels: Range<usize>,
+        next: usize,
+        out: &Output,
+    ) {
         match w.quantisation().map(Quantisation::bits) {
-            None => match rows {
-                5 => strips::<S, Full, 16, 5, 2>(x, w, panels, out),
-                6 => strips::<S, Full, 16, 6, 2>(x, w, panels, out),
-                _ => up_to_four::<S, Full, 16>(x, rows, w, panels, out),
-            },
-            Some(CodeBits::Eight) => up_to_four::<S, Eight, 8>(x, rows, w, panels, out),
-            Some(CodeBits::Four) => up_to_four::<S, Four, 4>(x, rows, w, panels, out),
+            None => block_of::<S, Full, 16>(x, rows, w, panels, next, out),
+            Some(CodeBits::Eight) => block_of::<S, Eight, 8>(x, rows, w, panels, next, out),
+            Some(CodeBits::Four) => block_of::<S, Four, 4>(x, rows, w, panels, next, out),
         }
         S::fence();
     }
@@ -159,18 +163,21 @@ simd! {
 
 /// As many panels at a time as there are registers for.
 #[inline(always)]
-fn up_to_four<S: Lanes, H: Held<LINES>, const LINES: usize>(
+fn block_of<S: Lanes, H: Held<LINES>, const LINES: usize>(
     x: &[f32],
     rows: usize,
     w: &PackedMatrix,
     panels: Range<usize>,
+    next: usize,
     out: &Output,
 ) {
     match rows {
-        1 => strips::<S, H, LINES, 1, 4>(x, w, panels, out),
-        2 => strips::<S, H, LINES, 2, 4>(x, w, panels, out),
-        3 => strips::<S, H, LINES, 3, 2>(x, w, panels, out),
-        4 => strips::<S, H, LINES, 4, 2>(x, w, panels, out),
+        1 => strips::<S, H, LINES, 1, 4>(x, w, panels, next, out),
+        2 => strips::<S, H, LINES, 2, 4>(x, w, panels, next, out),
+        3 => strips::<S, H, LINES, 3, 2>(x, w, panels, next, out),
+        4 => strips::<S, H, LINES, 4, 2>(x, w, panels, next, out),
+        5 => strips::<S, H, LINES, 5, 2>(x, w, panels, next, out),
+        6 => strips::<S, H, LINES, 6, 2>(x, w, panels, next, out),
         _ => unreachable!("{rows} rows are not few: `takes`"),
     }
 }
@@ -182,27 +189,33 @@ fn strips<S: Lanes, H: Held<LINES>, const LINES: usize, const ROWS: usize, const
     x: &[f32],
     w: &PackedMatrix,
     panels: Range<usize>,
+    next: usize,
     out: &Output,
 ) {
     let mut j = panels.start;
     while j < panels.end {
         let left = panels.end - j;
         let up = j + w.rows() / (2 * LANES);
-        j += match out.gate {
-            None if PANELS >= 4 && left >= 4 => {
-                strip::<S, H, LINES, ROWS, 4>(x, w, [j, j + 1, j + 2, j + 3], 4, out)
+        let (most, least) = if out.gate.is_some() { (PANELS / 2, 1) } else { (PANELS, 2) };
+        let taken = if left >= most { most } else { left.min(least) };
+        // How much further the next panels lie.
+        let step = if left > taken { taken } else { next.max(j + 1) - j };
+        match (out.gate, taken) {
+            (None, 4) if PANELS >= 4 => {
+                strip::<S, H, LINES, ROWS, 4>(x, w, [j, j + 1, j + 2, j + 3], step, out)
             }
-            None if left >= 2 => strip::<S, H, LINES, ROWS, 2>(x, w, [j, j + 1], 2, out),
-            None => strip::<S, H, LINES, ROWS, 1>(x, w, [j], 1, out),
-            Some(_) if PANELS >= 4 && left >= 2 => {
-                strip::<S, H, LINES, ROWS, 4>(x, w, [j, j + 1, up, up + 1], 2, out)
+            (None, 2) => strip::<S, H, LINES, ROWS, 2>(x, w, [j, j + 1], step, out),
+            (None, _) => strip::<S, H, LINES, ROWS, 1>(x, w, [j], step, out),
+            (Some(_), 2) if PANELS >= 4 => {
+                strip::<S, H, LINES, ROWS, 4>(x, w, [j, j + 1, up, up + 1], step, out)
             }
-            Some(_) => strip::<S, H, LINES, ROWS, 2>(x, w, [j, up], 1, out),
-        };
+            (Some(_), _) => strip::<S, H, LINES, ROWS, 2>(x, w, [j, up], step, out),
+        }
+        j += taken;
     }
 }
 
-/// The panels `of` the weight, of which the next ones lie `step` further; returns `step`.
+/// The panels `of` the weight, of which the next ones lie `step` further.
 #[inline(always)]
 fn strip<S: Lanes, H: Held<LINES>, const LINES: usize, const ROWS: usize, const PANELS: usize>(
     x: &[f32],
@@ -210,7 +223,7 @@ fn strip<S: Lanes, H: Held<LINES>, const LINES: usize, const ROWS: usize, const 
     of: [usize; PANELS],
     step: usize,
     out: &Output,
-) -> usize {
+) {
     let (x, _) = x.as_chunks::<TILE_K>();
     let tiles = x.len() / ROWS;
     let mut scales = [&[][..]; PANELS];
@@ -264,7 +277,6 @@ fn strip<S: Lanes, H: Held<LINES>, const LINES: usize, const ROWS: usize, const 
         }
     }
     put(done.as_flattened(), &of, out);
-    step
 }
 
 simd! {

@@ -328,6 +328,8 @@ impl PackedMatrix {
         let quantisation = of.quantisation.expect("only a quantised matrix is unfolded");
         let columns = (panels.end * LANES).min(of.n) - panels.start * LANES;
         self.reshape(of.precision(), columns, of.k);
+        // Not looked at.
+        self.plain = false;
         let lines = self.lines_per_panel();
         for (panel, out) in panels.zip(self.lines.chunks_exact_mut(lines.max(1))) {
             let (scales, codes) = of.scales_and_lines(panel);

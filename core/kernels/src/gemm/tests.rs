@@ -378,11 +378,11 @@ fn a_few_rows_meet_codes_as_the_definition_says() {
             let mut packed = PackedMatrix::quantised(Quantisation::new(bits, group), Precision::Bf16, n, k);
             packed.repack_from_f32(&Threads::single(), &w);
             let rounded = quantise_scalar(bits, group, &w, k);
-            for m in 1..=few::MOST_ROWS_OF_CODES + 1 {
+            for m in 1..=few::most_rows() + 2 {
                 let x = random.wide_vec(m * k, x_low, x_high);
                 assert_eq!(
                     few::may_take(m, &packed) && few::plain(&x),
-                    taken && m <= few::MOST_ROWS_OF_CODES,
+                    taken && m <= few::most_rows(),
                     "{bits:?}/{group} {m} rows {x_low} {w_low}"
                 );
                 let want = scalar_bf16(&x, &rounded, m, n, k);
@@ -420,11 +420,11 @@ fn a_few_rows_meet_weights_as_the_definition_says() {
         for ((x_low, x_high), (w_low, w_high), taken) in ranges {
             let w = random.wide_vec(n * k, w_low, w_high);
             let packed = PackedMatrix::from_f32(Precision::Bf16, &w, n, k);
-            for m in 1..=few::MOST_ROWS + 3 {
+            for m in 1..=few::most_rows() + 3 {
                 let x = random.wide_vec(m * k, x_low, x_high);
                 let what = format!("{m} rows, [{n},{k}], exponents {x_low} {w_low}");
                 let takes = few::may_take(m, &packed) && few::plain(&x);
-                assert_eq!(takes, taken && m <= few::MOST_ROWS, "{what}");
+                assert_eq!(takes, taken && m <= few::most_rows(), "{what}");
                 let before = random.vec(m * n);
                 let want = scalar_bf16(&x, &w, m, n, k);
                 let want_added: Vec<f32> = before.iter().zip(&want).map(|(a, b)| a + b).collect();
@@ -551,15 +551,24 @@ fn quantisation_errs_by_half_a_step() {
 #[test]
 fn groups_give_what_each_product_gives() {
     let mut random = Random(77);
-    let (n, k, ends) = (70, 45, [3usize, 3, 21, 60]);
-    let m = ends[3];
-    let x = random.vec(m * k);
-    let matrices: Vec<Vec<f32>> = ends.iter().map(|_| random.vec(n * k)).collect();
+    // As many rows as are few, none, more; and a group in three holds weights or rows that need tiles.
+    let (n, k, sizes) = (70, 45, [3usize, 0, 18, 39, 1, 2, 4, 5, 6, 7, 8, 9, 1, 6]);
+    let ends: Vec<usize> =
+        sizes.iter().scan(0, |end, size| Some(*end + size).inspect(|next| *end = *next)).collect();
+    let m = ends[ends.len() - 1];
+    let mut x = random.vec(m * k);
+    x[ends[5] * k + 7] = 1e-30;
+    x[ends[12] * k + 50] = 1e30;
+    let matrices: Vec<Vec<f32>> = (0..sizes.len())
+        .map(|i| if i % 3 == 0 { random.wide_vec(n * k, 60, 75) } else { random.vec(n * k) })
+        .collect();
     for precision in [Precision::F32, Precision::Bf16] {
         let packed: Vec<_> = matrices.iter().map(|w| PackedMatrix::from_f32(precision, w, n, k)).collect();
-        let starts = [0, 3, 3, 21];
-        let groups: Vec<_> =
-            packed.iter().enumerate().map(|(i, w)| Group { rows: starts[i]..ends[i], w }).collect();
+        let groups: Vec<_> = packed
+            .iter()
+            .zip(ends.iter().zip(sizes))
+            .map(|(w, (&end, size))| Group { rows: end - size..end, w })
+            .collect();
         for (isa, (set, added)) in under_each(|| {
             let (mut set, mut added) = (vec![f32::NAN; m * n], vec![1.0; m * n]);
             grouped_matmul(&Threads::new(2), &x, &groups, &mut set);

@@ -298,7 +298,7 @@ impl Task<'_> {
             for (row, x) in x.chunks_exact_mut(padded).enumerate() {
                 widen(a, row, x);
             }
-            few::block(x, *m, w, self.panels.clone(), out);
+            few::block(x, *m, w, self.panels.clone(), self.next, out);
         });
     }
 
