@@ -3,6 +3,7 @@
 use crate::config::{Loaded, RunConfig};
 use crate::run::prepare;
 use freewheel_kernels::Precision;
+use freewheel_kernels::attention::{KV_BLOCK, kv_words};
 use freewheel_learner::optim::{OptimizerConfig, OptimizerKind, StateType};
 use freewheel_model::{
     AttentionSpec, FfnSpec, KvCache, ModelSpec, ParamLayout, QkNorm, Tokenizer, Transformer,
@@ -41,7 +42,7 @@ struct LayerValues {
 }
 
 impl LayerValues {
-    fn of(attention: &AttentionSpec, ffn: &FfnSpec, spec: &ModelSpec) -> Self {
+    fn of(attention: &AttentionSpec, ffn: &FfnSpec, spec: &ModelSpec, precision: Precision) -> Self {
         let hidden = spec.hidden;
         let (queries, out) = (attention.query_width(), attention.out_width());
         let (keys, values) = (attention.key_width(), attention.value_width());
@@ -50,8 +51,8 @@ impl LayerValues {
         let sandwich = if spec.sandwich_norms { 2 * hidden } else { 0 };
         // Residual before and after attention; queries, output, scores. The last page of a completion is half empty on average, and its
         // first repeats the end of its prompt: with completions of a page and more no more than twice their keys and values.
-        let attended =
-            2 * hidden + queries + out + attention.heads + 2 * (keys + values) + normed + latent + sandwich;
+        let pages = kv_words(precision, 2 * (keys + values));
+        let attended = 2 * hidden + queries + out + attention.heads + pages + normed + latent + sandwich;
         let (gated, passing) = match ffn {
             FfnSpec::Dense { width, .. } => (2 * width, 2 * hidden + 3 * width),
             FfnSpec::Moe(moe) => {
@@ -76,7 +77,8 @@ impl Cost {
         });
         let precision = if element == 2 { Precision::Bf16 } else { Precision::F32 };
         let expert_id = if most_experts.max().unwrap_or(0) <= 256 { 1 } else { 2 };
-        let layers = spec.layers.iter().map(|(attention, ffn)| LayerValues::of(attention, ffn, spec));
+        let layers =
+            spec.layers.iter().map(|(attention, ffn)| LayerValues::of(attention, ffn, spec, precision));
         let kept: usize = layers.clone().map(|layer| layer.kept).sum();
         let largest = layers.clone().map(|layer| layer.kept).max().unwrap_or(0);
         let passing = layers.map(|layer| layer.passing).max().unwrap_or(0);
@@ -91,7 +93,7 @@ impl Cost {
             rollout_bytes: 8 + expert_id * (spec.moe_layers() * spec.top_k()) as u64,
             parameters: layout.total as u64,
             table: (spec.vocab_size * spec.hidden) as u64,
-            kv_bytes: (KvCache::page_bytes(model, precision) / freewheel_kernels::attention::KV_BLOCK) as u64,
+            kv_bytes: (KvCache::page_bytes(model, precision) / KV_BLOCK) as u64,
         }
     }
 

@@ -21,6 +21,8 @@
 #![allow(unsafe_code, reason = "the one crate of the workspace that may: each block says why it holds")]
 
 pub mod activation;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod attention;
 pub mod convert;
 pub mod gemm;

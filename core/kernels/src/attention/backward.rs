@@ -5,13 +5,12 @@
 //! sequence, row, then head. dk and dv thus add queries in ascending order, dq adds key blocks in ascending order.
 
 use super::forward::{accumulate, hide, scores};
-use super::pages::Cell;
+use super::pages;
 use super::{AttentionMask, AttentionSeq, AttentionShape, KV_BLOCK, KvPages};
 use crate::Threads;
 use crate::math::exp;
 use crate::simd::{LANES, Lanes, simd};
 use crate::threads::SharedMut;
-use half::bf16;
 use std::cell::RefCell;
 
 /// Computes the gradients of [`super::attention`]: `dq [T, heads·head_dim]`, `dk [T, kv_heads·head_dim]` and
@@ -53,6 +52,17 @@ pub fn attention_backward(
     );
     assert_eq!(lse.len(), rows * shape.heads, "attention_backward: lse is [T, heads]");
     let families = families(seqs);
+    let mut rounded = ROUNDED.take();
+    let q = if let KvPages::Bf16 { .. } = pages {
+        // What the forward pass attended with; the gradient passes through the rounding, as that of keys and values does.
+        rounded.resize(q.len(), 0.0);
+        threads.for_each_row_chunk(&mut rounded, width, MIN_ROUNDED / width + 1, |first, rows| {
+            round_to(&q[first * width..][..rows.len()], rows);
+        });
+        &rounded
+    } else {
+        q
+    };
     let input = Input { shape: *shape, q, pages, out, lse, dout };
     let output = Output { dq: SharedMut::new(dq), dk: SharedMut::new(dk), dv: SharedMut::new(dv) };
     threads.for_each(families.len() * shape.kv_heads, &|task| {
@@ -60,6 +70,15 @@ pub fn attention_backward(
         run_task(&input, families[task / shape.kv_heads], task % shape.kv_heads, &output, &mut scratch);
         SCRATCH.set(scratch);
     });
+    ROUNDED.set(rounded);
+}
+
+simd! {
+    fn round_to<S>(x: &[f32], out: &mut [f32]) {
+        for (out, &x) in out.iter_mut().zip(x) {
+            *out = pages::round(x);
+        }
+    }
 }
 
 /// Every trunk with the branches that follow it.
@@ -106,7 +125,14 @@ struct Scratch {
     delta: Vec<f32>,
 }
 
-thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    /// Queries as they were attended with.
+    static ROUNDED: RefCell<Vec<f32>> = RefCell::default();
+}
+
+/// Values to round that are worth waking a thread for.
+const MIN_ROUNDED: usize = 1 << 15;
 
 simd! {
     fn run_task<S>(
@@ -164,10 +190,19 @@ simd! {
 /// Widens and turns one page's keys and values and forgets the last one's gradients.
 #[inline(always)]
 fn load_block<S: Lanes>(input: &Input, page: u32, kv_head: usize, scratch: &mut Scratch) {
+    let shape = &input.shape;
     match input.pages {
-        KvPages::F32 { k, v } => load_cells::<S, f32>(&input.shape, k, v, page, kv_head, scratch),
-        KvPages::Bf16 { k, v } => load_cells::<S, bf16>(&input.shape, k, v, page, kv_head, scratch),
+        KvPages::F32 { k, v } => {
+            turn(shape.value_page(v, page, kv_head), KV_BLOCK, shape.value_dim, &mut scratch.values);
+            scratch.page.clear();
+            scratch.page.extend_from_slice(shape.key_page(k, page, kv_head));
+        }
+        KvPages::Bf16 { k, v } => {
+            widen_values(shape.value_page(v, page, kv_head), shape.value_dim, &mut scratch.values);
+            widen_keys::<S>(shape.key_page(k, page, kv_head), shape.head_dim, &mut scratch.page);
+        }
     }
+    turn(&scratch.page, shape.head_dim, KV_BLOCK, &mut scratch.keys);
     for (gradient, width) in
         [(&mut scratch.dk, input.shape.head_dim), (&mut scratch.dv, input.shape.value_dim)]
     {
@@ -176,28 +211,33 @@ fn load_block<S: Lanes>(input: &Input, page: u32, kv_head: usize, scratch: &mut 
     }
 }
 
+/// A page of keys `[head_dim / 2][16][2]` as `[head_dim][16]`.
 #[inline(always)]
-fn load_cells<S: Lanes, C: Cell>(
-    shape: &AttentionShape,
-    k: &[C],
-    v: &[C],
-    page: u32,
-    kv_head: usize,
-    scratch: &mut Scratch,
-) {
-    let (keys, values) = (shape.key_page(k, page, kv_head), shape.value_page(v, page, kv_head));
-    // Values pass by `page` too: it is the keys' afterwards.
-    widen::<S, C>(values, &mut scratch.page);
-    turn(&scratch.page, KV_BLOCK, shape.value_dim, &mut scratch.values);
-    widen::<S, C>(keys, &mut scratch.page);
-    turn(&scratch.page, shape.head_dim, KV_BLOCK, &mut scratch.keys);
+fn widen_keys<S: Lanes>(page: &[u32], head_dim: usize, out: &mut Vec<f32>) {
+    out.resize(head_dim * KV_BLOCK, 0.0);
+    let mut lines = page.chunks(KV_BLOCK);
+    let mut dims = out.chunks_mut(2 * KV_BLOCK);
+    for (dims, line) in dims.by_ref().zip(lines.by_ref()) {
+        if dims.len() == 2 * KV_BLOCK {
+            let (even, odd) = pages::pairs::<S>(line);
+            even.write(dims);
+            odd.write(&mut dims[KV_BLOCK..]);
+        } else {
+            pages::last_keys::<S>(line).write(dims);
+        }
+    }
 }
 
+/// A page of values `[8][value_dim][2]` as `[value_dim][16]`.
 #[inline(always)]
-fn widen<S: Lanes, C: Cell>(x: &[C], out: &mut Vec<f32>) {
-    out.resize(x.len(), 0.0);
-    for (x, out) in x.chunks(LANES).zip(out.chunks_mut(LANES)) {
-        C::read::<S>(x).write(out);
+fn widen_values(page: &[u32], value_dim: usize, out: &mut Vec<f32>) {
+    out.resize(value_dim * KV_BLOCK, 0.0);
+    for (d, keys) in out.chunks_exact_mut(KV_BLOCK).enumerate() {
+        for (pair, keys) in keys.chunks_exact_mut(2).enumerate() {
+            let word = page[pair * value_dim + d];
+            keys[0] = f32::from_bits(word << 16);
+            keys[1] = f32::from_bits(word & 0xffff_0000);
+        }
     }
 }
 
@@ -283,8 +323,8 @@ fn queries<S: Lanes, const N: usize>(
         q_rows[i] = &input.q[index[i] * head_dim..][..head_dim];
         douts[i] = &input.dout[index[i] * value_dim..][..value_dim];
     }
-    let [mut p] = scores::<S, f32, N, 1>(&q_rows, &[&scratch.page], scale);
-    let [mut ds] = scores::<S, f32, N, 1>(&douts, &[&scratch.values], 1.0);
+    let [mut p] = scores::<S, N, 1>(&q_rows, &[&scratch.page], scale);
+    let [mut ds] = scores::<S, N, 1>(&douts, &[&scratch.values], 1.0);
     let mut ds_lanes = [[0.0; LANES]; N];
     for i in 0..N {
         p[i] = hide(exp(p[i].sub(S::splat(input.lse[index[i]]))), lanes[i], 0.0);
@@ -295,27 +335,11 @@ fn queries<S: Lanes, const N: usize>(
     add_outer::<S, N>(&mut scratch.dk, &q_rows, &ds);
     add_outer::<S, N>(&mut scratch.dv, &douts, &p);
     if lanes == [(0, LANES); N] {
-        accumulate::<S, f32, N>(
-            &output.dq,
-            &index,
-            &[1.0; LANES],
-            &ds_lanes,
-            (0, LANES),
-            &scratch.keys,
-            head_dim,
-        );
+        accumulate::<S, N>(&output.dq, &index, &[1.0; LANES], &ds_lanes, (0, LANES), &scratch.keys, head_dim);
     } else {
         for i in 0..N {
             let (index, ds) = ([index[i]], [ds_lanes[i]]);
-            accumulate::<S, f32, 1>(
-                &output.dq,
-                &index,
-                &[1.0; LANES],
-                &ds,
-                lanes[i],
-                &scratch.keys,
-                head_dim,
-            );
+            accumulate::<S, 1>(&output.dq, &index, &[1.0; LANES], &ds, lanes[i], &scratch.keys, head_dim);
         }
     }
     N

@@ -1,12 +1,14 @@
-//! The forward pass: tasks of (sequence, key-value head, a run of rows), each query by the order in `mod.rs`.
+//! The forward pass: tasks of (sequence, key-value head, a run of rows), each query by the order in `mod.rs`; here that of
+//! pages of f32.
 
 use super::pages::Cell;
-use super::{AttentionSeq, AttentionShape, KV_BLOCK, KvPages};
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
+use super::{AttentionSeq, AttentionShape, KV_BLOCK, KvPages, rounded};
 use crate::Threads;
 use crate::math::{exp, ln};
 use crate::simd::{LANES, Lanes, simd};
 use crate::threads::SharedMut;
-use half::bf16;
 use std::ops::Range;
 
 /// Rows of one task.
@@ -45,17 +47,25 @@ pub fn attention(
     );
     shape.check(seqs, rows, &pages);
     assert!(lse.as_ref().is_none_or(|lse| lse.len() == rows * shape.heads), "attention: lse is [T, heads]");
+    let work = seqs.iter().map(|seq| seq.rows * (seq.position + seq.rows) * width).sum::<usize>();
+    let output = Output { out: SharedMut::new(out), lse: lse.map(SharedMut::new) };
+    let input = Input { shape: *shape, q, pages };
+    // Little work is not worth waking other threads for.
+    let single = Threads::single();
+    let threads = if work < MIN_WORK { &single } else { threads };
+    #[cfg(target_arch = "x86_64")]
+    if let KvPages::Bf16 { k, v } = pages
+        && tiles::take(shape)
+    {
+        return tiles::run(threads, &input, Kept { k, v }, seqs, &output);
+    }
     let mut tasks = Vec::with_capacity(seqs.len() * shape.kv_heads);
-    let mut work = 0;
     for (s, seq) in seqs.iter().enumerate() {
-        work += seq.rows * (seq.position + seq.rows) * width;
         for first in (0..seq.rows).step_by(ROWS_PER_TASK) {
             let rows = first..seq.rows.min(first + ROWS_PER_TASK);
             tasks.extend((0..shape.kv_heads).map(|kv_head| (s, kv_head, rows.clone())));
         }
     }
-    let output = Output { out: SharedMut::new(out), lse: lse.map(SharedMut::new) };
-    let input = Input { shape: *shape, q, pages };
     let run = |range: Range<usize>| {
         for task in range.clone() {
             if let Some((s, kv_head, _)) = tasks[..range.end].get(task + 1) {
@@ -65,9 +75,6 @@ pub fn attention(
             run_task(&input, &seqs[s], kv_head, rows, &output);
         }
     };
-    if work < MIN_WORK {
-        return run(0..tasks.len());
-    }
     // Tasks of a token each are short: a thread takes a few at a time.
     let run_len = (tasks.len() / (PARTS_PER_THREAD * threads.count())).clamp(1, MAX_RUN);
     threads.for_each(tasks.len().div_ceil(run_len), &|part| {
@@ -75,38 +82,38 @@ pub fn attention(
     });
 }
 
-struct Input<'a> {
-    shape: AttentionShape,
-    q: &'a [f32],
-    pages: KvPages<'a>,
+pub(super) struct Input<'a> {
+    pub shape: AttentionShape,
+    pub q: &'a [f32],
+    pub pages: KvPages<'a>,
 }
 
 /// The pages that a task reads, of one kind of number.
 #[derive(Clone, Copy)]
-struct Kept<'a, C> {
-    k: &'a [C],
-    v: &'a [C],
+pub(super) struct Kept<'a, C> {
+    pub k: &'a [C],
+    pub v: &'a [C],
 }
 
-struct Output {
-    out: SharedMut<f32>,
-    lse: Option<SharedMut<f32>>,
+pub(super) struct Output {
+    pub out: SharedMut<f32>,
+    pub lse: Option<SharedMut<f32>>,
 }
 
 simd! {
     fn run_task<S>(input: &Input, seq: &AttentionSeq, kv_head: usize, rows: Range<usize>, output: &Output) {
         match input.pages {
-            KvPages::F32 { k, v } => rows_of::<S, f32>(input, Kept { k, v }, seq, kv_head, rows, output),
-            KvPages::Bf16 { k, v } => rows_of::<S, bf16>(input, Kept { k, v }, seq, kv_head, rows, output),
+            KvPages::F32 { k, v } => rows_of::<S>(input, Kept { k, v }, seq, kv_head, rows, output),
+            KvPages::Bf16 { k, v } => rounded::rows_of::<S>(input, Kept { k, v }, seq, kv_head, rows, output),
         }
     }
 }
 
 /// Computes `rows` of a sequence for the queries of a key-value head.
 #[inline(always)]
-fn rows_of<S: Lanes, C: Cell>(
+fn rows_of<S: Lanes>(
     input: &Input,
-    kept: Kept<C>,
+    kept: Kept<f32>,
     seq: &AttentionSeq,
     kv_head: usize,
     rows: Range<usize>,
@@ -117,13 +124,13 @@ fn rows_of<S: Lanes, C: Cell>(
     while i < end {
         // As many as a decoded token has heads to a key-value head, if it can be: each key is then read once.
         i += match end - i {
-            8.. => queries::<S, C, 8, 1>(input, kept, seq, kv_head, i, output),
-            7 => queries::<S, C, 7, 1>(input, kept, seq, kv_head, i, output),
-            5.. => queries::<S, C, 5, 2>(input, kept, seq, kv_head, i, output),
-            4 => queries::<S, C, 4, 2>(input, kept, seq, kv_head, i, output),
-            3 => queries::<S, C, 3, 3>(input, kept, seq, kv_head, i, output),
-            2 => queries::<S, C, 2, 4>(input, kept, seq, kv_head, i, output),
-            _ => queries::<S, C, 1, 6>(input, kept, seq, kv_head, i, output),
+            8.. => queries::<S, 8, 1>(input, kept, seq, kv_head, i, output),
+            7 => queries::<S, 7, 1>(input, kept, seq, kv_head, i, output),
+            5.. => queries::<S, 5, 2>(input, kept, seq, kv_head, i, output),
+            4 => queries::<S, 4, 2>(input, kept, seq, kv_head, i, output),
+            3 => queries::<S, 3, 3>(input, kept, seq, kv_head, i, output),
+            2 => queries::<S, 2, 4>(input, kept, seq, kv_head, i, output),
+            _ => queries::<S, 1, 6>(input, kept, seq, kv_head, i, output),
         };
     }
 }
@@ -135,7 +142,7 @@ simd! {
         if let Some(&page) = seq.pages.get(first) {
             match input.pages {
                 KvPages::F32 { k, v } => ask_for::<S, f32>(&input.shape, Kept { k, v }, page, kv_head),
-                KvPages::Bf16 { k, v } => ask_for::<S, bf16>(&input.shape, Kept { k, v }, page, kv_head),
+                KvPages::Bf16 { k, v } => ask_for::<S, u32>(&input.shape, Kept { k, v }, page, kv_head),
             }
         }
     }
@@ -143,7 +150,7 @@ simd! {
 
 /// Asks for a page's keys and values.
 #[inline(always)]
-fn ask_for<S: Lanes, C: Cell>(shape: &AttentionShape, kept: Kept<C>, page: u32, kv_head: usize) {
+pub(super) fn ask_for<S: Lanes, C: Cell>(shape: &AttentionShape, kept: Kept<C>, page: u32, kv_head: usize) {
     let line = LINE_BYTES / size_of::<C>();
     let keys = shape.key_page(kept.k, page, kv_head);
     (0..keys.len()).step_by(line).for_each(|at| S::prefetch(keys, at));
@@ -156,9 +163,9 @@ fn ask_for<S: Lanes, C: Cell>(shape: &AttentionShape, kept: Kept<C>, page: u32, 
 /// dependent operations, and a processor has room for about eight. Plain loops, not closures: those might be compiled apart, without
 /// the instruction set.
 #[inline(always)]
-fn queries<S: Lanes, C: Cell, const N: usize, const AHEAD: usize>(
+fn queries<S: Lanes, const N: usize, const AHEAD: usize>(
     input: &Input,
-    kept: Kept<C>,
+    kept: Kept<f32>,
     seq: &AttentionSeq,
     kv_head: usize,
     first: usize,
@@ -186,14 +193,14 @@ fn queries<S: Lanes, C: Cell, const N: usize, const AHEAD: usize>(
         let page = seq.pages[block];
         if block < last {
             // Each page starts a stream that the processor's own prefetcher does not foresee.
-            ask_for::<S, C>(&input.shape, kept, seq.pages[block + 1], kv_head);
+            ask_for::<S, f32>(&input.shape, kept, seq.pages[block + 1], kv_head);
         }
         if (block - first_block).is_multiple_of(AHEAD) {
-            let mut keys: [&[C]; AHEAD] = [&[]; AHEAD];
+            let mut keys: [&[f32]; AHEAD] = [&[]; AHEAD];
             for (j, keys) in keys.iter_mut().enumerate() {
                 *keys = input.shape.key_page(kept.k, seq.pages[last.min(block + j)], kv_head);
             }
-            ahead = scores::<S, C, N, AHEAD>(&q_rows, &keys, scale);
+            ahead = scores::<S, N, AHEAD>(&q_rows, &keys, scale);
         }
         let scores = ahead[(block - first_block) % AHEAD];
         let mut lanes = [(0, 0); N];
@@ -217,14 +224,14 @@ fn queries<S: Lanes, C: Cell, const N: usize, const AHEAD: usize>(
         }
         let values = input.shape.value_page(kept.v, page, kv_head);
         if lanes == [(0, LANES); N] {
-            accumulate::<S, C, N>(&output.out, &index, &rescale, &p, (0, LANES), values, value_dim);
+            accumulate::<S, N>(&output.out, &index, &rescale, &p, (0, LANES), values, value_dim);
         } else if lanes == [lanes[0]; N] && lanes[0].0 < lanes[0].1 {
-            accumulate::<S, C, N>(&output.out, &index, &rescale, &p, lanes[0], values, value_dim);
+            accumulate::<S, N>(&output.out, &index, &rescale, &p, lanes[0], values, value_dim);
         } else {
             for i in 0..N {
                 if lanes[i].0 < lanes[i].1 {
                     let (index, rescale, p) = ([index[i]], [rescale[i]; LANES], [p[i]]);
-                    accumulate::<S, C, 1>(&output.out, &index, &rescale, &p, lanes[i], values, value_dim);
+                    accumulate::<S, 1>(&output.out, &index, &rescale, &p, lanes[i], values, value_dim);
                 }
             }
         }
@@ -246,9 +253,9 @@ fn queries<S: Lanes, C: Cell, const N: usize, const AHEAD: usize>(
 
 /// Scores of `N` queries against the sixteen keys of each page `[head_dim][16]`.
 #[inline(always)]
-pub(super) fn scores<S: Lanes, C: Cell, const N: usize, const PAGES: usize>(
+pub(super) fn scores<S: Lanes, const N: usize, const PAGES: usize>(
     q_rows: &[&[f32]; N],
-    pages: &[&[C]; PAGES],
+    pages: &[&[f32]; PAGES],
     scale: f32,
 ) -> [[S; N]; PAGES] {
     let dims = pages[0].len() / KV_BLOCK;
@@ -258,7 +265,7 @@ pub(super) fn scores<S: Lanes, C: Cell, const N: usize, const PAGES: usize>(
     for d in 0..dims {
         for (keys, sums) in pages.iter().zip(&mut sums) {
             // SAFETY: `d < dims`, and pages and rows have that many keys and values, by the assertions.
-            let key: S = C::read(unsafe { keys.get_unchecked(d * KV_BLOCK..(d + 1) * KV_BLOCK) });
+            let key = S::read(unsafe { keys.get_unchecked(d * KV_BLOCK..(d + 1) * KV_BLOCK) }, 0.0);
             for i in 0..N {
                 // SAFETY: as above.
                 sums[i] = S::splat(unsafe { *q_rows[i].get_unchecked(d) }).fma(key, sums[i]);
@@ -287,13 +294,13 @@ pub(super) fn hide<S: Lanes>(value: S, visible: (usize, usize), fill: f32) -> S 
 /// among the sixteen `rows`, ascending.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "`key` names a row and a weight of each query alike")]
-pub(super) fn accumulate<S: Lanes, C: Cell, const N: usize>(
+pub(super) fn accumulate<S: Lanes, const N: usize>(
     out: &SharedMut<f32>,
     index: &[usize; N],
     rescale: &[f32; LANES],
     weights: &[[f32; LANES]; N],
     visible: (usize, usize),
-    rows: &[C],
+    rows: &[f32],
     head_dim: usize,
 ) {
     assert!(rows.len() == KV_BLOCK * head_dim && visible.1 <= KV_BLOCK);
@@ -307,8 +314,8 @@ pub(super) fn accumulate<S: Lanes, C: Cell, const N: usize>(
         }
         for key in visible.0..visible.1 {
             // SAFETY: `key < 16` and `at + width <= head_dim`, so this is inside `rows` by the assertion.
-            let row: S =
-                C::read(unsafe { rows.get_unchecked(key * head_dim + at..key * head_dim + at + width) });
+            let row =
+                S::read(unsafe { rows.get_unchecked(key * head_dim + at..key * head_dim + at + width) }, 0.0);
             for i in 0..N {
                 sums[i] = S::splat(weights[i][key]).fma(row, sums[i]);
             }

@@ -2,24 +2,43 @@
 //!
 //! ```text
 //!   position p of a sequence lives in page  pages[p / 16], lane p % 16
-//!   K page [kv_heads][head_dim][16]   one register holds one dimension of sixteen keys: scores need no reduction
-//!   V page [kv_heads][16][value_dim]  one row a key
-//!   of f32, or of bf16 where products are in bf16 ([`KvPages`]); read as f32, and all arithmetic is in f32
+//!   K page: one register holds one dimension (bf16: two) of sixteen keys: scores need no reduction
+//!   V page: one register holds sixteen dimensions of a key (bf16: of two)            ([`KvPages`])
 //! ```
 //!
-//! Prefill, decode and training forward are this one call. **Order of operations**, per query (a row and a head):
-//! key blocks ascending from the first with a visible key; a score is one FMA chain over dimensions, times the scale;
-//! the block's largest visible score → running maximum; e^(score − maximum), sums rescaled (Milakov and Gimelshein
-//! 2018); the output is an FMA chain over visible keys ascending. Lanes that the mask hides are never read into a
-//! result, so a page's unwritten part may hold anything. Batch-invariant: neither other sequences, nor how a prompt was
-//! cut into calls, nor threads change a bit.
+//! Prefill, decode and training forward are this one call. A query is a row and a head; nothing but itself, the keys that it
+//! sees and their positions decide its bits: neither other sequences, nor how a prompt was cut into calls, nor threads.
+//!
+//! **Order of operations over pages of f32**: key blocks of a page ascending from the first with a visible key; a score is one
+//! FMA chain over dimensions, times the scale; the block's largest visible score → running maximum; e^(score − maximum), sums
+//! rescaled (Milakov and Gimelshein 2018); the output is an FMA chain over visible keys ascending. Lanes that the mask hides
+//! are never read into a result, so a page's unwritten part may hold anything.
+//!
+//! **Order of operations over pages of bf16**, which matrix tiles follow where there are some, and f32 lanes elsewhere:
+//! - Queries, keys and values are rounded to bf16, nearest even; what is smaller than 2^−56 becomes zero.
+//! - A score is the product of [`crate::gemm`] in [`crate::Precision::Bf16`] over dimensions in blocks of 32: of each block, one FMA chain
+//!   over the even dimensions from 0, one over the odd, their sum, which is added to the blocks before. Then times the scale.
+//! - Keys are taken in chunks of 64 positions, the first at position 0, ascending. The chunk's largest visible score →
+//!   running maximum, from the least f32. A weight is e^(score − maximum) in f32; where it is below e^−38, or the key is hidden, 0.
+//! - Sum: that before times e^(old − new maximum), added in one FMA to the chunk's: the weights of its four pages added lane by
+//!   lane, then the sixteen lanes as [a tree](crate::simd::Lanes::sum).
+//! - Weights are rounded to bf16. The chunk's output is a product in blocks of 16 keys (a page), as for scores. The output before
+//!   times e^(old − new maximum) is added to it in one FMA.
+//! - At the end, the output times 1 / sum; log-sum-exp = maximum + ln(sum).
+//!
+//! A hidden key adds 0 times its value, so chunks, pages and keys that a query does not see change no bit of it, and queries
+//! may share tiles: values in pages must only be finite, which [`kv_write`] sees to. Keys may be anything. By the bound of
+//! 2^−56 no product and no sum is subnormal, so it makes no difference that tiles would flush those.
 
 mod backward;
 mod forward;
 mod pages;
+mod rounded;
 mod sinks;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod write;
 
 pub use backward::attention_backward;
@@ -32,6 +51,9 @@ use std::ops::Range;
 
 /// Positions per page.
 pub const KV_BLOCK: usize = 16;
+
+/// Pages of a chunk of keys, over pages of bf16.
+const CHUNK_PAGES: usize = 4;
 
 const _: () = assert!(KV_BLOCK == crate::simd::LANES);
 

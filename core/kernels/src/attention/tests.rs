@@ -66,17 +66,16 @@ fn plain_with_sinks(
     (out, lses)
 }
 
-/// Pages filled with what no result may depend on.
-fn dirty_pages(shape: &AttentionShape, count: usize) -> (Vec<f32>, Vec<f32>) {
-    (vec![f32::NAN; count * shape.k_page_len()], vec![f32::NAN; count * shape.v_page_len()])
-}
+const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
 
-fn pages<'a>(k: &'a [f32], v: &'a [f32]) -> KvPages<'a> {
-    KvPages::of(Precision::F32, k, v)
-}
-
-fn pages_mut<'a>(k: &'a mut [f32], v: &'a mut [f32]) -> KvPagesMut<'a> {
-    KvPagesMut::of(Precision::F32, k, v)
+/// Pages filled with what no result may depend on. Values of bf16 are always finite, so the largest there are.
+fn dirty_pages(precision: Precision, shape: &AttentionShape, count: usize) -> (Vec<f32>, Vec<f32>) {
+    let (k_len, v_len) = (count * shape.k_page_len(), count * shape.v_page_len());
+    let largest = match precision {
+        Precision::F32 => f32::NAN,
+        Precision::Bf16 => f32::from_bits(0x7f7f_ff7f),
+    };
+    (vec![f32::NAN; kv_words(precision, k_len)], vec![largest; kv_words(precision, v_len)])
 }
 
 /// Random q, k, v of so many rows.
@@ -86,10 +85,27 @@ fn rows_of(random: &mut Random, shape: &AttentionShape, rows: usize) -> [Vec<f32
     [draw(rows * shape.heads * shape.head_dim), draw(kv * shape.head_dim), draw(kv * shape.value_dim)]
 }
 
+/// What the arithmetic of a precision rounds to before anything else.
+fn as_attended(precision: Precision, mut x: Vec<f32>) -> Vec<f32> {
+    if precision == Precision::Bf16 {
+        round_to_bf16(&mut x);
+    }
+    x
+}
+
+/// Weights of 8 bits weigh values up to 2.
+fn tolerance(precision: Precision) -> f64 {
+    match precision {
+        Precision::F32 => 3e-6,
+        Precision::Bf16 => 4e-3,
+    }
+}
+
 #[test]
 fn prefill_matches_plain_attention() {
     let mut random = Random(1);
-    for mask in MASKS {
+    for (mask, precision) in MASKS.into_iter().flat_map(|mask| PRECISIONS.map(|precision| (mask, precision)))
+    {
         for (heads, kv_heads, head_dim, value_dim) in [
             (1, 1, 1, 1),
             (2, 2, 8, 8),
@@ -98,20 +114,24 @@ fn prefill_matches_plain_attention() {
             (3, 1, 40, 40),
             (4, 4, 24, 16),
             (2, 1, 5, 35),
+            (2, 1, 33, 16),
+            (9, 3, 64, 64),
+            (4, 4, 32, 112),
+            (20, 1, 96, 16),
         ] {
             let shape = AttentionShape { value_dim, ..shape(heads, kv_heads, head_dim, mask) };
             for rows in [1, 2, 15, 16, 17, 50] {
-                let [q, k, v] = rows_of(&mut random, &shape, rows);
+                let [q, k, v] = rows_of(&mut random, &shape, rows).map(|x| as_attended(precision, x));
                 let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[3, 0, 2, 1] }];
                 let got = assert_all_agree("attention", || {
-                    let (mut k_pages, mut v_pages) = dirty_pages(&shape, 4);
+                    let (mut k_pages, mut v_pages) = dirty_pages(precision, &shape, 4);
                     kv_write(
                         &Threads::new(2),
                         &shape,
                         &k,
                         &v,
                         &seqs,
-                        &mut pages_mut(&mut k_pages, &mut v_pages),
+                        &mut KvPagesMut::of(precision, &mut k_pages, &mut v_pages),
                     );
                     let (mut out, mut lse) =
                         (vec![f32::NAN; rows * heads * value_dim], vec![f32::NAN; rows * heads]);
@@ -120,7 +140,7 @@ fn prefill_matches_plain_attention() {
                         &threads,
                         &shape,
                         &q,
-                        pages(&k_pages, &v_pages),
+                        KvPages::of(precision, &k_pages, &v_pages),
                         &seqs,
                         &mut out,
                         Some(&mut lse),
@@ -131,8 +151,8 @@ fn prefill_matches_plain_attention() {
                 assert_close(
                     &got,
                     &[out, lse].concat(),
-                    3e-6,
-                    &format!("{mask:?} {heads}/{kv_heads} {rows}"),
+                    tolerance(precision),
+                    &format!("{mask:?} {precision:?} {heads}/{kv_heads} {head_dim} {rows}"),
                 );
             }
         }
@@ -142,14 +162,16 @@ fn prefill_matches_plain_attention() {
 #[test]
 fn decode_and_chunked_prefill_give_the_bits_of_prefill() {
     let mut random = Random(2);
-    let rows = 70;
-    for mask in causal_masks() {
-        let shape = shape(6, 2, 24, mask);
+    let rows = 150;
+    for (mask, (precision, head_dim)) in causal_masks().flat_map(|mask| {
+        [(Precision::F32, 24), (Precision::Bf16, 24), (Precision::Bf16, 64)].map(|x| (mask, x))
+    }) {
+        let shape = shape(6, 2, head_dim, mask);
         let [q, k, v] = rows_of(&mut random, &shape, rows);
-        let (q_width, kv_width) = (6 * 24, 2 * 24);
-        let ids = [4, 1, 3, 0, 2];
+        let (q_width, kv_width) = (6 * head_dim, 2 * head_dim);
+        let ids = [4, 1, 3, 0, 2, 9, 7, 8, 5, 6];
         let run = |cuts: &[usize], threads: &Threads| {
-            let (mut k_pages, mut v_pages) = dirty_pages(&shape, 5);
+            let (mut k_pages, mut v_pages) = dirty_pages(precision, &shape, 10);
             let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; rows * 6]);
             for cut in cuts.windows(2) {
                 let (from, to) = (cut[0], cut[1]);
@@ -161,23 +183,33 @@ fn decode_and_chunked_prefill_give_the_bits_of_prefill() {
                     &k[kv.clone()],
                     &v[kv],
                     &seqs,
-                    &mut pages_mut(&mut k_pages, &mut v_pages),
+                    &mut KvPagesMut::of(precision, &mut k_pages, &mut v_pages),
                 );
                 let (part, lse) = (from * q_width..to * q_width, &mut lse[from * 6..to * 6]);
                 let out = &mut out[part.clone()];
-                attention(threads, &shape, &q[part], pages(&k_pages, &v_pages), &seqs, out, Some(lse));
+                attention(
+                    threads,
+                    &shape,
+                    &q[part],
+                    KvPages::of(precision, &k_pages, &v_pages),
+                    &seqs,
+                    out,
+                    Some(lse),
+                );
             }
             [out, lse].concat()
         };
         let whole = run(&[0, rows], &Threads::single());
         let one_by_one: Vec<usize> = (0..=rows).collect();
-        assert_same_bits(&run(&one_by_one, &Threads::single()), &whole, &format!("{mask:?} decode"));
-        assert_same_bits(&run(&[0, 5, 37, 38, 64, rows], &Threads::new(2)), &whole, &format!("{mask:?} cut"));
+        let what = format!("{mask:?} {precision:?} {head_dim}");
+        assert_same_bits(&run(&one_by_one, &Threads::single()), &whole, &format!("{what} decode"));
+        let cuts = [0, 5, 37, 38, 64, 130, rows];
+        assert_same_bits(&run(&cuts, &Threads::new(2)), &whole, &format!("{what} cut"));
     }
 }
 
 #[test]
-fn pages_of_bf16_are_pages_of_rounded_numbers() {
+fn gradients_over_pages_of_bf16_are_those_of_rounded_numbers() {
     let mut random = Random(6);
     for (heads, kv_heads, head_dim, value_dim) in
         [(9, 3, 64, 64), (4, 2, 24, 16), (2, 1, 5, 35), (16, 2, 16, 16)]
@@ -185,41 +217,102 @@ fn pages_of_bf16_are_pages_of_rounded_numbers() {
         let mask = AttentionMask::Sliding(33);
         let shape = AttentionShape { value_dim, ..shape(heads, kv_heads, head_dim, mask) };
         let rows = 50;
-        let [q, mut k, mut v] = rows_of(&mut random, &shape, rows);
+        let all = rows_of(&mut random, &shape, rows);
         let dout = random.vec(rows * heads * value_dim);
         let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[3, 0, 2, 1] }];
-        let run = |precision: Precision, k: &[f32], v: &[f32]| {
+        let run = |precision: Precision, [q, k, v]: &[Vec<f32>; 3]| {
             assert_all_agree("pages of bf16", || {
-                let words = |values| vec![f32::from_bits(u32::MAX); kv_words(precision, 4 * values)];
+                // The backward pass wants numbers where nothing is written.
+                let words = |values| vec![0.0; kv_words(precision, 4 * values)];
                 let (mut k_words, mut v_words) = (words(shape.k_page_len()), words(shape.v_page_len()));
                 let threads = Threads::new(2);
-                kv_write(
-                    &threads,
-                    &shape,
-                    k,
-                    v,
-                    &seqs,
-                    &mut KvPagesMut::of(precision, &mut k_words, &mut v_words),
-                );
-                let pages = KvPages::of(precision, &k_words, &v_words);
+                let mut pages = KvPagesMut::of(precision, &mut k_words, &mut v_words);
+                kv_write(&threads, &shape, k, v, &seqs, &mut pages);
                 let (mut out, mut lse) = (vec![0.0; dout.len()], vec![0.0; rows * heads]);
-                attention(&threads, &shape, &q, pages, &seqs, &mut out, Some(&mut lse));
+                attention(&threads, &shape, q, pages.as_ref(), &seqs, &mut out, Some(&mut lse));
                 let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+                let pages = pages.as_ref();
                 attention_backward(
-                    &threads, &shape, &q, pages, &seqs, &out, &lse, &dout, &mut dq, &mut dk, &mut dv,
+                    &threads, &shape, q, pages, &seqs, &out, &lse, &dout, &mut dq, &mut dk, &mut dv,
                 );
                 [out, lse, dq, dk, dv].concat()
             })
         };
-        let got = run(Precision::Bf16, &k, &v);
-        round_to_bf16(&mut k);
-        round_to_bf16(&mut v);
-        assert_same_bits(&got, &run(Precision::F32, &k, &v), &format!("{shape:?}"));
+        let got = run(Precision::Bf16, &all);
+        let rounded = all.map(|x| as_attended(Precision::Bf16, x));
+        assert_same_bits(&got, &run(Precision::Bf16, &rounded), "rounding twice is rounding once");
+        let want = run(Precision::F32, &rounded);
+        assert_close(&got, &wide(&want), 8e-3, &format!("{shape:?}"));
+    }
+}
+
+#[test]
+fn a_value_that_is_not_finite_shows_where_it_is_seen_and_nowhere_else() {
+    let mut random = Random(8);
+    for (head_dim, bad) in [(24, f32::NAN), (64, f32::INFINITY), (64, f32::MAX)] {
+        let mask = AttentionMask::Sliding(9);
+        let shape = shape(6, 2, head_dim, mask);
+        let rows = 40;
+        let [q, k, mut v] = rows_of(&mut random, &shape, rows);
+        let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[2, 0, 1] }];
+        let run = |v: &[f32]| {
+            assert_all_agree("not finite", || {
+                let (mut k_pages, mut v_pages) = dirty_pages(Precision::Bf16, &shape, 3);
+                let mut pages = KvPagesMut::of(Precision::Bf16, &mut k_pages, &mut v_pages);
+                let threads = Threads::single();
+                kv_write(&threads, &shape, &k, v, &seqs, &mut pages);
+                let mut out = vec![0.0; q.len()];
+                attention(&threads, &shape, &q, pages.as_ref(), &seqs, &mut out, None);
+                out
+            })
+        };
+        let before = run(&v);
+        // Of the first key-value head, key 20.
+        v[20 * 2 * head_dim + 3] = bad;
+        let after = run(&v);
+        for (row, (before, after)) in before.chunks(6 * head_dim).zip(after.chunks(6 * head_dim)).enumerate()
+        {
+            let (seeing, others) = after.split_at(3 * head_dim);
+            assert_same_bits(others, &before[3 * head_dim..], "the other head");
+            if (20..29).contains(&row) {
+                assert!(seeing.iter().all(|x| x.is_nan()), "{bad} is seen by row {row}");
+            } else {
+                assert_same_bits(seeing, &before[..3 * head_dim], "rows that do not see it");
+            }
+        }
+    }
+}
+
+#[test]
+fn scores_far_apart_and_numbers_of_every_size_agree() {
+    let mut random = Random(9);
+    for (heads, kv_heads, head_dim) in [(3, 1, 64), (4, 4, 32), (2, 1, 128)] {
+        for (low, high) in [(1, 100), (60, 128), (120, 134), (100, 254)] {
+            let shape = shape(heads, kv_heads, head_dim, AttentionMask::Causal);
+            let rows = 90;
+            let draw =
+                |random: &mut Random, heads: usize| random.wide_vec(rows * heads * head_dim, low, high);
+            let (q, k) = (draw(&mut random, heads), draw(&mut random, kv_heads));
+            let v = draw(&mut random, kv_heads);
+            let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[2, 0, 1, 4, 5, 3] }];
+            assert_all_agree(&format!("{heads}/{kv_heads} {head_dim}, {low}..={high}"), || {
+                let (mut k_pages, mut v_pages) = dirty_pages(Precision::Bf16, &shape, 6);
+                let mut pages = KvPagesMut::of(Precision::Bf16, &mut k_pages, &mut v_pages);
+                kv_write(&Threads::single(), &shape, &k, &v, &seqs, &mut pages);
+                let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; rows * heads]);
+                attention(&Threads::single(), &shape, &q, pages.as_ref(), &seqs, &mut out, Some(&mut lse));
+                [out, lse].concat()
+            });
+        }
     }
 }
 
 #[test]
 fn a_sequence_knows_nothing_of_the_others_nor_of_threads() {
+    PRECISIONS.into_iter().for_each(sequences_by_themselves);
+}
+
+fn sequences_by_themselves(precision: Precision) {
     let mut random = Random(3);
     let shape = shape(4, 2, 32, AttentionMask::Causal);
     let lens = [100, 1, 33, 60];
@@ -232,18 +325,33 @@ fn a_sequence_knows_nothing_of_the_others_nor_of_threads() {
         seqs.push(AttentionSeq { first_row, rows, position: 0, pages });
         first_row += rows;
     }
-    let (mut k_pages, mut v_pages) = dirty_pages(&shape, 32);
-    kv_write(&Threads::new(2), &shape, &k, &v, &seqs, &mut pages_mut(&mut k_pages, &mut v_pages));
+    let (mut k_pages, mut v_pages) = dirty_pages(precision, &shape, 32);
+    kv_write(
+        &Threads::new(2),
+        &shape,
+        &k,
+        &v,
+        &seqs,
+        &mut KvPagesMut::of(precision, &mut k_pages, &mut v_pages),
+    );
     let dout = random.vec(q.len());
     let run = |threads: &Threads, seqs: &[AttentionSeq]| {
         let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; total * 4]);
-        attention(threads, &shape, &q, pages(&k_pages, &v_pages), seqs, &mut out, Some(&mut lse));
+        attention(
+            threads,
+            &shape,
+            &q,
+            KvPages::of(precision, &k_pages, &v_pages),
+            seqs,
+            &mut out,
+            Some(&mut lse),
+        );
         let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
         attention_backward(
             threads,
             &shape,
             &q,
-            pages(&k_pages, &v_pages),
+            KvPages::of(precision, &k_pages, &v_pages),
             seqs,
             &out,
             &lse,
@@ -268,6 +376,7 @@ fn a_sequence_knows_nothing_of_the_others_nor_of_threads() {
 #[test]
 fn backward_is_the_derivative() {
     let mut random = Random(4);
+    let precision = Precision::F32;
     for mask in MASKS {
         for (heads, kv_heads, head_dim, value_dim, rows) in
             [(1, 1, 17, 17, 5), (4, 2, 3, 3, 18), (2, 1, 2, 2, 41), (2, 2, 3, 2, 19), (2, 1, 2, 18, 18)]
@@ -277,18 +386,33 @@ fn backward_is_the_derivative() {
             let dout = random.vec(rows * heads * value_dim);
             let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[1, 2, 0] }];
             let got = assert_all_agree("attention_backward", || {
-                let (mut k_pages, mut v_pages) = dirty_pages(&shape, 3);
-                kv_write(&Threads::new(2), &shape, &k, &v, &seqs, &mut pages_mut(&mut k_pages, &mut v_pages));
+                let (mut k_pages, mut v_pages) = dirty_pages(precision, &shape, 3);
+                kv_write(
+                    &Threads::new(2),
+                    &shape,
+                    &k,
+                    &v,
+                    &seqs,
+                    &mut KvPagesMut::of(precision, &mut k_pages, &mut v_pages),
+                );
                 let (mut out, mut lse) = (vec![0.0; dout.len()], vec![0.0; rows * heads]);
                 let threads = Threads::single();
-                attention(&threads, &shape, &q, pages(&k_pages, &v_pages), &seqs, &mut out, Some(&mut lse));
+                attention(
+                    &threads,
+                    &shape,
+                    &q,
+                    KvPages::of(precision, &k_pages, &v_pages),
+                    &seqs,
+                    &mut out,
+                    Some(&mut lse),
+                );
                 let nan = |len| vec![f32::NAN; len];
                 let (mut dq, mut dk, mut dv) = (nan(q.len()), nan(k.len()), nan(v.len()));
                 attention_backward(
                     &threads,
                     &shape,
                     &q,
-                    pages(&k_pages, &v_pages),
+                    KvPages::of(precision, &k_pages, &v_pages),
                     &seqs,
                     &out,
                     &lse,
@@ -308,9 +432,9 @@ fn backward_is_the_derivative() {
 #[test]
 fn branches_of_a_trunk_give_the_gradients_of_whole_sequences() {
     let mut random = Random(5);
-    for mask in causal_masks() {
-        let shape = shape(4, 2, 24, mask);
-        let (q_width, kv_width) = (4 * 24, 2 * 24);
+    for (mask, precision) in causal_masks().flat_map(|mask| PRECISIONS.map(|precision| (mask, precision))) {
+        let shape = shape(4, 2, 32, mask);
+        let (q_width, kv_width) = (4 * 32, 2 * 32);
         // A trunk of 45 rows; branches continue its first 16, 21 and 45.
         let (trunk, branches) = (45, [(16, 20), (21, 30), (45, 9)]);
         let total = trunk + branches.iter().map(|b| b.1).sum::<usize>();
@@ -335,18 +459,33 @@ fn branches_of_a_trunk_give_the_gradients_of_whole_sequences() {
                    dout: &[f32],
                    seqs: &[AttentionSeq],
                    writes: &[AttentionSeq]| {
-            let (mut k_pages, mut v_pages) = dirty_pages(&shape, 10);
-            kv_write(&Threads::new(2), &shape, k, v, writes, &mut pages_mut(&mut k_pages, &mut v_pages));
+            let (mut k_pages, mut v_pages) = dirty_pages(precision, &shape, 10);
+            kv_write(
+                &Threads::new(2),
+                &shape,
+                k,
+                v,
+                writes,
+                &mut KvPagesMut::of(precision, &mut k_pages, &mut v_pages),
+            );
             let threads = Threads::new(2);
-            let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; q.len() / 24]);
-            attention(&threads, &shape, q, pages(&k_pages, &v_pages), seqs, &mut out, Some(&mut lse));
+            let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; q.len() / 32]);
+            attention(
+                &threads,
+                &shape,
+                q,
+                KvPages::of(precision, &k_pages, &v_pages),
+                seqs,
+                &mut out,
+                Some(&mut lse),
+            );
             let (mut dq, mut dk, mut dv) =
                 (vec![f32::NAN; q.len()], vec![f32::NAN; k.len()], vec![f32::NAN; v.len()]);
             attention_backward(
                 &threads,
                 &shape,
                 q,
-                pages(&k_pages, &v_pages),
+                KvPages::of(precision, &k_pages, &v_pages),
                 seqs,
                 &out,
                 &lse,
@@ -419,6 +558,7 @@ fn visible_lanes_are_those_of_the_mask() {
 #[test]
 fn sinks_take_their_share_forward_and_backward() {
     let mut random = Random(5);
+    let precision = Precision::F32;
     for mask in [AttentionMask::Causal, AttentionMask::Sliding(7)] {
         for (heads, kv_heads, head_dim, rows) in [(1, 1, 17, 5), (4, 2, 3, 18), (18, 9, 2, 20)] {
             let shape = shape(heads, kv_heads, head_dim, mask);
@@ -428,11 +568,26 @@ fn sinks_take_their_share_forward_and_backward() {
             let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[1, 2, 0] }];
             let before = 0.25;
             let got = assert_all_agree("sinks", || {
-                let (mut k_pages, mut v_pages) = dirty_pages(&shape, 3);
-                kv_write(&Threads::new(2), &shape, &k, &v, &seqs, &mut pages_mut(&mut k_pages, &mut v_pages));
+                let (mut k_pages, mut v_pages) = dirty_pages(precision, &shape, 3);
+                kv_write(
+                    &Threads::new(2),
+                    &shape,
+                    &k,
+                    &v,
+                    &seqs,
+                    &mut KvPagesMut::of(precision, &mut k_pages, &mut v_pages),
+                );
                 let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; rows * heads]);
                 let threads = Threads::single();
-                attention(&threads, &shape, &q, pages(&k_pages, &v_pages), &seqs, &mut out, Some(&mut lse));
+                attention(
+                    &threads,
+                    &shape,
+                    &q,
+                    KvPages::of(precision, &k_pages, &v_pages),
+                    &seqs,
+                    &mut out,
+                    Some(&mut lse),
+                );
                 add_sinks(&sinks, &mut out, &mut lse);
                 let nan = |len| vec![f32::NAN; len];
                 let (mut dq, mut dk, mut dv) = (nan(q.len()), nan(k.len()), nan(v.len()));
@@ -440,7 +595,7 @@ fn sinks_take_their_share_forward_and_backward() {
                     &threads,
                     &shape,
                     &q,
-                    pages(&k_pages, &v_pages),
+                    KvPages::of(precision, &k_pages, &v_pages),
                     &seqs,
                     &out,
                     &lse,

@@ -1,15 +1,17 @@
 //! New keys and values take their places in the pages.
 
-use super::pages::Cell;
+use super::pages::rounded;
 use super::{AttentionSeq, AttentionShape, KV_BLOCK, KvPagesMut};
 use crate::Threads;
 use crate::simd::simd;
 use crate::threads::SharedMut;
-use half::bf16;
 use std::ops::Range;
 
 /// Writes the keys `k [T, kv_heads·head_dim]` and values `v [T, kv_heads·value_dim]` of all rows to their pages, rounded to
 /// what these hold. Must precede [`super::attention`] over the same rows.
+///
+/// In pages of bf16 values stay finite, so that a key that a mask hides can be given the weight 0. A row whose values are not
+/// finite leaves zeros there, and NaN for a key: it shows in every query that sees the key.
 ///
 /// # Panics
 /// When a length does not fit the shapes, or a page id is past the pages.
@@ -50,41 +52,94 @@ struct Source<'a> {
     seqs: &'a [AttentionSeq<'a>],
 }
 
-simd! {
-    fn write_f32<S>(source: &Source, heads: Range<usize>, k: &SharedMut<f32>, v: &SharedMut<f32>) {
-        write(source, heads, k, v);
+impl Source<'_> {
+    /// Page and lane of a sequence's row, and where among all rows it is.
+    #[inline(always)]
+    fn place(&self, seq: &AttentionSeq, row: usize) -> (usize, usize, usize) {
+        let position = seq.position + row;
+        let page = seq.pages[position / KV_BLOCK] as usize * self.shape.kv_heads;
+        (page, position % KV_BLOCK, (seq.first_row + row) * self.shape.kv_heads)
     }
 }
 
 simd! {
-    fn write_bf16<S>(source: &Source, heads: Range<usize>, k: &SharedMut<bf16>, v: &SharedMut<bf16>) {
-        write(source, heads, k, v);
-    }
-}
-
-#[inline(always)]
-fn write<C: Cell>(source: &Source, heads: Range<usize>, k_pages: &SharedMut<C>, v_pages: &SharedMut<C>) {
-    let AttentionShape { kv_heads, head_dim, value_dim, .. } = source.shape;
-    for seq in source.seqs {
-        for row in 0..seq.rows {
-            let (page, lane) = ((seq.position + row) / KV_BLOCK, (seq.position + row) % KV_BLOCK);
-            let (page, from) = (seq.pages[page] as usize, (seq.first_row + row) * kv_heads);
-            for head in heads.clone() {
-                let len = head_dim * KV_BLOCK;
-                // SAFETY: a head belongs to one thread; the pages are borrowed until all are done.
-                let slots = unsafe { k_pages.slice(page * source.shape.k_page_len() + head * len, len) };
-                let keys = &source.k[(from + head) * head_dim..][..head_dim];
-                for (slot, &value) in slots.chunks_exact_mut(KV_BLOCK).zip(keys) {
-                    slot[lane] = C::of(value);
-                }
-                let to = page * source.shape.v_page_len() + (head * KV_BLOCK + lane) * value_dim;
-                // SAFETY: as above.
-                let slot = unsafe { v_pages.slice(to, value_dim) };
-                let values = &source.v[(from + head) * value_dim..][..value_dim];
-                for (slot, &value) in slot.iter_mut().zip(values) {
-                    *slot = C::of(value);
+    fn write_f32<S>(source: &Source, heads: Range<usize>, k_pages: &SharedMut<f32>, v_pages: &SharedMut<f32>) {
+        let AttentionShape { head_dim, value_dim, .. } = source.shape;
+        for seq in source.seqs {
+            for row in 0..seq.rows {
+                let (page, lane, from) = source.place(seq, row);
+                for head in heads.clone() {
+                    let len = head_dim * KV_BLOCK;
+                    // SAFETY: a head belongs to one thread; the pages are borrowed until all are done.
+                    let slots = unsafe { k_pages.slice((page + head) * len, len) };
+                    let keys = &source.k[(from + head) * head_dim..][..head_dim];
+                    for (slot, &key) in slots.chunks_exact_mut(KV_BLOCK).zip(keys) {
+                        slot[lane] = key;
+                    }
+                    let to = ((page + head) * KV_BLOCK + lane) * value_dim;
+                    // SAFETY: as above.
+                    let slot = unsafe { v_pages.slice(to, value_dim) };
+                    slot.copy_from_slice(&source.v[(from + head) * value_dim..][..value_dim]);
                 }
             }
         }
+    }
+}
+
+simd! {
+    fn write_bf16<S>(source: &Source, heads: Range<usize>, k_pages: &SharedMut<u32>, v_pages: &SharedMut<u32>) {
+        let AttentionShape { head_dim, value_dim, .. } = source.shape;
+        let (k_len, v_len) = (head_dim * KV_BLOCK / 2, value_dim * KV_BLOCK / 2);
+        for seq in source.seqs {
+            for row in 0..seq.rows {
+                let (page, lane, from) = source.place(seq, row);
+                for head in heads.clone() {
+                    let keys = &source.k[(from + head) * head_dim..][..head_dim];
+                    let values = &source.v[(from + head) * value_dim..][..value_dim];
+                    // SAFETY: a head belongs to one thread; the pages are borrowed until all are done.
+                    let (k, v) = unsafe {
+                        (k_pages.slice((page + head) * k_len, k_len), v_pages.slice((page + head) * v_len, v_len))
+                    };
+                    let slots = &mut v[lane / 2 * value_dim..][..value_dim];
+                    let shown = put_values(slots, values, lane % 2 == 1);
+                    put_keys(k, keys, lane, shown);
+                }
+            }
+        }
+    }
+}
+
+/// Puts the values of a key, whose pair's second it is or first, in their places; returns whether all are finite. If not,
+/// zeros take their places.
+#[inline(always)]
+fn put_values(slots: &mut [u32], values: &[f32], second: bool) -> bool {
+    let (shift, other) = if second { (16, 0x0000_ffff) } else { (0, 0xffff_0000) };
+    let mut infinite = false;
+    for (slot, &value) in slots.iter_mut().zip(values) {
+        let bits = rounded(value);
+        infinite |= bits & 0x7f80 == 0x7f80;
+        *slot = *slot & other | u32::from(bits) << shift;
+    }
+    if infinite {
+        for slot in slots {
+            *slot &= other;
+        }
+    }
+    !infinite
+}
+
+/// Puts a key in its lane; one that does not `show` its value becomes NaN.
+#[inline(always)]
+fn put_keys(slots: &mut [u32], keys: &[f32], lane: usize, show: bool) {
+    const NAN: u16 = 0x7fc0;
+    let bits = |x: f32| if show { rounded(x) } else { NAN };
+    let (pairs, last) = keys.as_chunks::<2>();
+    for (slot, pair) in slots.chunks_exact_mut(KV_BLOCK).zip(pairs) {
+        slot[lane] = u32::from(bits(pair[0])) | u32::from(bits(pair[1])) << 16;
+    }
+    if let &[last] = last {
+        let slot = &mut slots[pairs.len() * KV_BLOCK + lane / 2];
+        let (shift, other) = if lane % 2 == 1 { (16, 0x0000_ffff) } else { (0, 0xffff_0000) };
+        *slot = *slot & other | u32::from(bits(last)) << shift;
     }
 }

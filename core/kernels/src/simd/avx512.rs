@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 /// One zmm register.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512(__m512);
+pub(crate) struct Avx512(pub(crate) __m512);
 
 // SAFETY of every block below: values of this type are made only in functions that `simd!` compiles for, and enters
 // only on, processors with AVX-512 F and DQ; loads and stores go through references to sixteen f32 or u32.

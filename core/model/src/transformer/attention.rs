@@ -1,11 +1,9 @@
 //! The attention block: norm, q/k/v, rotation, cached attention, output projection, residual.
 
-use freewheel_kernels::Precision;
 use freewheel_kernels::attention::{
     AttentionSeq, AttentionShape, KvPages, KvPagesMut, add_sinks, attention, attention_backward, kv_write,
     sinks_backward,
 };
-use freewheel_kernels::convert::round_to_bf16;
 use freewheel_kernels::gemm::{matmul, matmul_add};
 use freewheel_kernels::norm::{NormScale, rms_norm, rms_norm_backward};
 use freewheel_kernels::rope::{self, RopeTable, rope, rope_backward};
@@ -99,16 +97,10 @@ impl AttentionLayer<'_> {
         let t = rows.positions.len();
         let saved_x = save.then(|| cx.pool.copy(x_td));
         let normed_td = self.normed(cx, x_td);
-        let (mut q, mut k, mut v, latent) = self.project(cx, &normed_td, t);
+        let (mut q, mut k, v, latent) = self.project(cx, &normed_td, t);
         drop(normed_td);
         let latent = latent.filter(|_| save);
         let before_norm = self.position(cx, &mut q, &mut k, rows, save);
-        if cx.precision == Precision::Bf16 && matches!(pages, KvPagesMut::F32 { .. }) {
-            // What pages of bf16 would hold.
-            for x in [&mut k, &mut v] {
-                cx.threads.for_each_row_chunk(x, 1, MIN_VALUES, |_, x| round_to_bf16(x));
-            }
-        }
         for seqs in [rows.seqs, rows.copies] {
             kv_write(cx.threads, &self.shape(), &k, &v, seqs, &mut pages);
         }

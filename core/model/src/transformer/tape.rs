@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use freewheel_kernels::Threads;
-use freewheel_kernels::attention::{KV_BLOCK, KvPages, KvPagesMut};
+use freewheel_kernels::attention::{KV_BLOCK, KvPages, KvPagesMut, kv_words};
 use freewheel_kernels::norm::{NormScale, rms_norm};
 use freewheel_kernels::optim::{add_assign, axpy};
 use freewheel_types::SamplingParams;
@@ -114,7 +114,7 @@ enum KeptLayer {
 #[derive(Debug)]
 struct SavedLayer {
     attention: SavedAttention,
-    /// Keys and values in f32, which many rows read faster; under bf16 they have the values of bf16 all the same.
+    /// Keys and values, as in sampling's cache: in words of f32, under bf16 two to a word.
     k_pages: Buf,
     v_pages: Buf,
     /// Residual stream between attention and feed-forward `[T, D]`.
@@ -176,15 +176,15 @@ impl PolicyWeights {
         let rows = places.positions.len();
         let spec = &self.model.spec().layers[layer].0;
         let slots = places.page_count * KV_BLOCK;
+        let words = |width: usize| kv_words(cx.precision, slots * width);
         // Unwritten slots of a last page are masked, but 0 · NaN is NaN: they must hold numbers.
-        let mut k_pages = cx.pool.zeros(slots * spec.key_width());
-        let mut v_pages = cx.pool.zeros(slots * spec.value_width());
+        let mut k_pages = cx.pool.zeros(words(spec.key_width()));
+        let mut v_pages = cx.pool.zeros(words(spec.value_width()));
+        let pages = KvPagesMut::of(cx.precision, &mut k_pages, &mut v_pages);
         let (seqs, copies) = places.seqs();
         let at = Rows { positions: &places.positions, seqs: &seqs, copies: &copies };
-        let attention = self
-            .attention_layer(layer)
-            .forward(cx, x_td, &at, KvPagesMut::F32 { k: &mut k_pages, v: &mut v_pages }, true)
-            .expect("asked to save");
+        let attention =
+            self.attention_layer(layer).forward(cx, x_td, &at, pages, true).expect("asked to save");
         let x_mid_td = cx.pool.copy(x_td);
         let normed_td = self.post_norm(cx, layer, &x_mid_td);
         let block = |x_td: &mut [f32]| match (&self.model.bindings.layers[layer].ffn, &self.layers[layer].ffn)
@@ -446,7 +446,7 @@ impl PolicyWeights {
         let d = self.model.spec().hidden;
         norm_backward(cx, &saved.x_mid_td, d, gain, self.model.spec().norm_eps, &d_normed_td, dx_td);
         let attention = self.attention_layer(layer);
-        let pages = KvPages::F32 { k: &saved.k_pages, v: &saved.v_pages };
+        let pages = KvPages::of(cx.precision, &saved.k_pages, &saved.v_pages);
         attention.backward(cx, saved.attention, rows, pages, dx_td, grads);
     }
 }

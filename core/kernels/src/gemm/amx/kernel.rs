@@ -9,6 +9,7 @@
 
 use super::super::pack::Line;
 use super::TILE_LINES;
+use crate::amx::{self, TileConfig};
 use std::arch::asm;
 
 /// Panels that a kernel takes at most.
@@ -243,38 +244,15 @@ kernel!(kernel_1x1,
     store: ["tilestored [{c} + {s}*1], tmm0"]
 );
 
-/// The operand of LDTILECFG: palette 1, all eight tiles of sixteen rows of 64 bytes.
-#[repr(C, align(64))]
-struct TileConfig {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    bytes_per_row: [u16; 16],
-    rows: [u8; 16],
-}
+const _: () = assert!(size_of::<Line>() * TILE_LINES == 1024);
 
-const _: () = assert!(size_of::<TileConfig>() == 64 && size_of::<Line>() * TILE_LINES == 1024);
-
-static CONFIG: TileConfig = TileConfig {
-    palette: 1,
-    start_row: 0,
-    reserved: [0; 14],
-    bytes_per_row: [64, 64, 64, 64, 64, 64, 64, 64, 0, 0, 0, 0, 0, 0, 0, 0],
-    rows: [16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0],
-};
+static CONFIG: TileConfig = TileConfig::new([(16, 64); 8]);
 
 /// # Safety
 /// AMX is granted to this process.
 pub(super) unsafe fn configure() {
-    // SAFETY: the operand is 64 bytes of a valid configuration; tile registers are this module's own.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, readonly)) };
+    // SAFETY: the caller's promise.
+    unsafe { amx::configure(&CONFIG) };
 }
 
-/// Returns the tiles to their initial state, so that a switch of threads need not save them.
-///
-/// # Safety
-/// AMX is granted to this process.
-pub(super) unsafe fn release() {
-    // SAFETY: the caller's promise.
-    unsafe { asm!("tilerelease", options(nostack, nomem)) };
-}
+pub(super) use amx::release;

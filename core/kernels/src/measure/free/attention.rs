@@ -367,7 +367,10 @@ mod tests {
                 }
                 let round = |x: &[f32]| x.iter().map(|x| bf16::from_f32(*x)).collect::<Vec<_>>();
                 let (k, v) = (round(&k_pages), round(&v_pages));
-                attention(&threads, &shape, &q, KvPages::Bf16 { k: &k, v: &v }, &seqs, &mut want, None);
+                let widen = |x: &[bf16]| x.iter().map(|x| x.to_f32()).collect::<Vec<_>>();
+                let (k_wide, v_wide) = (widen(&k), widen(&v));
+                let pages = KvPages::F32 { k: &k_wide, v: &v_wide };
+                attention(&threads, &shape, &q, pages, &seqs, &mut want, None);
                 Decode { shape, q: &q, k_pages: &k, v_pages: &v, seqs: &seqs }.run(&threads, true, &mut got);
                 assert_close(&got, &wide(&want), 1e-5, &format!("{shape:?}, bf16"));
             }

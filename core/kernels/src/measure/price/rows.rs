@@ -6,6 +6,7 @@ use crate::attention::{AttentionMask, AttentionSeq, AttentionShape, KV_BLOCK, Kv
 use crate::measure::free;
 use crate::norm::{NormScale, rms_norm};
 use crate::{Precision, Threads, router, softmax};
+use bytemuck::cast;
 use half::bf16;
 use std::hint::black_box;
 
@@ -70,17 +71,22 @@ pub(super) fn decode(
     let (k_rounded, v_rounded) = (round(&k), round(&v));
     let room = || vec![0.0f32; rows * shape.heads * shape.value_dim];
     let (mut out, q, seqs) = (room(), &q, &seqs);
+    let words = |x: &[bf16]| x.as_chunks::<2>().0.iter().map(|pair| cast(*pair)).collect::<Vec<u32>>();
+    let (k_words, v_words) = (words(&k_rounded), words(&v_rounded));
     let kept = match precision {
         Precision::F32 => KvPages::F32 { k: &k, v: &v },
-        Precision::Bf16 => KvPages::Bf16 { k: &k_rounded, v: &v_rounded },
+        Precision::Bf16 => KvPages::Bf16 { k: &k_words, v: &v_words },
     };
     let mut contest =
         Contest::of(move || attention(threads, &shape, q, kept, seqs, black_box(&mut out), None));
     #[cfg(target_arch = "x86_64")]
     if free::available() && free::can_decode(&shape) {
-        match kept {
-            KvPages::F32 { k, v } => decode_otherwise(&mut contest, setting, shape, (q, k, v), seqs),
-            KvPages::Bf16 { k, v } => decode_otherwise(&mut contest, setting, shape, (q, k, v), seqs),
+        // Pages of the others are laid out as pages of f32 are, in both numbers.
+        match precision {
+            Precision::F32 => decode_otherwise(&mut contest, setting, shape, (q, &k, &v), seqs),
+            Precision::Bf16 => {
+                decode_otherwise(&mut contest, setting, shape, (q, &k_rounded, &v_rounded), seqs);
+            }
         }
     }
     contest.decide(setting.rounds)
