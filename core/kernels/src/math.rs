@@ -7,11 +7,16 @@ use crate::simd::Lanes;
 /// x = n·ln 2 + r with |r| ≤ ln 2 / 2 in two pieces (Cody and Waite), then the Taylor polynomial of degree 7 in r.
 #[inline(always)]
 pub(crate) fn exp<S: Lanes>(x: S) -> S {
+    // Bounds first in `min` and `max`, so that a NaN passes through.
+    exp_within(S::splat(-104.0).max(S::splat(89.0).min(x)))
+}
+
+/// [`exp`] of what is in −104 ..= 89 or NaN.
+#[inline(always)]
+pub(crate) fn exp_within<S: Lanes>(x: S) -> S {
     const SHIFT: f32 = 12_582_912.0; // 1.5 · 2^23: adding it rounds to a whole number.
     const LN2_HIGH: f32 = 0.693_359_4; // 355/512, few bits, so that n times it is exact.
     const LN2_LOW: f32 = -2.121_944_4e-4;
-    // Bounds first in `min` and `max`, so that a NaN passes through.
-    let x = S::splat(-104.0).max(S::splat(89.0).min(x));
     let shifted = x.fma(S::splat(std::f32::consts::LOG2_E), S::splat(SHIFT));
     let n = shifted.sub(S::splat(SHIFT));
     let r = n.fma(S::splat(-LN2_HIGH), x);

@@ -5,7 +5,7 @@ use super::forward::{Input, Kept, Output, ask_for, hide};
 use super::pages::{last_keys, pairs, round};
 use super::{AttentionSeq, AttentionShape, CHUNK_PAGES, KV_BLOCK};
 use crate::convert::bf16_bits;
-use crate::math::{exp, ln};
+use crate::math::{exp, exp_within, ln};
 use crate::simd::{LANES, Lanes};
 use crate::threads::SharedMut;
 use std::cell::RefCell;
@@ -19,10 +19,11 @@ const LEAST: f32 = -38.0;
 
 thread_local!(static QUERIES: RefCell<Vec<f32>> = RefCell::default());
 
-/// A weight of the softmax, from a score less the maximum.
+/// A weight of the softmax, from a score less the maximum, which is not positive.
 #[inline(always)]
 pub(super) fn weight<S: Lanes>(x: S) -> S {
-    x.select_lt(S::splat(LEAST), S::splat(0.0), exp(x))
+    // A NaN passes through both.
+    x.select_lt(S::splat(LEAST), S::splat(0.0), exp_within(S::splat(LEAST).max(x)))
 }
 
 /// Computes `rows` of a sequence for the queries of a key-value head.

@@ -142,7 +142,9 @@ struct Layout {
     v_tiles: usize,
     /// P `[rows][64 keys]`, two lines a row, after Q `[k_tiles][rows]`, which is at 0.
     p: usize,
-    /// C tiles `[4 or v_tiles][rows]`
+    /// Scores `[4][rows]`, of two chunks in turn
+    scores: usize,
+    /// Output of a chunk `[v_tiles][rows]`
     c: usize,
     /// Output so far `[v_tiles][rows]`
     out: usize,
@@ -154,9 +156,15 @@ impl Layout {
     fn new(shape: &AttentionShape, rows: usize) -> Self {
         let (k_tiles, v_tiles) = (shape.head_dim / K_DIMS, shape.value_dim / V_DIMS);
         let p = k_tiles * rows;
-        let c = p + 2 * rows;
-        let out = c + CHUNK_PAGES.max(v_tiles) * rows;
-        Self { rows, k_tiles, v_tiles, p, c, out, len: out + v_tiles * rows }
+        let scores = p + 2 * rows;
+        let c = scores + 2 * CHUNK_PAGES * rows;
+        let out = c + v_tiles * rows;
+        Self { rows, k_tiles, v_tiles, p, scores, c, out, len: out + v_tiles * rows }
+    }
+
+    /// Where the scores of chunk number `step` start.
+    fn scores_of(&self, step: usize) -> usize {
+        self.scores + step % 2 * CHUNK_PAGES * self.rows
     }
 }
 
@@ -228,13 +236,18 @@ fn run_batch(
     for unit in units {
         steps = steps.max(unit.chunks());
     }
+    for (unit, lines) in units.iter().zip(lines.chunks_exact_mut(layout.len)) {
+        score(&input.shape, kept, unit, 0, layout, lines);
+    }
     for step in 0..steps {
-        for (unit, lines) in units.iter().zip(lines.chunks_exact_mut(layout.len)) {
-            score(&input.shape, kept, unit, step, layout, lines);
-        }
         if step + 1 == steps {
             for unit in next {
                 ask(&input.shape, kept, unit, unit.pages(0));
+            }
+        } else {
+            // Tiles are busy with the next chunk's scores while lanes are with this one's.
+            for (unit, lines) in units.iter().zip(lines.chunks_exact_mut(layout.len)) {
+                score(&input.shape, kept, unit, step + 1, layout, lines);
             }
         }
         let rescale = softmax(input.shape.scale, units, queries, step, layout, lines, &mut state);
@@ -316,7 +329,7 @@ fn score(
         *keys = shape.key_page(kept.k, page, unit.kv_head).as_ptr();
     }
     let (q, rest) = lines.split_at_mut(layout.p);
-    let c = &mut rest[layout.c - layout.p..layout.out - layout.p];
+    let c = &mut rest[layout.scores_of(step) - layout.p..][..CHUNK_PAGES * layout.rows];
     assert!(q.len() == layout.k_tiles * layout.rows && c.len() >= pages.len() * layout.rows);
     let operands = Scores {
         q: q.as_ptr(),
@@ -347,7 +360,7 @@ fn weigh(
         *values = shape.value_page(kept.v, page, unit.kv_head).as_ptr();
     }
     let (p, rest) = lines[layout.p..].split_at_mut(2 * layout.rows);
-    let at = if step == 0 { layout.out } else { layout.c } - layout.c;
+    let at = if step == 0 { layout.out } else { layout.c } - layout.scores;
     let c = &mut rest[at..][..layout.v_tiles * layout.rows];
     let skipped = pages.start % CHUNK_PAGES;
     for tile in (0..layout.v_tiles).step_by(OUTPUT.len()) {
@@ -366,6 +379,14 @@ fn weigh(
     }
 }
 
+/// A query's scores of a chunk: the first, how many pages of sixteen, and which of all these it sees, from the lowest bit.
+#[derive(Clone, Copy)]
+struct Chunk {
+    scores: *const f32,
+    pages: usize,
+    visible: u64,
+}
+
 /// Turns the scores of a chunk into weights; returns e^(old − new maximum) of each query.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")]
 fn softmax(
@@ -377,22 +398,25 @@ fn softmax(
     lines: &mut [Line],
     state: &mut State,
 ) -> [f32; BATCH] {
-    let hidden = _mm512_set1_ps(f32::NEG_INFINITY);
-    let scale = _mm512_set1_ps(scale);
-    let mut best = [hidden; BATCH];
-    for (query, best) in queries.iter().zip(&mut best) {
+    assert!(units.len() * layout.len <= lines.len() && queries.iter().all(|query| query.row < layout.rows));
+    let (base, stride, scale) = (lines.as_mut_ptr(), layout.rows * LANES, _mm512_set1_ps(scale));
+    let mut best = [_mm512_set1_ps(f32::NEG_INFINITY); BATCH];
+    let mut chunks = [Chunk { scores: std::ptr::null(), pages: 0, visible: 0 }; BATCH];
+    for ((query, best), chunk) in queries.iter().zip(&mut best).zip(&mut chunks) {
         let pages = units[query.unit].pages(step);
-        let c = &mut lines[query.unit * layout.len + layout.c..][..CHUNK_PAGES * layout.rows];
-        for (tile, page) in pages.enumerate() {
-            let visible = lanes(query, page * KV_BLOCK);
-            let at = c[tile * layout.rows + query.row].0.as_mut_ptr().cast();
-            // SAFETY: a line is sixteen f32.
-            unsafe {
-                let score = _mm512_mask_mul_ps(hidden, visible, _mm512_load_ps(at), scale);
-                _mm512_store_ps(at, score);
-                *best = _mm512_max_ps(*best, score);
+        let visible = visible(query, pages.start * KV_BLOCK);
+        // SAFETY: a unit's part of `lines` has a line of scores for each row of up to four pages, `stride` values apart.
+        *best = unsafe {
+            let scores = base.add(query.unit * layout.len + layout.scores_of(step) + query.row).cast();
+            *chunk = Chunk { scores, pages: pages.len(), visible };
+            match chunk.pages {
+                4 => largest::<4>(chunk, stride, scale),
+                3 => largest::<3>(chunk, stride, scale),
+                2 => largest::<2>(chunk, stride, scale),
+                1 => largest::<1>(chunk, stride, scale),
+                _ => *best,
             }
-        }
+        };
     }
     let best = Avx512(reduce(&best, |a, b| _mm512_max_ps(a, b)));
     let max = best.max(state.max);
@@ -400,33 +424,86 @@ fn softmax(
     state.max = max;
     let maxima = max.to_array();
     let mut sums = [_mm512_setzero_ps(); BATCH];
-    for ((query, sum), &max) in queries.iter().zip(&mut sums).zip(&maxima) {
-        let pages = units[query.unit].pages(step);
-        let (p, c) = lines[query.unit * layout.len + layout.p..].split_at_mut(2 * layout.rows);
-        let mut total = Avx512(*sum);
-        let p = &mut p[2 * query.row..][..2];
-        let skipped = pages.start % CHUNK_PAGES;
-        for tile in 0..pages.len() {
-            let score = Avx512::load(bytemuck::cast_ref(&c[tile * layout.rows + query.row].0));
-            let p_lanes = weight(score.sub(Avx512::splat(max)));
-            total = total.add(p_lanes);
-            // SAFETY: two lines have room for the weights of four pages.
-            unsafe {
-                let bits: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(p_lanes.0));
-                _mm256_store_si256(p.as_mut_ptr().cast::<__m256i>().add(skipped + tile), bits);
+    for (((query, sum), &max), chunk) in queries.iter().zip(&mut sums).zip(&maxima).zip(&chunks) {
+        let skipped = units[query.unit].pages(step).start % CHUNK_PAGES;
+        assert!(skipped + chunk.pages <= CHUNK_PAGES);
+        // SAFETY: as above; it has two lines for each row's weights, room for those of four pages.
+        *sum = unsafe {
+            let p = base.add(query.unit * layout.len + layout.p + 2 * query.row);
+            let p = p.cast::<__m256i>().add(skipped);
+            match chunk.pages {
+                4 => weights::<4>(chunk, stride, scale, max, p),
+                3 => weights::<3>(chunk, stride, scale, max, p),
+                2 => weights::<2>(chunk, stride, scale, max, p),
+                1 => weights::<1>(chunk, stride, scale, max, p),
+                _ => *sum,
             }
-        }
-        *sum = total.0;
+        };
     }
     state.sum = state.sum.fma(rescale, Avx512(reduce(&sums, |a, b| _mm512_add_ps(a, b))));
     rescale.to_array()
 }
 
-/// Lanes of the page from `key` on that a query sees.
-fn lanes(query: &Query, key: usize) -> u16 {
-    let first = query.first_key.clamp(key, key + KV_BLOCK) - key;
-    let end = query.end_key.clamp(key, key + KV_BLOCK) - key;
-    (((1u32 << end) - 1) & !((1u32 << first) - 1)) as u16
+/// Which of the next 64 keys from `key` on a query sees, the first lowest.
+fn visible(query: &Query, key: usize) -> u64 {
+    const KEYS: usize = CHUNK_PAGES * KV_BLOCK;
+    let below = |end: usize| {
+        let count = end.saturating_sub(key).min(KEYS);
+        u64::MAX.checked_shr((KEYS - count) as u32).unwrap_or(0)
+    };
+    below(query.end_key) & !below(query.first_key)
+}
+
+/// Scores of page `page` of a chunk, −∞ where the query does not see.
+///
+/// # Safety
+/// The chunk has as many pages, `stride` values apart.
+#[target_feature(enable = "avx512f")]
+unsafe fn scores_of(chunk: &Chunk, page: usize, stride: usize, scale: __m512) -> __m512 {
+    let visible = (chunk.visible >> (page * KV_BLOCK)) as u16;
+    // SAFETY: the caller's promise.
+    let scores = unsafe { _mm512_load_ps(chunk.scores.add(page * stride)) };
+    _mm512_mask_mul_ps(_mm512_set1_ps(f32::NEG_INFINITY), visible, scores, scale)
+}
+
+/// The largest score of each lane.
+///
+/// # Safety
+/// As of [`scores_of`].
+#[target_feature(enable = "avx512f")]
+unsafe fn largest<const PAGES: usize>(chunk: &Chunk, stride: usize, scale: __m512) -> __m512 {
+    let mut best = _mm512_set1_ps(f32::NEG_INFINITY);
+    for page in 0..PAGES {
+        // SAFETY: the caller's promise.
+        best = _mm512_max_ps(best, unsafe { scores_of(chunk, page, stride, scale) });
+    }
+    best
+}
+
+/// Writes the weights of a chunk to `p` and returns their sums by lane.
+///
+/// # Safety
+/// As of [`scores_of`]; `p` has room for as many pages.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")]
+unsafe fn weights<const PAGES: usize>(
+    chunk: &Chunk,
+    stride: usize,
+    scale: __m512,
+    max: f32,
+    p: *mut __m256i,
+) -> __m512 {
+    let mut total = Avx512(_mm512_setzero_ps());
+    for page in 0..PAGES {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let score = Avx512(scores_of(chunk, page, stride, scale));
+            let weights = weight(score.sub(Avx512::splat(max)));
+            total = total.add(weights);
+            let bits: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(weights.0));
+            _mm256_store_si256(p.add(page), bits);
+        }
+    }
+    total.0
 }
 
 /// Lane i of the result is `x[i]` reduced by the tree of [`Lanes::sum`]: halves 8, 4, 2, 1 apart.
