@@ -33,8 +33,9 @@ const BATCH: usize = LANES;
 /// Dimensions of a Q or K tile, and of an output tile.
 const K_DIMS: usize = 32;
 const V_DIMS: usize = 16;
-/// Parts that units are cut into for each thread.
+/// Parts that units are cut into for each thread, and pages that a part should have: configuring tiles takes as long as one.
 const PARTS_PER_THREAD: usize = 16;
+const MIN_PAGES: usize = 16;
 
 /// Whether tiles compute this shape here: whole ones, on a processor that has them.
 pub(super) fn take(shape: &AttentionShape) -> bool {
@@ -71,7 +72,8 @@ impl Unit<'_> {
 pub(super) fn run(threads: &Threads, input: &Input, kept: Kept<u32>, seqs: &[AttentionSeq], output: &Output) {
     let units = units(&input.shape, seqs);
     let total: usize = units.iter().map(|unit| unit.end_page - unit.first_page).sum();
-    let least = total.div_ceil(PARTS_PER_THREAD * threads.count());
+    let parts = if threads.count() > 1 { PARTS_PER_THREAD * threads.count() } else { 1 };
+    let least = total.div_ceil(parts).max(MIN_PAGES);
     // Batches of units, and parts of batches of about the same work.
     let (mut parts, mut start, mut work) = (Vec::new(), 0, 0);
     let mut batches: Vec<Range<usize>> = Vec::new();
@@ -190,7 +192,8 @@ fn run_part(
     let of_part = &units[batches[0].start..batches[batches.len() - 1].end];
     let rows = of_part.iter().map(|unit| unit.count).max().unwrap_or(1);
     let layout = Layout::new(&input.shape, rows);
-    scratch.lines.resize(scratch.lines.len().max(BATCH * layout.len), Line([0; LANES]));
+    let most = batches.iter().map(Range::len).max().unwrap_or(1);
+    scratch.lines.resize(scratch.lines.len().max(most * layout.len), Line([0; LANES]));
     let rows = rows as u8;
     let c = (rows, 64);
     // SAFETY: `take` found AMX.

@@ -8,7 +8,7 @@ use crate::threads::SharedMut;
 use std::ops::Range;
 
 /// Writes the keys `k [T, kv_heads·head_dim]` and values `v [T, kv_heads·value_dim]` of all rows to their pages, rounded to
-/// what these hold. Must precede [`super::attention`] over the same rows.
+/// what these hold. Must precede [`super::attention`] over the same rows. No two sequences write to one page.
 ///
 /// In pages of bf16 values stay finite, so that a key that a mask hides can be given the weight 0. A row whose values are not
 /// finite leaves zeros there, and NaN for a key: it shows in every query that sees the key.
@@ -31,16 +31,22 @@ pub fn kv_write(
     );
     shape.check(seqs, rows, &pages.as_ref());
     let source = Source { shape: *shape, k, v, seqs };
-    // Threads take heads: those of a page lie apart.
-    let least = (1 << 12) * shape.kv_heads / (rows * k_width).max(1) + 1;
+    let written = |seq: &AttentionSeq| seq.position / KV_BLOCK..(seq.position + seq.rows).div_ceil(KV_BLOCK);
+    let with_rows = seqs.iter().filter(|seq| seq.rows > 0);
+    let mut pages_written = with_rows.flat_map(|seq| &seq.pages[written(seq)]);
+    let mut seen = std::collections::HashSet::new();
+    debug_assert!(pages_written.all(|page| seen.insert(page)), "kv_write: two sequences write to one page");
+    // Threads take heads of sequences: their pages lie apart.
+    let parts = seqs.len() * shape.kv_heads;
+    let least = (1 << 12) * parts / (rows * k_width).max(1) + 1;
     match pages {
         KvPagesMut::F32 { k, v } => {
             let (k, v) = (SharedMut::new(k), SharedMut::new(v));
-            threads.for_each_chunk(shape.kv_heads, least, &|heads| write_f32(&source, heads, &k, &v));
+            threads.for_each_chunk(parts, least, &|parts| write_f32(&source, parts, &k, &v));
         }
         KvPagesMut::Bf16 { k, v } => {
             let (k, v) = (SharedMut::new(k), SharedMut::new(v));
-            threads.for_each_chunk(shape.kv_heads, least, &|heads| write_bf16(&source, heads, &k, &v));
+            threads.for_each_chunk(parts, least, &|parts| write_bf16(&source, parts, &k, &v));
         }
     }
 }
@@ -63,47 +69,45 @@ impl Source<'_> {
 }
 
 simd! {
-    fn write_f32<S>(source: &Source, heads: Range<usize>, k_pages: &SharedMut<f32>, v_pages: &SharedMut<f32>) {
-        let AttentionShape { head_dim, value_dim, .. } = source.shape;
-        for seq in source.seqs {
+    fn write_f32<S>(source: &Source, parts: Range<usize>, k_pages: &SharedMut<f32>, v_pages: &SharedMut<f32>) {
+        let AttentionShape { head_dim, value_dim, kv_heads, .. } = source.shape;
+        for part in parts {
+            let (seq, head) = (&source.seqs[part / kv_heads], part % kv_heads);
             for row in 0..seq.rows {
                 let (page, lane, from) = source.place(seq, row);
-                for head in heads.clone() {
-                    let len = head_dim * KV_BLOCK;
-                    // SAFETY: a head belongs to one thread; the pages are borrowed until all are done.
-                    let slots = unsafe { k_pages.slice((page + head) * len, len) };
-                    let keys = &source.k[(from + head) * head_dim..][..head_dim];
-                    for (slot, &key) in slots.chunks_exact_mut(KV_BLOCK).zip(keys) {
-                        slot[lane] = key;
-                    }
-                    let to = ((page + head) * KV_BLOCK + lane) * value_dim;
-                    // SAFETY: as above.
-                    let slot = unsafe { v_pages.slice(to, value_dim) };
-                    slot.copy_from_slice(&source.v[(from + head) * value_dim..][..value_dim]);
+                let len = head_dim * KV_BLOCK;
+                // SAFETY: a head of a sequence belongs to one thread; the pages are borrowed until all are done.
+                let slots = unsafe { k_pages.slice((page + head) * len, len) };
+                let keys = &source.k[(from + head) * head_dim..][..head_dim];
+                for (slot, &key) in slots.chunks_exact_mut(KV_BLOCK).zip(keys) {
+                    slot[lane] = key;
                 }
+                let to = ((page + head) * KV_BLOCK + lane) * value_dim;
+                // SAFETY: as above.
+                let slot = unsafe { v_pages.slice(to, value_dim) };
+                slot.copy_from_slice(&source.v[(from + head) * value_dim..][..value_dim]);
             }
         }
     }
 }
 
 simd! {
-    fn write_bf16<S>(source: &Source, heads: Range<usize>, k_pages: &SharedMut<u32>, v_pages: &SharedMut<u32>) {
-        let AttentionShape { head_dim, value_dim, .. } = source.shape;
+    fn write_bf16<S>(source: &Source, parts: Range<usize>, k_pages: &SharedMut<u32>, v_pages: &SharedMut<u32>) {
+        let AttentionShape { head_dim, value_dim, kv_heads, .. } = source.shape;
         let (k_len, v_len) = (head_dim * KV_BLOCK / 2, value_dim * KV_BLOCK / 2);
-        for seq in source.seqs {
+        for part in parts {
+            let (seq, head) = (&source.seqs[part / kv_heads], part % kv_heads);
             for row in 0..seq.rows {
                 let (page, lane, from) = source.place(seq, row);
-                for head in heads.clone() {
-                    let keys = &source.k[(from + head) * head_dim..][..head_dim];
-                    let values = &source.v[(from + head) * value_dim..][..value_dim];
-                    // SAFETY: a head belongs to one thread; the pages are borrowed until all are done.
-                    let (k, v) = unsafe {
-                        (k_pages.slice((page + head) * k_len, k_len), v_pages.slice((page + head) * v_len, v_len))
-                    };
-                    let slots = &mut v[lane / 2 * value_dim..][..value_dim];
-                    let shown = put_values(slots, values, lane % 2 == 1);
-                    put_keys(k, keys, lane, shown);
-                }
+                let keys = &source.k[(from + head) * head_dim..][..head_dim];
+                let values = &source.v[(from + head) * value_dim..][..value_dim];
+                // SAFETY: a head of a sequence belongs to one thread; the pages are borrowed until all are done.
+                let (k, v) = unsafe {
+                    (k_pages.slice((page + head) * k_len, k_len), v_pages.slice((page + head) * v_len, v_len))
+                };
+                let slots = &mut v[lane / 2 * value_dim..][..value_dim];
+                let shown = put_values(slots, values, lane % 2 == 1);
+                put_keys(k, keys, lane, shown);
             }
         }
     }

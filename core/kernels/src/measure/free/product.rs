@@ -228,6 +228,9 @@ impl Strip<'_> {
         let (x, words) = (self.x.as_ptr(), self.words.as_ptr());
         let mut sums = [[[_mm512_setzero_ps(); SUMS]; PANELS]; ROWS];
         for line in self.lines.step_by(SUMS) {
+            // At the end of these panels, of those that come after them.
+            let after = if line + AHEAD / 64 < self.per_panel { 0 } else { (PANELS - 1) * self.per_panel };
+            let ahead = AHEAD + after * size_of::<[u32; LANES]>();
             for s in 0..SUMS {
                 let mut w = [zero(); PANELS];
                 for p in 0..PANELS {
@@ -235,7 +238,7 @@ impl Strip<'_> {
                     // asked for ahead may lie anywhere.
                     unsafe {
                         let at = words.add(p * self.per_panel + line + s);
-                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_byte_add(AHEAD).cast());
+                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_byte_add(ahead).cast());
                         w[p] = std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(at.cast()));
                     }
                 }
