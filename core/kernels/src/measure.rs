@@ -39,8 +39,10 @@ pub fn cpu_features() -> CpuFeatures {
 /// Bytes a second that all threads together read, each its own part, of `bytes` that they go through again and again: the
 /// best of several passes. Many times the caches it is the memory's rate; less than they hold, theirs.
 pub fn read_bandwidth(threads: &Threads, bytes: usize) -> f64 {
-    let data = vec![1.0f32; (bytes / size_of::<f32>()).max(1 << 16)];
-    best_rate(size_of_val(data.as_slice()) as f64, Duration::from_millis(300), || {
+    // In large pages, as weights are.
+    let mut data = Pages::<f32>::zeros((bytes / size_of::<f32>()).max(1 << 16));
+    data.fill(1.0);
+    best_rate(size_of_val(&*data) as f64, Duration::from_millis(300), || {
         threads.for_each_chunk(data.len(), 1 << 12, &|part| {
             std::hint::black_box(sum(&data[part]));
         });
