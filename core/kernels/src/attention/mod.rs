@@ -21,7 +21,7 @@
 //! - Keys are taken in chunks of 64 positions, the first at position 0, ascending. The chunk's largest visible score →
 //!   running maximum, from the least f32. A weight is e^(score − maximum) in f32; where it is below e^−38, or the key is hidden, 0.
 //! - Sum: that before times e^(old − new maximum), added in one FMA to the chunk's: the weights of its four pages added lane by
-//!   lane, then the sixteen lanes as [a tree](crate::simd::Lanes::sum).
+//!   lane, then the sixteen lanes as a tree (`Lanes::sum`).
 //! - Weights are rounded to bf16. The chunk's output is a product in blocks of 16 keys (a page), as for scores. The output before
 //!   times e^(old − new maximum) is added to it in one FMA.
 //! - At the end, the output times 1 / sum; log-sum-exp = maximum + ln(sum).
