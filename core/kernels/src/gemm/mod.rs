@@ -191,6 +191,7 @@ impl GatedMlp<'_> {
         let m = check_groups(x, self.gate_up);
         let rows = |groups: &[Group]| groups.iter().map(|group| group.rows.clone()).collect::<Vec<_>>();
         assert_eq!(rows(self.gate_up), rows(self.down), "gated mlp: both weights have the same groups");
+        assert!(alike(self.down), "gated mlp: weights of one shape");
         assert_eq!(gate_up.rows(), 2 * width, "gated mlp: gate and up are as wide as what down takes");
         assert!(out.len() >= m * n, "gated mlp: out is [m,n]");
         let fits = kept.as_ref().is_none_or(|kept| kept.len() >= 2 * m * width);
@@ -205,12 +206,17 @@ impl GatedMlp<'_> {
     }
 }
 
+/// Whether all weights have one shape and precision.
+fn alike(groups: &[Group]) -> bool {
+    let shape = |group: &Group| (group.w.rows(), group.w.inner(), group.w.precision());
+    groups.windows(2).all(|pair| shape(&pair[0]) == shape(&pair[1]))
+}
+
 /// The number of rows, of groups that fit.
 fn check_groups(x: &[f32], groups: &[Group]) -> usize {
     let Some(Group { w: first, .. }) = groups.first() else { return 0 };
-    let (n, k) = (first.rows(), first.inner());
-    let alike = |w: &PackedMatrix| (w.rows(), w.inner(), w.precision()) == (n, k, first.precision());
-    assert!(groups.iter().all(|group| alike(group.w)), "grouped_matmul: weights of one shape");
+    let k = first.inner();
+    assert!(alike(groups), "grouped_matmul: weights of one shape");
     let ends = groups.iter().scan(0, |end, group| Some((std::mem::replace(end, group.rows.end), group)));
     let mut ends = ends.map(|(end, group)| end <= group.rows.start && group.rows.start <= group.rows.end);
     assert!(ends.all(|ascends| ascends), "grouped_matmul: groups ascend");
