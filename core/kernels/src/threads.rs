@@ -1,18 +1,20 @@
 //! A handle to a team of compute threads, and the ways work is split over it.
 //!
 //! A split only says who computes what: no kernel's result depends on it. The caller works too, and waits until every
-//! part is done; parts are claimed one at a time, so a thread that the operating system holds up costs no more than the
-//! part it is at.
+//! part is done. A range is shared out in runs of neighbours, a run for each thread, and a thread that is done takes from
+//! what another has left: one that the operating system holds up costs no more than what it is at.
 
+mod share;
 mod team;
 
 use std::ops::Range;
 use std::sync::Arc;
 
+use share::Share;
 use team::Team;
 
-/// Parts that work is cut into for each thread: threads that are slower for a while take fewer.
-const PARTS_PER_THREAD: usize = 4;
+/// The most pieces that a thread's share falls into, but for those that another takes.
+const PIECES: usize = 16;
 
 /// A team of compute threads; clones share it.
 #[derive(Clone)]
@@ -47,18 +49,33 @@ impl Threads {
         self.count
     }
 
-    /// Calls `f` on contiguous ranges that together are `0..items`, each (but the last) at least `min_chunk` long; on
-    /// the calling thread when one range is all there is.
+    /// Calls `f` on contiguous ranges that together are `0..items`, each at least `min_chunk` long where there are as many;
+    /// on the calling thread when one range is all there is. A thread mostly goes from a range to the one after it.
     pub fn for_each_chunk(&self, items: usize, min_chunk: usize, f: &(dyn Fn(Range<usize>) + Sync)) {
         if items == 0 {
             return;
         }
-        let parts = (PARTS_PER_THREAD * self.count).min(items / min_chunk.max(1)).max(1);
-        let bound = |part: usize| items * part / parts;
-        match &self.team {
-            Some(team) if parts > 1 => team.run(parts, &|part| f(bound(part)..bound(part + 1))),
-            _ => f(0..items),
-        }
+        // Shares count in 32 bits.
+        let unit = (items >> 32) + 1;
+        let (units, min_units) = (items.div_ceil(unit), min_chunk.div_ceil(unit).max(1));
+        let count = self.count.min(units / min_units);
+        let Some(team) = self.team.as_ref().filter(|_| count > 1) else {
+            return f(0..items);
+        };
+        let bound = |share: usize| (units as u64 * share as u64 / count as u64) as u32;
+        let shares: Vec<Share> = (0..count).map(|i| Share::new(bound(i)..bound(i + 1))).collect();
+        let least = min_units.max(units / (PIECES * count)) as u32;
+        let f = |taken: Range<u32>| f(taken.start as usize * unit..items.min(taken.end as usize * unit));
+        team.run(count, &|own| {
+            while let Some(taken) = shares[own].take_front(least) {
+                f(taken);
+            }
+            for other in 1..count {
+                while let Some(taken) = shares[(own + other) % count].take_back(least) {
+                    f(taken);
+                }
+            }
+        });
     }
 
     /// Calls `f` once for each index in `0..items`; threads take indices as they become free, so uneven work balances.

@@ -143,41 +143,44 @@ impl Held<4> for Four {
 
 simd! {
     /// Computes the product of `x [rows, k]`, rounded to bf16 and each row padded with zeros to a multiple of 32, for `panels`
-    /// of the output; those from `next` on are what the thread will likely have next.
+    /// of the output; those after them are what the thread will likely have next.
     pub(super) fn block<S>(
         x: &[f32],
         rows: usize,
         w: &PackedMatrix,
         panels: Range<usize>,
-        next: usize,
         out: &Output,
     ) {
         match w.quantisation().map(Quantisation::bits) {
-            None => block_of::<S, Full, 16>(x, rows, w, panels, next, out),
-            Some(CodeBits::Eight) => block_of::<S, Eight, 8>(x, rows, w, panels, next, out),
-            Some(CodeBits::Four) => block_of::<S, Four, 4>(x, rows, w, panels, next, out),
+            None => block_of::<S, Full, 16>(x, rows, w, panels, out),
+            Some(CodeBits::Eight) => block_of::<S, Eight, 8>(x, rows, w, panels, out),
+            Some(CodeBits::Four) => block_of::<S, Four, 4>(x, rows, w, panels, out),
         }
         S::fence();
     }
 }
 
-/// As many panels at a time as there are registers for.
+/// Panels of the weight that are gone through at a time: as many as there are registers for.
+pub(super) fn panels_at_once(rows: usize) -> usize {
+    if rows <= 2 { 4 } else { 2 }
+}
+
+/// As many panels at a time as [`panels_at_once`] says.
 #[inline(always)]
 fn block_of<S: Lanes, H: Held<LINES>, const LINES: usize>(
     x: &[f32],
     rows: usize,
     w: &PackedMatrix,
     panels: Range<usize>,
-    next: usize,
     out: &Output,
 ) {
     match rows {
-        1 => strips::<S, H, LINES, 1, 4>(x, w, panels, next, out),
-        2 => strips::<S, H, LINES, 2, 4>(x, w, panels, next, out),
-        3 => strips::<S, H, LINES, 3, 2>(x, w, panels, next, out),
-        4 => strips::<S, H, LINES, 4, 2>(x, w, panels, next, out),
-        5 => strips::<S, H, LINES, 5, 2>(x, w, panels, next, out),
-        6 => strips::<S, H, LINES, 6, 2>(x, w, panels, next, out),
+        1 => strips::<S, H, LINES, 1, 4>(x, w, panels, out),
+        2 => strips::<S, H, LINES, 2, 4>(x, w, panels, out),
+        3 => strips::<S, H, LINES, 3, 2>(x, w, panels, out),
+        4 => strips::<S, H, LINES, 4, 2>(x, w, panels, out),
+        5 => strips::<S, H, LINES, 5, 2>(x, w, panels, out),
+        6 => strips::<S, H, LINES, 6, 2>(x, w, panels, out),
         _ => unreachable!("{rows} rows are not few: `takes`"),
     }
 }
@@ -189,7 +192,6 @@ fn strips<S: Lanes, H: Held<LINES>, const LINES: usize, const ROWS: usize, const
     x: &[f32],
     w: &PackedMatrix,
     panels: Range<usize>,
-    next: usize,
     out: &Output,
 ) {
     let mut j = panels.start;
@@ -198,18 +200,16 @@ fn strips<S: Lanes, H: Held<LINES>, const LINES: usize, const ROWS: usize, const
         let up = j + w.rows() / (2 * LANES);
         let (most, least) = if out.gate.is_some() { (PANELS / 2, 1) } else { (PANELS, 2) };
         let taken = if left >= most { most } else { left.min(least) };
-        // How much further the next panels lie.
-        let step = if left > taken { taken } else { next.max(j + 1) - j };
         match (out.gate, taken) {
             (None, 4) if PANELS >= 4 => {
-                strip::<S, H, LINES, ROWS, 4>(x, w, [j, j + 1, j + 2, j + 3], step, out)
+                strip::<S, H, LINES, ROWS, 4>(x, w, [j, j + 1, j + 2, j + 3], taken, out)
             }
-            (None, 2) => strip::<S, H, LINES, ROWS, 2>(x, w, [j, j + 1], step, out),
-            (None, _) => strip::<S, H, LINES, ROWS, 1>(x, w, [j], step, out),
+            (None, 2) => strip::<S, H, LINES, ROWS, 2>(x, w, [j, j + 1], taken, out),
+            (None, _) => strip::<S, H, LINES, ROWS, 1>(x, w, [j], taken, out),
             (Some(_), 2) if PANELS >= 4 => {
-                strip::<S, H, LINES, ROWS, 4>(x, w, [j, j + 1, up, up + 1], step, out)
+                strip::<S, H, LINES, ROWS, 4>(x, w, [j, j + 1, up, up + 1], taken, out)
             }
-            (Some(_), _) => strip::<S, H, LINES, ROWS, 2>(x, w, [j, up], step, out),
+            (Some(_), _) => strip::<S, H, LINES, ROWS, 2>(x, w, [j, up], taken, out),
         }
         j += taken;
     }

@@ -266,8 +266,7 @@ fn product(threads: &Threads, x: &[f32], m: usize, w: &PackedMatrix, out: &mut [
                 let panels = n.div_ceil(LANES);
                 let least = MIN_BYTES_PER_THREAD * panels / w.bytes().max(1);
                 threads.for_each_chunk(panels, least.next_multiple_of(4), &|panels| {
-                    let next = panels.end;
-                    few::block(x, m, w, panels, next, &out);
+                    few::block(x, m, w, panels, &out);
                 });
             })
         }

@@ -45,10 +45,8 @@ const A_BLOCK_BYTES: usize = 1 << 20;
 const B_BLOCK_TILES: usize = 40;
 /// The same where the tiles are unfolded from codes.
 const UNFOLDED_TILES: usize = 32;
-/// Multiply-adds a task should have to be worth sharing out.
-const MIN_WORK: usize = 1 << 20;
-/// Tasks for each thread, where there is work for them.
-const TASKS_PER_THREAD: usize = 4;
+/// Multiply-adds, padding counted, that are worth sharing out: some microseconds where weights come from memory.
+const MIN_WORK: usize = 1 << 18;
 
 #[derive(Default)]
 struct Scratch {
@@ -200,6 +198,20 @@ impl Part<'_> {
     fn per_panel(&self) -> usize {
         if self.out.gate.is_some() { 2 } else { 1 }
     }
+
+    /// Panels of the output that the kernels take at once.
+    fn width(&self) -> usize {
+        let of_weight = if self.few { few::panels_at_once(self.m) } else { MOST_PANELS };
+        if self.m <= TILE { of_weight / self.per_panel() } else { 2 / self.per_panel() }
+    }
+}
+
+/// Strips of panels of a part's output, in a block of rows (of tiles).
+struct Block<'a> {
+    part: &'a Part<'a>,
+    rows: Range<usize>,
+    /// Which of all strips its first one is.
+    first: usize,
 }
 
 /// Some rows (in tiles) and panels of the output of a part.
@@ -207,40 +219,37 @@ struct Task<'a> {
     part: &'a Part<'a>,
     rows: Range<usize>,
     panels: Range<usize>,
-    /// Panel at which the task begins that the same thread will likely have next.
-    next: usize,
 }
 
 fn multiply(threads: &Threads, parts: &[Part]) {
-    let work =
-        |part: &Part| part.m.div_ceil(TILE) * part.w.rows().div_ceil(LANES) * lines_of_row(part.w.inner());
-    let total: usize = parts.iter().map(work).sum();
-    // A line of B meets a line of A in 512 multiply-adds.
-    let least = (MIN_WORK / 512).max(total / (TASKS_PER_THREAD * threads.count()));
-    let mut tasks = Vec::new();
+    let (mut blocks, mut strips, mut work) = (Vec::new(), 0, 0);
     for part in parts.iter().filter(|part| part.m > 0 && part.w.rows() > 0) {
-        let (m_tiles, panels) = (part.m.div_ceil(TILE), part.panels());
-        let lines = lines_of_row(part.w.inner()).max(1);
-        let block = (A_BLOCK_BYTES / (lines * size_of::<Line>())).max(2) & !1;
-        let blocks = m_tiles.div_ceil(block);
-        let block = m_tiles.div_ceil(blocks).next_multiple_of(2);
-        // Runs of panels as wide as the kernels take them.
-        let run = least.div_ceil(block.min(m_tiles) * lines * part.per_panel());
-        // As many runs for one thread as for another.
-        let runs = panels.div_ceil(run.max(1)).next_multiple_of(threads.count());
-        let width = if m_tiles == 1 && part.per_panel() == 1 { 4 } else { 2 };
-        let run = panels.div_ceil(runs).next_multiple_of(width);
+        let (m_tiles, lines) = (part.m.div_ceil(TILE), lines_of_row(part.w.inner()).max(1));
+        let most = (A_BLOCK_BYTES / (lines * size_of::<Line>())).max(2) & !1;
+        let block = m_tiles.div_ceil(m_tiles.div_ceil(most)).next_multiple_of(2);
         for rows in (0..m_tiles).step_by(block).map(|row| row..m_tiles.min(row + block)) {
-            let runs = (0..panels).step_by(run).map(|panel| panel..panels.min(panel + run));
-            tasks.extend(runs.map(|panels| Task {
-                part,
-                rows: rows.clone(),
-                next: panels.end + (threads.count() - 1) * run,
-                panels,
-            }));
+            blocks.push(Block { part, rows, first: strips });
+            strips += part.panels().div_ceil(part.width());
         }
+        // A line of B meets a line of A in 512 multiply-adds.
+        work += m_tiles * part.w.rows().div_ceil(LANES) * lines * 512;
     }
-    threads.for_each(tasks.len(), &|i| tasks[i].run());
+    threads.for_each_chunk(strips, MIN_WORK * strips / work.max(1) + 1, &|taken| {
+        let first = blocks.partition_point(|block| block.first <= taken.start) - 1;
+        for block in blocks[first..].iter().take_while(|block| block.first < taken.end) {
+            block.run(&taken);
+        }
+    });
+}
+
+impl Block<'_> {
+    /// What is the block's of some strips.
+    fn run(&self, strips: &Range<usize>) {
+        let panel =
+            |strip: usize| self.part.panels().min(strip.saturating_sub(self.first) * self.part.width());
+        let panels = panel(strips.start)..panel(strips.end);
+        Task { part: self.part, rows: self.rows.clone(), panels }.run();
+    }
 }
 
 impl Task<'_> {
@@ -298,7 +307,7 @@ impl Task<'_> {
             for (row, x) in x.chunks_exact_mut(padded).enumerate() {
                 widen(a, row, x);
             }
-            few::block(x, *m, w, self.panels.clone(), self.next, out);
+            few::block(x, *m, w, self.panels.clone(), out);
         });
     }
 
@@ -316,9 +325,8 @@ impl Task<'_> {
     }
 
     /// The two panels, `apart` from each other, that this thread will go through once those before `panel` are done: of this
-    /// task or of the one it will likely have next.
+    /// task or, likely, of its next.
     fn after(&self, panel: usize, apart: usize) -> Option<[usize; 2]> {
-        let panel = if panel < self.panels.end { panel } else { self.next };
         let w = self.part.w;
         let exist = panel < self.part.panels() && panel + apart < w.rows().div_ceil(LANES);
         (exist && w.quantisation().is_none()).then_some([panel, panel + apart])
