@@ -1,7 +1,10 @@
 //! Which instruction sets this processor has: found once, remembered, never asked in an inner loop.
 //!
-//! `FREEWHEEL_KERNELS=portable|avx2|avx512|amx` lowers the choice (never raises it), to check on one machine that the
-//! others would give the same bits. Any other value is ignored; `measure::cpu_features` tells what is in use.
+//! `FREEWHEEL_KERNELS=portable|avx2|avx512|avx512bf16|amx` lowers the choice (never raises it), to check on one machine
+//! what others would give. Any other value is ignored; `measure::cpu_features` tells what is in use.
+//!
+//! All give the same bits but `avx512bf16`, whose products of bf16 have an order of their own (`gemm`): machines that have
+//! it compute with those without it, to the bit, under `FREEWHEEL_KERNELS=avx512`.
 
 use std::sync::OnceLock;
 
@@ -15,13 +18,20 @@ pub(crate) enum Isa {
     Avx2,
     /// AVX-512 F, BW, VL, DQ.
     Avx512,
-    /// AVX-512 with BF16, and AMX bf16 tiles, which the operating system has allowed us.
+    /// AVX-512 with BF16: dot products of pairs.
+    Avx512Bf16,
+    /// These, and AMX bf16 tiles, which the operating system has allowed us.
     Amx,
 }
 
 impl Isa {
     /// Every instruction set, in rising order.
-    pub(crate) const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Amx];
+    pub(crate) const ALL: [Isa; 5] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
+
+    /// Whether products of bf16 go through tiles: those of AMX, or lines of them by dot products.
+    pub(crate) fn has_tiles(self) -> bool {
+        self >= Isa::Avx512Bf16
+    }
 
     /// The name used by `FREEWHEEL_KERNELS` and in reports.
     pub(crate) fn name(self) -> &'static str {
@@ -29,6 +39,7 @@ impl Isa {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Avx512Bf16 => "avx512bf16",
             Isa::Amx => "amx",
         }
     }
@@ -69,7 +80,11 @@ fn detect() -> Isa {
     if !(has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq")) {
         return Isa::Avx2;
     }
-    if has!("avx512bf16") && amx_allowed() { Isa::Amx } else { Isa::Avx512 }
+    match (has!("avx512bf16"), amx_allowed()) {
+        (false, _) => Isa::Avx512,
+        (true, false) => Isa::Avx512Bf16,
+        (true, true) => Isa::Amx,
+    }
 }
 
 /// Processor has AMX tiles with bf16, and Linux grants their state to this process.

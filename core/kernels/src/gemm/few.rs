@@ -37,9 +37,14 @@ pub(super) fn may_take(rows: usize, w: &PackedMatrix) -> bool {
     rows <= most_rows() && w.is_plain()
 }
 
-/// The most rows that it is worth for. With more, tiles are as quick, and there are no registers for two panels.
+/// The most rows that it is worth for. With more, tiles are as quick, and there are no registers for two panels. Dot products
+/// take few rows as they take many.
 pub(super) fn most_rows() -> usize {
-    if isa::current() >= Isa::Avx512 { 6 } else { 4 }
+    match isa::current() {
+        Isa::Avx512Bf16 => 0,
+        Isa::Avx512 | Isa::Amx => 6,
+        _ => 4,
+    }
 }
 
 simd! {

@@ -12,14 +12,13 @@
 //!   k is padded with zeros to a multiple of 32. For each block of 32: one FMA chain over the 16 even k from 0, one over
 //!   the 16 odd k from 0, their sum, which is added to the f32 accumulator. Every f32 result that is subnormal becomes
 //!   a zero of its sign. That is what the AMX instruction TDPBF16PS does (Intel SDM, volume 2); machines without AMX
-//!   follow the same order.
+//!   follow the same order, but for those that have VDPBF16PS (AVX512-BF16), which would take twice as long in it. Theirs is one
+//!   chain over pairs of k ascending from 0.0, of each the odd, then the even, flushed as above.
 //!
 //! A quantised W (`quant`) takes the order of its precision over the weights that its codes stand for.
 //!
 //! Batch-invariant: a row of `out` depends on its row of `x` and on W alone.
 
-#[cfg(target_arch = "x86_64")]
-mod amx;
 mod bf16;
 mod f32;
 mod few;
@@ -28,6 +27,8 @@ mod quant;
 #[cfg(test)]
 mod tests;
 mod tile;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 
 pub use pack::{PackedMatrix, Precision};
 pub use quant::{CodeBits, Quantisation, Weight};
@@ -82,9 +83,9 @@ pub fn weight_grad(
     packed.fill_transposed(threads, x);
     match (precision, isa::current()) {
         #[cfg(target_arch = "x86_64")]
-        (Precision::Bf16, isa::Isa::Amx) => {
+        (Precision::Bf16, isa) if isa.has_tiles() => {
             let out = Output::new(dw, k, Store::Add);
-            amx::product_transposed(threads, dy, n, packed, &out);
+            tiles::product_transposed(threads, dy, n, packed, &out);
         }
         _ => {
             pack::transpose(threads, dy, t, n, &mut scratch.dy_nt);
@@ -183,7 +184,7 @@ impl GatedMlp<'_> {
         else {
             return true;
         };
-        let on_tiles = |w: &PackedMatrix| (w.precision(), isa::current()) == (Precision::Bf16, isa::Isa::Amx);
+        let on_tiles = |w: &PackedMatrix| w.precision() == Precision::Bf16 && isa::current().has_tiles();
         let (width, n) = (down.inner(), down.rows());
         if !(on_tiles(gate_up) && on_tiles(down) && width.is_multiple_of(LANES)) {
             return false;
@@ -200,7 +201,7 @@ impl GatedMlp<'_> {
         #[cfg(target_arch = "x86_64")]
         {
             let out = Output::new(out, n, store);
-            amx::mlp(threads, x, self.gate_up, (gate, kept), self.down, &out);
+            tiles::mlp(threads, x, self.gate_up, (gate, kept), self.down, &out);
         }
         true
     }
@@ -231,8 +232,8 @@ fn grouped_product(threads: &Threads, x: &[f32], groups: &[Group], out: &mut [f3
     assert!(out.len() >= check_groups(x, groups) * n, "grouped_matmul: out is [m,n]");
     match (first.precision(), isa::current()) {
         #[cfg(target_arch = "x86_64")]
-        (Precision::Bf16, isa::Isa::Amx) => {
-            amx::product(threads, x, k, groups, &Output::new(out, n, store));
+        (Precision::Bf16, isa) if isa.has_tiles() => {
+            tiles::product(threads, x, k, groups, &Output::new(out, n, store));
         }
         _ => {
             for Group { rows, w } in groups {
@@ -260,7 +261,9 @@ fn product(threads: &Threads, x: &[f32], m: usize, w: &PackedMatrix, out: &mut [
             });
         }
         #[cfg(target_arch = "x86_64")]
-        (Precision::Bf16, isa::Isa::Amx) => amx::product(threads, x, k, &[Group { rows: 0..m, w }], &out),
+        (Precision::Bf16, isa) if isa.has_tiles() => {
+            tiles::product(threads, x, k, &[Group { rows: 0..m, w }], &out);
+        }
         (Precision::Bf16, _) if few::may_take(m, w) && few::plain(x) => {
             bf16::with_rounded(threads, x, m, k, |x| {
                 let panels = n.div_ceil(LANES);

@@ -270,7 +270,7 @@ pub(super) trait Element: Weight {
 ///
 /// A pair of bf16 is one u32, low half first, which on a little-endian machine is the pair as it lies in memory.
 macro_rules! element {
-    ($t:ty, $bits_f32:expr, $bits_bf16:expr, $columns_on_amx:expr) => {
+    ($t:ty, $bits_f32:expr, $bits_bf16:expr, $columns_by_instruction:expr) => {
         impl Element for $t {
             fn pack_panel(precision: Precision, rows: &[Self], k: usize, panel: &mut [Line], sizes: &mut Sizes) {
                 match precision {
@@ -336,10 +336,10 @@ macro_rules! element {
                 column: usize,
                 panel: &mut [Line],
             ) {
-                let on_amx: Option<ColumnsToLines<$t>> = $columns_on_amx;
+                let by_instruction: Option<ColumnsToLines<$t>> = $columns_by_instruction;
                 match precision {
-                    Precision::Bf16 if on_amx.is_some() && isa::current() == isa::Isa::Amx => {
-                        on_amx.expect("looked at above")(w_kn, n, column, panel);
+                    Precision::Bf16 if by_instruction.is_some() && isa::current().has_tiles() => {
+                        by_instruction.expect("looked at above")(w_kn, n, column, panel);
                     }
                     Precision::F32 => pack_columns_f32(w_kn, n, column, panel),
                     Precision::Bf16 => pack_columns_bf16(w_kn, n, column, panel),
@@ -393,11 +393,11 @@ macro_rules! element {
 type ColumnsToLines<T> = fn(&[T], usize, usize, &mut [Line]);
 
 #[cfg(target_arch = "x86_64")]
-const COLUMNS_ON_AMX: Option<ColumnsToLines<f32>> = Some(super::amx::columns_to_lines);
+const COLUMNS_BY_INSTRUCTION: Option<ColumnsToLines<f32>> = Some(super::tiles::columns_to_lines);
 #[cfg(not(target_arch = "x86_64"))]
-const COLUMNS_ON_AMX: Option<ColumnsToLines<f32>> = None;
+const COLUMNS_BY_INSTRUCTION: Option<ColumnsToLines<f32>> = None;
 
-element!(f32, |w: f32| w.to_bits(), round, COLUMNS_ON_AMX);
+element!(f32, |w: f32| w.to_bits(), round, COLUMNS_BY_INSTRUCTION);
 element!(bf16, |w: bf16| u32::from(w.to_bits()) << 16, |w: bf16| flush_bf16(w.to_bits()), None);
 
 /// The bits of the bf16 nearest to `x` (ties to even), where a subnormal `x` counts as a zero of its sign.

@@ -90,7 +90,7 @@ impl TileRows {
         let at = at + row % LANES * WIDTH + panel % 2 * LANES;
         let to = self.base.block(at, lines.len(), WIDTH, LANES);
         // SAFETY: these lines' halves lie in the tiles, and the caller promises that they are this thread's.
-        unsafe { super::amx::put_rounded(lines, to, WIDTH) };
+        unsafe { super::tiles::put_rounded(lines, to, WIDTH) };
     }
 }
 

@@ -181,7 +181,7 @@ macro_rules! simd {
             match $crate::isa::current() {
                 // SAFETY: `isa::current` is at least AVX-512 only where F, BW, VL, DQ, AVX2 and FMA were detected.
                 #[cfg(target_arch = "x86_64")]
-                $crate::isa::Isa::Amx | $crate::isa::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::isa::Isa::Amx | $crate::isa::Isa::Avx512Bf16 | $crate::isa::Isa::Avx512 => unsafe { avx512($($arg),*) },
                 // SAFETY: `isa::current` is AVX2 only where AVX2 and FMA were detected.
                 #[cfg(target_arch = "x86_64")]
                 $crate::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },

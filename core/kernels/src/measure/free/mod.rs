@@ -17,7 +17,7 @@ pub(super) use attention::{Cell, Decode, can_decode};
 pub(super) use product::{Add, Products, product_f32};
 pub(super) use rows::{norm_bf16, norm_f32, row_stats, softmax_top_k, to_bf16};
 
-use crate::isa::{self, Isa};
+use crate::isa;
 use std::arch::x86_64::{
     __m512, _mm512_fmadd_ps, _mm512_fnmadd_ps, _mm512_max_ps, _mm512_mul_ps, _mm512_roundscale_ps,
     _mm512_scalef_ps, _mm512_set1_ps,
@@ -25,7 +25,7 @@ use std::arch::x86_64::{
 
 /// Whether this machine has what they need, and uses it.
 pub(super) fn available() -> bool {
-    isa::current() == Isa::Amx
+    isa::current().has_tiles()
 }
 
 /// e^x within about 1e-6 for x from −87 to 88; below, about e^−87.
@@ -46,7 +46,7 @@ fn exp(x: __m512) -> __m512 {
 /// # Panics
 /// When this machine lacks them.
 fn check() {
-    assert!(isa::detected() == Isa::Amx, "these kernels need AVX-512 with BF16");
+    assert!(isa::detected().has_tiles(), "these kernels need AVX-512 with BF16");
 }
 
 #[cfg(test)]

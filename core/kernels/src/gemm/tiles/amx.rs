@@ -1,4 +1,4 @@
-//! The tile kernels, by inline assembly (the intrinsics are not stable).
+//! The kernels on matrix tiles (AMX), by inline assembly (the intrinsics are not stable).
 //!
 //! ```text
 //!   C tile += A tile · B tile, k ascending: 2×2 tiles in registers; 1×4 where there is one row of tiles
@@ -9,61 +9,22 @@
 
 use super::super::pack::Line;
 use super::TILE_LINES;
+use super::kernel::{Kernel, Kernels, Operands};
 use crate::amx::{self, TileConfig};
 use std::arch::asm;
 
-/// Panels that a kernel takes at most.
-pub(super) const MOST_PANELS: usize = 4;
-
-/// Operands of a kernel. C tiles lie one after the other, row of tiles by row of tiles.
-#[derive(Clone, Copy)]
-pub(super) struct Operands {
-    /// A tiles, one after the other along k.
-    pub a: *const Line,
-    /// Lines between rows of A tiles.
-    pub a_lines: usize,
-    /// B tiles of each panel, one after the other along k. Kernels of two panels that ask for panels to come have these third and
-    /// fourth.
-    pub b: [*const Line; MOST_PANELS],
-    /// Tiles along k, at least 1.
-    pub k_tiles: usize,
-    /// C tiles.
-    pub c: *mut Line,
-    /// Whether C holds sums over earlier k, to go on from; else they start at zero.
-    pub go_on: bool,
-    /// Where the first line of these tiles goes, which kernels of two panels and two rows of tiles or more ask for.
-    pub out: *const f32,
-    /// Bytes from one row there to the next.
-    pub out_stride: usize,
-}
-
-/// # Safety
-/// AMX is granted and configured; the pointers are to as many tiles as the kernel reads and writes.
-type Kernel = unsafe fn(&Operands);
-
-/// Kernels for two rows of tiles and for one.
-pub(super) struct Kernels {
-    pub pair: Kernel,
-    pub single: Kernel,
-    /// Lines of each tile of `b[2]` and `b[3]` that `pair` asks for.
-    pub asks: usize,
-}
-
-impl Kernels {
-    /// Those for so many panels. Where two more panels are to be asked for in `passes` of `pair`, it asks for as many lines as
-    /// make up whole tiles then.
-    pub(super) fn of<const PANELS: usize>(passes: Option<usize>) -> Self {
-        let (pair, single, asks): (Kernel, Kernel, usize) = match (PANELS, passes) {
-            (1, _) => (kernel_2x1, kernel_1x1, 0),
-            (2, None) => (kernel_2x2, kernel_1x2, 0),
-            (2, Some(0..=1)) => (kernel_2x2_asks_16, kernel_1x2, 16),
-            (2, Some(2..=3)) => (kernel_2x2_asks_8, kernel_1x2, 8),
-            (2, Some(4..=7)) => (kernel_2x2_asks_4, kernel_1x2, 4),
-            (2, Some(_)) => (kernel_2x2_asks_2, kernel_1x2, 2),
-            _ => (kernel_1x4, kernel_1x4, 0),
-        };
-        Self { pair, single, asks }
-    }
+/// Those for so many panels.
+pub(super) fn kernels<const PANELS: usize>(passes: Option<usize>) -> Kernels {
+    let (pair, single, asks): (Kernel, Kernel, usize) = match (PANELS, passes) {
+        (1, _) => (kernel_2x1, kernel_1x1, 0),
+        (2, None) => (kernel_2x2, kernel_1x2, 0),
+        (2, Some(0..=1)) => (kernel_2x2_asks_16, kernel_1x2, 16),
+        (2, Some(2..=3)) => (kernel_2x2_asks_8, kernel_1x2, 8),
+        (2, Some(4..=7)) => (kernel_2x2_asks_4, kernel_1x2, 4),
+        (2, Some(_)) => (kernel_2x2_asks_2, kernel_1x2, 2),
+        _ => (kernel_1x4, kernel_1x4, 0),
+    };
+    Kernels { pair, single, asks }
 }
 
 /// Asks for the tile of a panel that is used two tiles later.
@@ -95,7 +56,7 @@ macro_rules! kernel {
     ($name:ident, zero: [$($zero:expr),*], load: [$($load:expr),*], step: [$($step:expr),*], store: [$($store:expr),*]) => {
         /// # Safety
         /// As [`Kernel`] says.
-        pub(super) unsafe fn $name(o: &Operands) {
+        unsafe fn $name(o: &Operands) {
             // SAFETY: the caller's promise; every register written is declared.
             unsafe {
                 asm!(

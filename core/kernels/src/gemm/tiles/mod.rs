@@ -1,4 +1,4 @@
-//! The bf16 kernel on AMX tiles.
+//! The bf16 kernels on tiles: by AMX, or by AVX512-BF16's dot products of pairs.
 //!
 //! ```text
 //!   x  ──round──►  A tiles [m/16][k/32][16 rows][32]     1 KiB each, one after the other along k
@@ -15,6 +15,8 @@
 //! Rows of A past m hold whatever an earlier call left there: row i of a C tile reads row i of A only, and the rows
 //! past m are not copied out.
 
+mod amx;
+mod dots;
 mod kernel;
 mod put;
 mod round;
@@ -24,6 +26,7 @@ use super::pack::{Element, LINES_AT_ONCE, Line, Precision, transpose_lines};
 use super::tile::{Gate, Matrix, Output, TileRows};
 use super::{Group, PackedMatrix, few};
 use crate::simd::{LANES, simd};
+use crate::isa::{self, Isa};
 use crate::{Pages, Threads};
 use kernel::{Kernels, MOST_PANELS, Operands};
 use std::arch::x86_64::_mm_sfence;
@@ -115,14 +118,14 @@ fn with_rows(threads: &Threads, x: &[f32], k: usize, groups: &[Group], f: impl F
 
 /// The products of groups whose rows are the tiles `a`.
 fn parts<'a>(a: &'a [Line], groups: &[Group<'a>], out: &Output) -> Vec<Part<'a>> {
-    let mut first_tile_row = 0;
+    let (mut first_tile_row, on_amx) = (0, isa::current() == Isa::Amx);
     let part = |group: &Group<'a>| {
         let (m, lines) = (group.rows.len(), lines_of_row(group.w.inner()));
         let tile_rows = first_tile_row..first_tile_row + m.div_ceil(TILE);
         first_tile_row = tile_rows.end;
         let a = &a[tile_rows.start * lines..tile_rows.end * lines];
         let few = few::may_take(m, group.w) && few::plain_tiles(a, m);
-        Part { a, w: group.w, m, few, out: out.below(group.rows.start, tile_rows.start) }
+        Part { a, w: group.w, m, on_amx, few, out: out.below(group.rows.start, tile_rows.start) }
     };
     groups.iter().map(part).collect()
 }
@@ -148,7 +151,7 @@ pub(super) fn product_transposed(threads: &Threads, x_km: &[f32], m: usize, w: &
                 }
             }
         });
-        multiply(threads, &[Part { a, w, m, few: false, out: *out }]);
+        multiply(threads, &[Part { a, w, m, on_amx: isa::current() == Isa::Amx, few: false, out: *out }]);
     });
 }
 
@@ -183,6 +186,8 @@ struct Part<'a> {
     a: &'a [Line],
     w: &'a PackedMatrix,
     m: usize,
+    /// Whether by matrix tiles, or by dot products: said once, by the thread that asks for the product.
+    on_amx: bool,
     /// Whether it needs no tiles: `few`.
     few: bool,
     out: Output,
@@ -260,8 +265,10 @@ impl Task<'_> {
         if self.part.few {
             return self.without_tiles();
         }
-        // SAFETY: this module is reached only where `isa` found AMX and was granted its state.
-        unsafe { kernel::configure() };
+        if self.part.on_amx {
+            // SAFETY: `isa` found AMX and was granted its state.
+            unsafe { amx::configure() };
+        }
         SCRATCH.with_borrow_mut(|scratch| {
             let mut j = self.panels.start;
             while j < self.panels.end {
@@ -291,11 +298,12 @@ impl Task<'_> {
                 };
             }
         });
-        // SAFETY: as above; the fence makes streamed lines visible before the task counts as done.
-        unsafe {
-            kernel::release();
-            _mm_sfence();
+        if self.part.on_amx {
+            // SAFETY: as above.
+            unsafe { amx::release() };
         }
+        // SAFETY: every x86-64 has it. What was streamed is visible before the task counts as done.
+        unsafe { _mm_sfence() };
     }
 
     /// A product of a few rows.
@@ -340,7 +348,7 @@ impl Task<'_> {
         next: Option<[usize; 2]>,
         scratch: &mut Scratch,
     ) {
-        let kernels = Kernels::of::<PANELS>(next.map(|_| self.rows.len() / 2));
+        let kernels = Kernels::of::<PANELS>(self.part.on_amx, next.map(|_| self.rows.len() / 2));
         let Part { a, w, m, out, .. } = self.part;
         let (k_tiles, lines) = (w.inner().div_ceil(TILE_K), lines_of_row(w.inner()));
         let quantised = w.quantisation().is_some();
@@ -388,6 +396,7 @@ impl Task<'_> {
                 let operands = Operands {
                     a: a[row * lines..(row + rows) * lines][k * TILE_LINES..].as_ptr(),
                     a_lines: lines,
+                    rows: (rows * TILE).min(m - row * TILE),
                     b,
                     k_tiles: end - k,
                     c: c.as_mut_ptr(),
@@ -395,7 +404,7 @@ impl Task<'_> {
                     out: to,
                     out_stride: stride,
                 };
-                // SAFETY: AMX is configured; A has `rows` rows of tiles from `row` on, B `PANELS` panels, both from tile
+                // SAFETY: the kernels are this machine's, AMX is configured; A has `rows` rows of tiles from `row` on, B `PANELS` panels, both from tile
                 // `k` to `end` of each; C has room for their tiles.
                 unsafe { if two { (kernels.pair)(&operands) } else { (kernels.single)(&operands) } };
                 if end == k_tiles {
