@@ -33,6 +33,11 @@ impl Isa {
         self >= Isa::Avx512Bf16
     }
 
+    /// Whether products of bf16 have the order of pairs, not that of the tile instruction (`gemm`).
+    pub(crate) fn adds_pairs(self) -> bool {
+        self == Isa::Avx512Bf16
+    }
+
     /// The name used by `FREEWHEEL_KERNELS` and in reports.
     pub(crate) fn name(self) -> &'static str {
         match self {

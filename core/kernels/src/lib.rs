@@ -25,6 +25,8 @@ pub mod activation;
 mod amx;
 pub mod attention;
 pub mod convert;
+#[cfg(target_arch = "x86_64")]
+mod dots;
 pub mod gemm;
 pub mod gpu;
 mod isa;

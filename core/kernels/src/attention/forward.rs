@@ -6,6 +6,7 @@ use super::pages::Cell;
 use super::tiles;
 use super::{AttentionSeq, AttentionShape, KV_BLOCK, KvPages, rounded};
 use crate::Threads;
+use crate::isa;
 use crate::math::{exp, ln};
 use crate::simd::{LANES, Lanes, simd};
 use crate::threads::SharedMut;
@@ -49,7 +50,7 @@ pub fn attention(
     assert!(lse.as_ref().is_none_or(|lse| lse.len() == rows * shape.heads), "attention: lse is [T, heads]");
     let work = seqs.iter().map(|seq| seq.rows * (seq.position + seq.rows) * width).sum::<usize>();
     let output = Output { out: SharedMut::new(out), lse: lse.map(SharedMut::new) };
-    let input = Input { shape: *shape, q, pages };
+    let input = Input { shape: *shape, q, pages, by_pairs: isa::current().adds_pairs() };
     // Little work is not worth waking other threads for.
     let single = Threads::single();
     let threads = if work < MIN_WORK { &single } else { threads };
@@ -86,6 +87,8 @@ pub(super) struct Input<'a> {
     pub shape: AttentionShape,
     pub q: &'a [f32],
     pub pages: KvPages<'a>,
+    /// The order of products over pages of bf16: said once, by the thread that asks.
+    pub by_pairs: bool,
 }
 
 /// The pages that a task reads, of one kind of number.
@@ -104,7 +107,12 @@ simd! {
     fn run_task<S>(input: &Input, seq: &AttentionSeq, kv_head: usize, rows: Range<usize>, output: &Output) {
         match input.pages {
             KvPages::F32 { k, v } => rows_of::<S>(input, Kept { k, v }, seq, kv_head, rows, output),
-            KvPages::Bf16 { k, v } => rounded::rows_of::<S>(input, Kept { k, v }, seq, kv_head, rows, output),
+            KvPages::Bf16 { k, v } if input.by_pairs => {
+                rounded::rows_of::<S, true>(input, Kept { k, v }, seq, kv_head, rows, output)
+            }
+            KvPages::Bf16 { k, v } => {
+                rounded::rows_of::<S, false>(input, Kept { k, v }, seq, kv_head, rows, output)
+            }
         }
     }
 }

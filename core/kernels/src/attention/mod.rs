@@ -14,15 +14,16 @@
 //! rescaled (Milakov and Gimelshein 2018); the output is an FMA chain over visible keys ascending. Lanes that the mask hides
 //! are never read into a result, so a page's unwritten part may hold anything.
 //!
-//! **Order of operations over pages of bf16**, which matrix tiles follow where there are some, and f32 lanes elsewhere:
+//! **Order of operations over pages of bf16**, which tiles follow where there are some, and f32 lanes elsewhere:
 //! - Queries, keys and values are rounded to bf16, nearest even; what is smaller than 2^−56 becomes zero.
-//! - A score is the product of [`crate::gemm`] in [`crate::Precision::Bf16`] over dimensions in blocks of 32: of each block, one FMA chain
-//!   over the even dimensions from 0, one over the odd, their sum, which is added to the blocks before. Then times the scale.
+//! - A score is the product of [`crate::gemm`] in [`crate::Precision::Bf16`] over dimensions, in the machine's order. Of the tile
+//!   instruction, in blocks of 32: of each, one FMA chain over the even dimensions from 0, one over the odd, their sum, which is added to
+//!   the blocks before. By pairs: one chain, of each pair the odd, then the even. Then times the scale.
 //! - Keys are taken in chunks of 64 positions, the first at position 0, ascending. The chunk's largest visible score →
 //!   running maximum, from the least f32. A weight is e^(score − maximum) in f32; where it is below e^−38, or the key is hidden, 0.
 //! - Sum: that before times e^(old − new maximum), added in one FMA to the chunk's: the weights of its four pages added lane by
 //!   lane, then the sixteen lanes as a tree (`Lanes::sum`).
-//! - Weights are rounded to bf16. The chunk's output is a product in blocks of 16 keys (a page), as for scores. The output before
+//! - Weights are rounded to bf16. The chunk's output is a product over keys in blocks of 16 (a page), or by pairs, as for scores. The output before
 //!   times e^(old − new maximum) is added to it in one FMA.
 //! - At the end, the output times 1 / sum; log-sum-exp = maximum + ln(sum).
 //!

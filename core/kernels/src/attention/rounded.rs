@@ -1,5 +1,5 @@
-//! The forward pass over pages of bf16 in f32 lanes: for processors without matrix tiles, and for widths that are no whole
-//! tiles. Bit for bit what `tiles.rs` computes.
+//! The forward pass over pages of bf16 in f32 lanes: for processors without tiles, and for widths that are no whole tiles. Bit for
+//! bit what `tiles.rs` computes, in the order of matrix tiles and in that of pairs.
 
 use super::forward::{Input, Kept, Output, ask_for, hide};
 use super::pages::{last_keys, pairs, round};
@@ -28,7 +28,7 @@ pub(super) fn weight<S: Lanes>(x: S) -> S {
 
 /// Computes `rows` of a sequence for the queries of a key-value head.
 #[inline(always)]
-pub(super) fn rows_of<S: Lanes>(
+pub(super) fn rows_of<S: Lanes, const BY_PAIRS: bool>(
     input: &Input,
     kept: Kept<u32>,
     seq: &AttentionSeq,
@@ -41,11 +41,11 @@ pub(super) fn rows_of<S: Lanes>(
     let mut q = QUERIES.take();
     while i < end {
         i += match end - i {
-            8.. => queries::<S, 8>(input, kept, seq, kv_head, i, &mut q, output),
-            4.. => queries::<S, 4>(input, kept, seq, kv_head, i, &mut q, output),
-            3 => queries::<S, 3>(input, kept, seq, kv_head, i, &mut q, output),
-            2 => queries::<S, 2>(input, kept, seq, kv_head, i, &mut q, output),
-            _ => queries::<S, 1>(input, kept, seq, kv_head, i, &mut q, output),
+            8.. => queries::<S, BY_PAIRS, 8>(input, kept, seq, kv_head, i, &mut q, output),
+            4.. => queries::<S, BY_PAIRS, 4>(input, kept, seq, kv_head, i, &mut q, output),
+            3 => queries::<S, BY_PAIRS, 3>(input, kept, seq, kv_head, i, &mut q, output),
+            2 => queries::<S, BY_PAIRS, 2>(input, kept, seq, kv_head, i, &mut q, output),
+            _ => queries::<S, BY_PAIRS, 1>(input, kept, seq, kv_head, i, &mut q, output),
         };
     }
     QUERIES.set(q);
@@ -58,7 +58,7 @@ type Weights = [f32; CHUNK_PAGES * LANES];
 /// key and value is read once for all; returns `N`. Plain loops, not closures: those might be compiled apart, without
 /// the instruction set.
 #[inline(always)]
-fn queries<S: Lanes, const N: usize>(
+fn queries<S: Lanes, const BY_PAIRS: bool, const N: usize>(
     input: &Input,
     kept: Kept<u32>,
     seq: &AttentionSeq,
@@ -98,7 +98,7 @@ fn queries<S: Lanes, const N: usize>(
             }
             values[block - start] = input.shape.value_page(kept.v, seq.pages[block], kv_head);
             let keys = input.shape.key_page(kept.k, seq.pages[block], kv_head);
-            let scores = scores::<S, N>(q, keys, head_dim);
+            let scores = scores::<S, BY_PAIRS, N>(q, keys, head_dim);
             for i in 0..N {
                 let visible = mask.visible_lanes(positions[i], block, end);
                 let score = scores[i].mul(S::splat(scale));
@@ -132,7 +132,7 @@ fn queries<S: Lanes, const N: usize>(
             sum[i] = sum[i].mul_add(rescale[i], sums[i]);
         }
         let values = &values[blocks.start - start..blocks.end - start];
-        accumulate::<S, N>(&output.out, &index, &rescale, &weights, blocks.start - start, values, value_dim);
+        accumulate::<S, BY_PAIRS, N>(&output.out, &index, &rescale, &weights, blocks.start - start, values, value_dim);
     }
     for i in 0..N {
         let inverse = S::splat(1.0 / sum[i]);
@@ -151,12 +151,12 @@ fn queries<S: Lanes, const N: usize>(
 
 /// Scores of `N` queries `q [N][dims]` against a page of sixteen keys.
 #[inline(always)]
-fn scores<S: Lanes, const N: usize>(q: &[f32], keys: &[u32], dims: usize) -> [S; N] {
+fn scores<S: Lanes, const BY_PAIRS: bool, const N: usize>(q: &[f32], keys: &[u32], dims: usize) -> [S; N] {
     assert!(q.len() == N * dims && 2 * keys.len() == dims * KV_BLOCK);
     let mut sums = [S::splat(0.0); N];
     for block in (0..dims).step_by(DIMS) {
         let end = dims.min(block + DIMS);
-        let mut even = [S::splat(0.0); N];
+        let mut even = if BY_PAIRS { sums } else { [S::splat(0.0); N] };
         let mut odd = [S::splat(0.0); N];
         for d in (block..end - end % 2).step_by(2) {
             // SAFETY: `d + 1 < dims`, so this line is inside the page, by the assertion.
@@ -165,8 +165,7 @@ fn scores<S: Lanes, const N: usize>(q: &[f32], keys: &[u32], dims: usize) -> [S;
             for i in 0..N {
                 // SAFETY: as above.
                 let (a, b) = unsafe { (*q.get_unchecked(i * dims + d), *q.get_unchecked(i * dims + d + 1)) };
-                even[i] = S::splat(a).fma(first, even[i]);
-                odd[i] = S::splat(b).fma(second, odd[i]);
+                add_pair::<S, BY_PAIRS>((a, b), (first, second), &mut even[i], &mut odd[i]);
             }
         }
         if end % 2 == 1 {
@@ -176,16 +175,33 @@ fn scores<S: Lanes, const N: usize>(q: &[f32], keys: &[u32], dims: usize) -> [S;
             }
         }
         for i in 0..N {
-            sums[i] = sums[i].add(even[i].add(odd[i]));
+            sums[i] = add_block::<S, BY_PAIRS>(sums[i], even[i], odd[i]);
         }
     }
     sums
 }
 
+/// Adds products of a pair to the sums of a block, `even` and `odd`; by pairs, both to `even`, which goes on from block to block.
+#[inline(always)]
+fn add_pair<S: Lanes, const BY_PAIRS: bool>(x: (f32, f32), w: (S, S), even: &mut S, odd: &mut S) {
+    if BY_PAIRS {
+        *even = S::splat(x.1).fma(w.1, *even);
+    } else {
+        *odd = S::splat(x.1).fma(w.1, *odd);
+    }
+    *even = S::splat(x.0).fma(w.0, *even);
+}
+
+/// The sum with a block's.
+#[inline(always)]
+fn add_block<S: Lanes, const BY_PAIRS: bool>(sum: S, even: S, odd: S) -> S {
+    if BY_PAIRS { even } else { sum.add(even.add(odd)) }
+}
+
 /// For `N` queries, rows `index` of `out`: `out = out·rescale + Σ weight·value`, over the pages `values`, the first of which
 /// is page `first` of the chunk.
 #[inline(always)]
-fn accumulate<S: Lanes, const N: usize>(
+fn accumulate<S: Lanes, const BY_PAIRS: bool, const N: usize>(
     out: &SharedMut<f32>,
     index: &[usize; N],
     rescale: &[f32; LANES],
@@ -200,7 +216,7 @@ fn accumulate<S: Lanes, const N: usize>(
         let width = LANES.min(value_dim - at);
         let mut sums = [S::splat(0.0); N];
         for (page, values) in (first..).zip(values) {
-            let mut even = [S::splat(0.0); N];
+            let mut even = if BY_PAIRS { sums } else { [S::splat(0.0); N] };
             let mut odd = [S::splat(0.0); N];
             for pair in 0..KV_BLOCK / 2 {
                 let from = pair * value_dim + at;
@@ -212,12 +228,11 @@ fn accumulate<S: Lanes, const N: usize>(
                     // SAFETY: `page < CHUNK_PAGES`, by the assertion.
                     let (a, b) =
                         unsafe { (*weights[i].get_unchecked(key), *weights[i].get_unchecked(key + 1)) };
-                    even[i] = S::splat(a).fma(first, even[i]);
-                    odd[i] = S::splat(b).fma(second, odd[i]);
+                    add_pair::<S, BY_PAIRS>((a, b), (first, second), &mut even[i], &mut odd[i]);
                 }
             }
             for i in 0..N {
-                sums[i] = sums[i].add(even[i].add(odd[i]));
+                sums[i] = add_block::<S, BY_PAIRS>(sums[i], even[i], odd[i]);
             }
         }
         for i in 0..N {

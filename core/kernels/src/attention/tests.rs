@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::convert::round_to_bf16;
+use crate::isa::forced::{under_each, with};
 use crate::testing::*;
 use crate::{Precision, Threads};
 
@@ -101,6 +102,27 @@ fn tolerance(precision: Precision) -> f64 {
     }
 }
 
+/// As [`assert_all_agree`], but products by pairs are compared with those of f32 lanes in the same order.
+#[track_caller]
+fn assert_products_agree(what: &str, mut f: impl FnMut() -> Vec<f32>) -> Vec<f32> {
+    let mut results = under_each(&mut f);
+    for (isa, got) in &results[1..] {
+        let what = format!("{what}, {}", isa.name());
+        if !isa.adds_pairs() {
+            assert_same_bits(got, &results[0].1, &what);
+            continue;
+        }
+        #[cfg(target_arch = "x86_64")]
+        {
+            tiles::LEFT_OUT.set(true);
+            let want = with(*isa, &mut f).expect("it was there before");
+            tiles::LEFT_OUT.set(false);
+            assert_same_bits(got, &want, &what);
+        }
+    }
+    results.swap_remove(0).1
+}
+
 #[test]
 fn prefill_matches_plain_attention() {
     let mut random = Random(1);
@@ -123,7 +145,7 @@ fn prefill_matches_plain_attention() {
             for rows in [1, 2, 15, 16, 17, 50] {
                 let [q, k, v] = rows_of(&mut random, &shape, rows).map(|x| as_attended(precision, x));
                 let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[3, 0, 2, 1] }];
-                let got = assert_all_agree("attention", || {
+                let got = assert_products_agree("attention", || {
                     let (mut k_pages, mut v_pages) = dirty_pages(precision, &shape, 4);
                     kv_write(
                         &Threads::new(2),
@@ -221,7 +243,7 @@ fn gradients_over_pages_of_bf16_are_those_of_rounded_numbers() {
         let dout = random.vec(rows * heads * value_dim);
         let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[3, 0, 2, 1] }];
         let run = |precision: Precision, [q, k, v]: &[Vec<f32>; 3]| {
-            assert_all_agree("pages of bf16", || {
+            assert_products_agree("pages of bf16", || {
                 // The backward pass wants numbers where nothing is written.
                 let words = |values| vec![0.0; kv_words(precision, 4 * values)];
                 let (mut k_words, mut v_words) = (words(shape.k_page_len()), words(shape.v_page_len()));
@@ -256,7 +278,7 @@ fn a_value_that_is_not_finite_shows_where_it_is_seen_and_nowhere_else() {
         let [q, k, mut v] = rows_of(&mut random, &shape, rows);
         let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[2, 0, 1] }];
         let run = |v: &[f32]| {
-            assert_all_agree("not finite", || {
+            assert_products_agree("not finite", || {
                 let (mut k_pages, mut v_pages) = dirty_pages(Precision::Bf16, &shape, 3);
                 let mut pages = KvPagesMut::of(Precision::Bf16, &mut k_pages, &mut v_pages);
                 let threads = Threads::single();
@@ -295,7 +317,7 @@ fn scores_far_apart_and_numbers_of_every_size_agree() {
             let (q, k) = (draw(&mut random, heads), draw(&mut random, kv_heads));
             let v = draw(&mut random, kv_heads);
             let seqs = [AttentionSeq { first_row: 0, rows, position: 0, pages: &[2, 0, 1, 4, 5, 3] }];
-            assert_all_agree(&format!("{heads}/{kv_heads} {head_dim}, {low}..={high}"), || {
+            assert_products_agree(&format!("{heads}/{kv_heads} {head_dim}, {low}..={high}"), || {
                 let (mut k_pages, mut v_pages) = dirty_pages(Precision::Bf16, &shape, 6);
                 let mut pages = KvPagesMut::of(Precision::Bf16, &mut k_pages, &mut v_pages);
                 kv_write(&Threads::single(), &shape, &k, &v, &seqs, &mut pages);

@@ -1,4 +1,4 @@
-//! The forward pass over pages of bf16 on matrix tiles (AMX).
+//! The forward pass over pages of bf16 on tiles: by AMX, or by AVX512-BF16's dot products of pairs.
 //!
 //! ```text
 //!   unit   up to 16 queries of a sequence and key-value head (rows × heads of the group): a decoded token has `group`, a prompt 16
@@ -17,15 +17,17 @@ use super::pages::TINY;
 use super::rounded::weight;
 use super::{AttentionSeq, AttentionShape, CHUNK_PAGES, KV_BLOCK};
 use crate::Threads;
-use crate::amx::{self, TileConfig};
-use crate::isa::{self, Isa};
+use crate::amx::{self as matrix, TileConfig};
+use crate::isa;
 use crate::math::{exp, ln};
 use crate::simd::{Avx512, LANES, Lanes};
-use kernel::{OUTPUT, Outputs, SCORES, Scores};
+use kernel::{Kernels, MOST_TILES, Outputs, Scores};
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::ops::Range;
 
+mod amx;
+mod dots;
 mod kernel;
 
 /// Queries of a batch.
@@ -39,9 +41,19 @@ const MIN_PAGES: usize = 16;
 
 /// Whether tiles compute this shape here: whole ones, on a processor that has them.
 pub(super) fn take(shape: &AttentionShape) -> bool {
-    isa::current() == Isa::Amx
+    #[cfg(test)]
+    if LEFT_OUT.get() {
+        return false;
+    }
+    isa::current().has_tiles()
         && shape.head_dim.is_multiple_of(K_DIMS)
         && shape.value_dim.is_multiple_of(V_DIMS)
+}
+
+#[cfg(test)]
+thread_local! {
+    /// Whether tests compare with what `rounded` gives.
+    pub(super) static LEFT_OUT: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
 /// Queries of a sequence, counted by row, then head of the group, and a key-value head.
@@ -95,10 +107,13 @@ pub(super) fn run(threads: &Threads, input: &Input, kept: Kept<u32>, seqs: &[Att
     if start < batches.len() {
         parts.push(start..batches.len());
     }
+    let kernels = Kernels::here();
     threads.for_each(parts.len(), &|part| {
         let batches = &batches[parts[part].clone()];
-        // SAFETY: `take` found AMX, with which come the extensions named there.
-        SCRATCH.with_borrow_mut(|scratch| unsafe { run_part(input, kept, &units, batches, output, scratch) });
+        SCRATCH.with_borrow_mut(|scratch| {
+            // SAFETY: `take` found AVX512-BF16, with which come the extensions named there.
+            unsafe { run_part(input, kept, &units, batches, kernels, output, scratch) }
+        });
     });
 }
 
@@ -121,6 +136,9 @@ fn units<'a>(shape: &AttentionShape, seqs: &'a [AttentionSeq<'a>]) -> Vec<Unit<'
     units
 }
 
+/// Bytes of a row of P: two lines.
+const P_ROW_BYTES: usize = 128;
+
 /// Sixty-four bytes: a row of a tile.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -137,6 +155,8 @@ thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
 /// Where the parts of a unit's scratch start, in lines.
 #[derive(Clone, Copy)]
 struct Layout {
+    /// What works on them.
+    kernels: Kernels,
     /// Rows of Q, P and C tiles.
     rows: usize,
     /// Dimensions of K and V in tiles.
@@ -155,13 +175,13 @@ struct Layout {
 }
 
 impl Layout {
-    fn new(shape: &AttentionShape, rows: usize) -> Self {
+    fn new(shape: &AttentionShape, kernels: Kernels, rows: usize) -> Self {
         let (k_tiles, v_tiles) = (shape.head_dim / K_DIMS, shape.value_dim / V_DIMS);
         let p = k_tiles * rows;
         let scores = p + 2 * rows;
         let c = scores + 2 * CHUNK_PAGES * rows;
         let out = c + v_tiles * rows;
-        Self { rows, k_tiles, v_tiles, p, scores, c, out, len: out + v_tiles * rows }
+        Self { kernels, rows, k_tiles, v_tiles, p, scores, c, out, len: out + v_tiles * rows }
     }
 
     /// Where the scores of chunk number `step` start.
@@ -186,24 +206,30 @@ fn run_part(
     kept: Kept<u32>,
     units: &[Unit],
     batches: &[Range<usize>],
+    kernels: Kernels,
     output: &Output,
     scratch: &mut Scratch,
 ) {
     let of_part = &units[batches[0].start..batches[batches.len() - 1].end];
     let rows = of_part.iter().map(|unit| unit.count).max().unwrap_or(1);
-    let layout = Layout::new(&input.shape, rows);
+    let layout = Layout::new(&input.shape, kernels, rows);
     let most = batches.iter().map(Range::len).max().unwrap_or(1);
     scratch.lines.resize(scratch.lines.len().max(most * layout.len), Line([0; LANES]));
-    let rows = rows as u8;
-    let c = (rows, 64);
-    // SAFETY: `take` found AMX.
-    unsafe { amx::configure(&TileConfig::new([c, c, c, c, (rows, 64), (rows, 32), (16, 64), (8, 64)])) };
+    if kernels == Kernels::Amx {
+        let rows = rows as u8;
+        let c = (rows, 64);
+        let tiles = TileConfig::new([c, c, c, c, (rows, 64), (rows, 32), (16, 64), (8, 64)]);
+        // SAFETY: AMX was found.
+        unsafe { matrix::configure(&tiles) };
+    }
     for (i, batch) in batches.iter().enumerate() {
         let next = batches.get(i + 1).map_or(&[][..], |next| &units[next.clone()]);
         run_batch(input, kept, &units[batch.clone()], next, &layout, output, &mut scratch.lines);
     }
-    // SAFETY: as above.
-    unsafe { amx::release() };
+    if kernels == Kernels::Amx {
+        // SAFETY: as above.
+        unsafe { matrix::release() };
+    }
 }
 
 /// Running maximum and sum of a batch's queries, a lane each.
@@ -341,8 +367,8 @@ fn score(
         k_tiles: layout.k_tiles,
         c: c.as_mut_ptr(),
     };
-    // SAFETY: tiles are configured; Q has that many tiles, C room for one a page, and pages are K tiles one after the other.
-    unsafe { SCORES[pages.len() - 1](&operands) };
+    // SAFETY: tiles are configured where there are any; Q has that many tiles, C room for one a page, and pages are K tiles one after the other.
+    unsafe { layout.kernels.scores(&operands, unit.count, pages.len()) };
 }
 
 /// Output of a chunk, into C tiles, or, of the first, to where the output is kept.
@@ -366,8 +392,8 @@ fn weigh(
     let at = if step == 0 { layout.out } else { layout.c } - layout.scores;
     let c = &mut rest[at..][..layout.v_tiles * layout.rows];
     let skipped = pages.start % CHUNK_PAGES;
-    for tile in (0..layout.v_tiles).step_by(OUTPUT.len()) {
-        let tiles = OUTPUT.len().min(layout.v_tiles - tile);
+    for tile in (0..layout.v_tiles).step_by(MOST_TILES) {
+        let tiles = MOST_TILES.min(layout.v_tiles - tile);
         let operands = Outputs {
             p: p.as_ptr().cast::<u8>().wrapping_add(skipped * KV_BLOCK * 2),
             values: values.as_ptr(),
@@ -377,8 +403,8 @@ fn weigh(
             c: c[tile * layout.rows..][..tiles * layout.rows].as_mut_ptr(),
             tile_bytes: layout.rows * size_of::<Line>(),
         };
-        // SAFETY: tiles are configured; P has a tile a page, pages are V tiles beside each other, C has room for `tiles`.
-        unsafe { OUTPUT[tiles - 1](&operands) };
+        // SAFETY: tiles are configured where there are any; P has a tile a page, pages are V tiles beside each other, C has room for `tiles`.
+        unsafe { layout.kernels.outputs(&operands, unit.count, tiles) };
     }
 }
 

@@ -13,11 +13,16 @@ const STEPS: usize = 1 << 17;
 const CHAINS: usize = 8;
 
 /// Operations a second (a multiply-add counts two) that all threads reach together with operands in registers: AMX tiles of
-/// bf16 where the kernels use them, multiply-adds of f32 otherwise (bf16 is then computed so too).
+/// bf16 or dot products of its pairs where the kernels use them, multiply-adds of f32 otherwise (bf16 is then computed so too).
 pub fn peak_flops(threads: &Threads, precision: Precision) -> f64 {
     let (of_call, call): (usize, fn()) = match (precision, isa::current()) {
         #[cfg(target_arch = "x86_64")]
         (Precision::Bf16, isa::Isa::Amx) => (STEPS * amx::FLOPS, || amx::multiply(STEPS)),
+        #[cfg(target_arch = "x86_64")]
+        (Precision::Bf16, isa::Isa::Avx512Bf16) => (STEPS * PAIR_CHAINS * LANES * 4, || {
+            // SAFETY: `isa` found AVX512-BF16.
+            std::hint::black_box(unsafe { pairs(STEPS, std::hint::black_box(0)) });
+        }),
         _ => (STEPS * CHAINS * LANES * 2, || {
             std::hint::black_box(fused(STEPS, std::hint::black_box(0.5)));
         }),
@@ -37,6 +42,24 @@ simd! {
         }
         chains.iter().map(|chain| chain.sum()).sum()
     }
+}
+
+/// Chains of dot products under way at once: what two units of six steps each need.
+#[cfg(target_arch = "x86_64")]
+const PAIR_CHAINS: usize = 12;
+
+/// `steps` dot products of pairs on each of [`PAIR_CHAINS`] registers.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn pairs(steps: usize, pair: i32) -> f32 {
+    use std::arch::x86_64::*;
+    let (pair, mut chains) = (_mm512_set1_epi32(pair), [_mm512_setzero_ps(); PAIR_CHAINS]);
+    for _ in 0..steps {
+        for chain in &mut chains {
+            *chain = crate::dots::dot(*chain, pair, pair);
+        }
+    }
+    chains.iter().map(|&chain| _mm512_reduce_add_ps(chain)).sum()
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -106,6 +129,18 @@ mod tests {
             // 1 → 4 → 10
             assert_eq!(sum, (10 * CHAINS * LANES) as f32, "{isa:?}");
         }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn every_pair_is_added() {
+        if !isa::detected().has_tiles() {
+            return eprintln!("skipped: no AVX-512 with BF16");
+        }
+        // 2 · 2 + 3 · 3 in each lane, each step.
+        // SAFETY: detected.
+        let sum = unsafe { pairs(10, 0x4000_4040) };
+        assert_eq!(sum, (13 * 10 * PAIR_CHAINS * LANES) as f32);
     }
 
     #[test]
