@@ -9,6 +9,9 @@
 
 use std::arch::x86_64::*;
 
+/// Rows of a block at most.
+pub(crate) const MOST_ROWS: usize = 8;
+
 /// A product of whatever operands, of which registers hold a block at a time.
 pub(crate) trait Block {
     /// Computes `ROWS` rows from `row` on of `PANELS` panels from `panel` on.
@@ -46,7 +49,7 @@ pub(crate) unsafe fn in_blocks<B: Block>(block: &B, rows: usize, panels: usize) 
 #[target_feature(enable = "avx512f,avx512bf16")]
 #[inline]
 unsafe fn of_panels<B: Block, const PANELS: usize>(block: &B, rows: usize, panel: usize) {
-    let of_block = rows.div_ceil(rows.div_ceil(8).max(1)).max(1);
+    let of_block = rows.div_ceil(rows.div_ceil(MOST_ROWS).max(1)).max(1);
     for row in (0..rows).step_by(of_block) {
         // SAFETY: the caller's promise.
         unsafe {

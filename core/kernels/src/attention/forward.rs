@@ -23,7 +23,7 @@ const MAX_RUN: usize = 8;
 const LINE_BYTES: usize = 64;
 
 /// Multiply-adds below which other threads are not woken.
-const MIN_WORK: usize = 1 << 19;
+const MIN_WORK: usize = 1 << 17;
 
 /// Computes attention of `q [T, heads·head_dim]` over the pages, to `out [T, heads·value_dim]`; `lse [T, heads]`, where
 /// given, gets each query's log-sum-exp of scores, which [`super::attention_backward`] needs. Rows of no sequence are

@@ -15,10 +15,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{JoinHandle, yield_now};
+use std::time::{Duration, Instant};
 
-/// Looks at the ticket before an idle helper first gives way; some microseconds.
-const SPINS: usize = 256;
-/// Times it gives way before it sleeps.
+/// How long one looks for work, or for others to be done, before one first gives way. Giving way takes a microsecond, and longer if
+/// somebody takes it.
+const SPINNING: Duration = Duration::from_micros(20);
+/// Looks between looks at the clock.
+const LOOKS: usize = 16;
+/// Times that an idle helper gives way before it sleeps.
 const YIELDS: usize = 256;
 /// Most parts of a job in one epoch.
 const MAX_PARTS: usize = u16::MAX as usize;
@@ -133,10 +137,9 @@ impl Shared {
         while let Some(part) = self.claim() {
             self.work(part);
         }
-        let mut looks = 0;
+        let mut idle = Idle::new();
         while self.finished.load(Acquire) < parts {
-            looks += 1;
-            if looks < SPINS { spin_loop() } else { yield_now() }
+            idle.pass();
         }
     }
 
@@ -170,21 +173,16 @@ impl Shared {
 
     /// What a helper does all its life.
     fn help(&self) {
-        let mut looks = 0;
+        let mut idle = Idle::new();
         while !self.closed.load(Relaxed) {
             if let Some(part) = self.claim() {
                 self.work(part);
-                looks = 0;
-                continue;
-            }
-            looks += 1;
-            if looks < SPINS {
-                spin_loop();
-            } else if looks < SPINS + YIELDS {
-                yield_now();
+                idle = Idle::new();
+            } else if idle.yields < YIELDS {
+                idle.pass();
             } else {
                 self.sleep();
-                looks = 0;
+                idle = Idle::new();
             }
         }
     }
@@ -201,6 +199,31 @@ impl Shared {
         }
         *sleepers -= 1;
         self.any_asleep.store(*sleepers > 0, SeqCst);
+    }
+}
+
+/// A thread without work.
+struct Idle {
+    since: Option<Instant>,
+    looks: usize,
+    yields: usize,
+}
+
+impl Idle {
+    fn new() -> Self {
+        Idle { since: None, looks: 0, yields: 0 }
+    }
+
+    /// Lets a moment pass.
+    fn pass(&mut self) {
+        self.looks += 1;
+        if self.yields == 0 && !self.looks.is_multiple_of(LOOKS) {
+            return spin_loop();
+        }
+        if self.since.get_or_insert_with(Instant::now).elapsed() >= SPINNING {
+            self.yields += 1;
+            yield_now();
+        }
     }
 }
 

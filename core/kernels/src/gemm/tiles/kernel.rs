@@ -24,6 +24,11 @@ pub(super) struct Operands {
     pub c: *mut Line,
     /// Whether C holds sums over earlier k, to go on from; else they start at zero.
     pub go_on: bool,
+    /// Where each panel goes on after these: at later k, or at the panel that the thread will likely come to next.
+    pub follow: [*const Line; MOST_PANELS],
+    /// Rows that have been through these tiles of B before, and all that will be.
+    pub before: usize,
+    pub all_rows: usize,
     /// Where the first line of these tiles goes, which kernels of two panels and two rows of tiles or more ask for.
     pub out: *const f32,
     /// Bytes from one row there to the next.

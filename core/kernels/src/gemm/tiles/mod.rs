@@ -206,7 +206,12 @@ impl Part<'_> {
 
     /// Panels of the output that the kernels take at once.
     fn width(&self) -> usize {
-        let of_weight = if self.few { few::panels_at_once(self.m) } else { MOST_PANELS };
+        let of_weight = match (self.few, self.on_amx) {
+            (true, _) => few::panels_at_once(self.m),
+            (false, true) => MOST_PANELS,
+            // Dot products take four as two and two.
+            (false, false) => 2,
+        };
         if self.m <= TILE { of_weight / self.per_panel() } else { 2 / self.per_panel() }
     }
 }
@@ -340,6 +345,19 @@ impl Task<'_> {
         (exist && w.quantisation().is_none()).then_some([panel, panel + apart])
     }
 
+    /// The tiles that a strip of `panels` goes to from tile `tile` of its panel `panel` on: those that follow, or the first of the
+    /// panel that it comes to next.
+    fn follows(&self, panel: usize, tile: usize, panels: usize) -> Option<*const Line> {
+        let Part { w, .. } = self.part;
+        let later = panel + panels / self.part.per_panel();
+        let next = || (later < w.rows().div_ceil(LANES)).then(|| w.panels(later, 1).as_ptr());
+        match lines_of_row(w.inner()) / TILE_LINES {
+            _ if w.quantisation().is_some() => None,
+            tiles if tile < tiles => Some(w.panels(panel, 1)[tile * TILE_LINES..].as_ptr()),
+            _ => next(),
+        }
+    }
+
     /// All rows of some panels of the weight, two rows of tiles at a time. Meanwhile the panels `next` are asked for.
     #[inline(always)]
     fn strip<const PANELS: usize>(
@@ -393,11 +411,18 @@ impl Task<'_> {
                 // The lines that the result goes to, unless all rows are these.
                 let to = out.cached(row * TILE, panels[0]).filter(|_| end == k_tiles && self.rows.len() > 2);
                 let (to, stride) = to.unwrap_or((c.as_ptr().cast(), 0));
+                let mut follow = b;
+                for (follow, &panel) in follow.iter_mut().zip(&panels) {
+                    *follow = self.follows(panel, end, PANELS).unwrap_or(*follow);
+                }
                 let operands = Operands {
                     a: a[row * lines..(row + rows) * lines][k * TILE_LINES..].as_ptr(),
                     a_lines: lines,
                     rows: (rows * TILE).min(m - row * TILE),
                     b,
+                    follow,
+                    before: i * 2 * TILE,
+                    all_rows: (self.rows.len() * TILE).min(m - self.rows.start * TILE),
                     k_tiles: end - k,
                     c: c.as_mut_ptr(),
                     go_on: k > 0,
