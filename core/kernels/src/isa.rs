@@ -18,7 +18,7 @@ pub(crate) enum Isa {
     Avx2,
     /// AVX-512 F, BW, VL, DQ.
     Avx512,
-    /// AVX-512 with BF16: dot products of pairs.
+    /// AVX-512 with BF16, whose dot products of pairs this is about, and VBMI.
     Avx512Bf16,
     /// These, and AMX bf16 tiles, which the operating system has allowed us.
     Amx,
@@ -85,11 +85,10 @@ fn detect() -> Isa {
     if !(has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq")) {
         return Isa::Avx2;
     }
-    match (has!("avx512bf16"), amx_allowed()) {
-        (false, _) => Isa::Avx512,
-        (true, false) => Isa::Avx512Bf16,
-        (true, true) => Isa::Amx,
+    if !(has!("avx512bf16") && has!("avx512vbmi")) {
+        return Isa::Avx512;
     }
+    if amx_allowed() { Isa::Amx } else { Isa::Avx512Bf16 }
 }
 
 /// Processor has AMX tiles with bf16, and Linux grants their state to this process.

@@ -16,6 +16,7 @@
 //! past m are not copied out.
 
 mod amx;
+mod codes;
 mod dots;
 mod kernel;
 mod put;
@@ -28,6 +29,7 @@ use super::{Group, PackedMatrix, few};
 use crate::simd::{LANES, simd};
 use crate::isa::{self, Isa};
 use crate::{Pages, Threads};
+use codes::Codes;
 use kernel::{Kernels, MOST_PANELS, Operands};
 use std::arch::x86_64::_mm_sfence;
 use std::cell::RefCell;
@@ -349,13 +351,42 @@ impl Task<'_> {
     /// panel that it comes to next.
     fn follows(&self, panel: usize, tile: usize, panels: usize) -> Option<*const Line> {
         let Part { w, .. } = self.part;
-        let later = panel + panels / self.part.per_panel();
-        let next = || (later < w.rows().div_ceil(LANES)).then(|| w.panels(later, 1).as_ptr());
-        match lines_of_row(w.inner()) / TILE_LINES {
-            _ if w.quantisation().is_some() => None,
-            tiles if tile < tiles => Some(w.panels(panel, 1)[tile * TILE_LINES..].as_ptr()),
-            _ => next(),
+        if tile < w.inner().div_ceil(TILE_K) {
+            return Some(w.panels(panel, 1)[tile * TILE_LINES..].as_ptr());
         }
+        let later = panel + panels / self.part.per_panel();
+        (later < w.rows().div_ceil(LANES)).then(|| w.scales_and_lines(later).1.as_ptr())
+    }
+
+    /// All rows, of one row of tiles, of some panels of codes that need not be unfolded.
+    fn strip_of_codes<const PANELS: usize>(&self, panels: [usize; PANELS], scratch: &mut Scratch) {
+        let Part { a, w, m, out, .. } = self.part;
+        let (row, lines, k_tiles) = (self.rows.start, lines_of_row(w.inner()), w.inner().div_ceil(TILE_K));
+        let (codes, b) = Codes::of(w, panels);
+        let mut follow = b;
+        for (follow, &panel) in follow.iter_mut().zip(&panels) {
+            *follow = self.follows(panel, k_tiles, PANELS).unwrap_or(*follow);
+        }
+        scratch.c.resize((PANELS * TILE_LINES).max(scratch.c.len()), Line([0; LANES]));
+        let c = &mut scratch.c[..PANELS * TILE_LINES];
+        let rows = TILE.min(m - row * TILE);
+        let operands = Operands {
+            a: a[row * lines..].as_ptr(),
+            a_lines: lines,
+            rows,
+            b,
+            follow,
+            before: 0,
+            all_rows: rows,
+            k_tiles,
+            c: c.as_mut_ptr(),
+            go_on: false,
+            out: std::ptr::null(),
+            out_stride: 0,
+        };
+        // SAFETY: dot products were detected, and the codes can be met; A has that row of tiles, C room for the panels' tiles.
+        unsafe { dots::kernel_of_codes::<PANELS>(&operands, codes) };
+        put::put_tiles(c, &panels, row * TILE, *m, out);
     }
 
     /// All rows of some panels of the weight, two rows of tiles at a time. Meanwhile the panels `next` are asked for.
@@ -366,6 +397,9 @@ impl Task<'_> {
         next: Option<[usize; 2]>,
         scratch: &mut Scratch,
     ) {
+        if !self.part.on_amx && self.rows.len() == 1 && Codes::can_be_met(self.part.w) {
+            return self.strip_of_codes(panels, scratch);
+        }
         let kernels = Kernels::of::<PANELS>(self.part.on_amx, next.map(|_| self.rows.len() / 2));
         let Part { a, w, m, out, .. } = self.part;
         let (k_tiles, lines) = (w.inner().div_ceil(TILE_K), lines_of_row(w.inner()));
@@ -412,8 +446,10 @@ impl Task<'_> {
                 let to = out.cached(row * TILE, panels[0]).filter(|_| end == k_tiles && self.rows.len() > 2);
                 let (to, stride) = to.unwrap_or((c.as_ptr().cast(), 0));
                 let mut follow = b;
-                for (follow, &panel) in follow.iter_mut().zip(&panels) {
-                    *follow = self.follows(panel, end, PANELS).unwrap_or(*follow);
+                if !quantised {
+                    for (follow, &panel) in follow.iter_mut().zip(&panels) {
+                        *follow = self.follows(panel, end, PANELS).unwrap_or(*follow);
+                    }
                 }
                 let operands = Operands {
                     a: a[row * lines..(row + rows) * lines][k * TILE_LINES..].as_ptr(),
