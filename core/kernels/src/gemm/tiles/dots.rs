@@ -7,6 +7,7 @@ use super::kernel::Operands;
 use super::{TILE, TILE_LINES};
 use crate::dots::{Block, MOST_ROWS, dot, in_blocks};
 use crate::simd::LANES;
+use std::arch::asm;
 use std::arch::x86_64::*;
 use std::ops::Range;
 
@@ -37,7 +38,8 @@ unsafe fn all_rows<H: Held, const PANELS: usize>(o: &Operands, held: H) {
         // SAFETY: the caller's promise: A and C have these rows of tiles.
         unsafe {
             let (a, c) = (o.a.add(i * o.a_lines), o.c.add(i * PANELS * TILE_LINES));
-            let row = TileRow { o, held, a, c, before: o.before + first };
+            let out = o.out.wrapping_byte_add(first * o.out_stride);
+            let row = TileRow { o, held, a, c, out, before: o.before + first };
             in_blocks(&row, TILE.min(o.rows - first), PANELS);
         }
     }
@@ -89,6 +91,7 @@ struct TileRow<'a, H> {
     held: H,
     a: *const Line,
     c: *mut Line,
+    out: *const f32,
     /// Rows that these tiles of B have met before.
     before: usize,
 }
@@ -111,6 +114,13 @@ impl<H: Held> TileRow<'_, H> {
     }
 }
 
+/// Asks for a line, to be written.
+#[inline(always)]
+fn ask_to_write(line: *const f32) {
+    // SAFETY: a hint, which no address makes fault.
+    unsafe { asm!("prefetchw [{}]", in(reg) line, options(nostack, readonly, preserves_flags)) };
+}
+
 impl<H: Held> Block for TileRow<'_, H> {
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx512vbmi")]
     unsafe fn compute<const ROWS: usize, const PANELS: usize>(&self, row: usize, panel: usize) {
@@ -124,6 +134,14 @@ impl<H: Held> Block for TileRow<'_, H> {
                 for r in 0..ROWS {
                     for p in 0..PANELS {
                         sums[r][p] = _mm512_load_ps(line_of_c(r, p));
+                    }
+                }
+            }
+            if self.o.out_stride > 0 {
+                for r in 0..ROWS {
+                    let line = self.out.wrapping_byte_add((row + r) * self.o.out_stride);
+                    for p in panel..panel + PANELS {
+                        ask_to_write(line.wrapping_add(p * LANES));
                     }
                 }
             }
