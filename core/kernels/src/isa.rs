@@ -1,19 +1,20 @@
 //! Which instruction sets this processor has: found once, remembered, never asked in an inner loop.
 //!
-//! `FREEWHEEL_KERNELS=portable|avx2|avx512|avx512bf16|amx` lowers the choice (never raises it), to check on one machine
-//! what others would give. Any other value is ignored; `measure::cpu_features` tells what is in use.
+//! `FREEWHEEL_KERNELS=portable|avx2|avx512|avx512bf16|amx`, on aarch64 `portable|neon`, lowers the choice (never raises it), to
+//! check on one machine what others would give. Any other value is ignored; `measure::cpu_features` tells what is in use.
 //!
 //! All give the same bits but `avx512bf16`, whose products of bf16 have an order of their own (`gemm`): machines that have
 //! it compute with those without it, to the bit, under `FREEWHEEL_KERNELS=avx512`.
 
 use std::sync::OnceLock;
 
-/// An instruction set that the kernels are compiled for, in rising order.
+/// An instruction set that the kernels are written for, in rising order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) enum Isa {
     /// Plain Rust: any processor.
     Portable,
+    /// NEON: any aarch64.
+    Neon,
     /// AVX2 and FMA.
     Avx2,
     /// AVX-512 F, BW, VL, DQ.
@@ -26,7 +27,17 @@ pub(crate) enum Isa {
 
 impl Isa {
     /// Every instruction set, in rising order.
-    pub(crate) const ALL: [Isa; 5] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
+    pub(crate) const ALL: [Isa; 6] =
+        [Isa::Portable, Isa::Neon, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
+
+    /// Whether this architecture has it at all: those of others stand in the same order.
+    fn is_native(self) -> bool {
+        match self {
+            Isa::Portable => true,
+            Isa::Neon => cfg!(target_arch = "aarch64"),
+            Isa::Avx2 | Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => cfg!(target_arch = "x86_64"),
+        }
+    }
 
     /// Whether products of bf16 go through tiles: those of AMX, or lines of them by dot products.
     pub(crate) fn has_tiles(self) -> bool {
@@ -42,6 +53,7 @@ impl Isa {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Isa::Portable => "portable",
+            Isa::Neon => "neon",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Avx512Bf16 => "avx512bf16",
@@ -66,14 +78,15 @@ pub(crate) fn current() -> Isa {
     static CURRENT: OnceLock<Isa> = OnceLock::new();
     *CURRENT.get_or_init(|| {
         let wanted = std::env::var("FREEWHEEL_KERNELS").unwrap_or_default();
-        let asked = Isa::ALL.into_iter().find(|isa| isa.name() == wanted.trim());
+        let asked = Isa::ALL.into_iter().find(|isa| isa.is_native() && isa.name() == wanted.trim());
         asked.map_or(detected(), |asked| asked.min(detected()))
     })
 }
 
 #[cfg(not(target_arch = "x86_64"))]
 fn detect() -> Isa {
-    Isa::Portable
+    // Every aarch64 that std is made for has NEON, which `simd::neon` asserts.
+    if cfg!(target_arch = "aarch64") { Isa::Neon } else { Isa::Portable }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -151,7 +164,7 @@ pub(crate) mod forced {
 
     /// Runs `f` under `isa` on this thread; `None` where this machine lacks it.
     pub(crate) fn with<R>(isa: Isa, f: impl FnOnce() -> R) -> Option<R> {
-        if isa > super::detected() {
+        if !isa.is_native() || isa > super::detected() {
             eprintln!("skipped: this machine has no {}", isa.name());
             return None;
         }

@@ -1,7 +1,7 @@
 //! Compute kernels: slices in, slices out.
 //!
 //! Every operation is *defined* by a scalar reference that fixes the order of every f32 operation; the vector
-//! versions (AVX2, AVX-512, AMX) give the same bits. A row's bits never depend on the rows beside it, on the number
+//! versions (AVX2, AVX-512, AMX, NEON) give the same bits. A row's bits never depend on the rows beside it, on the number
 //! of rows, or on the number of threads, so sampling and training may batch as they please and still agree.
 //!
 //! ```text

@@ -25,7 +25,7 @@ pub use peak::peak_flops;
 /// Instruction sets, as the kernels use them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CpuFeatures {
-    /// The best that processor and operating system allow: `portable`, `avx2`, `avx512`, `avx512bf16` or `amx`.
+    /// The best that processor and operating system allow: `portable`, `neon`, `avx2`, `avx512`, `avx512bf16` or `amx`.
     pub detected: &'static str,
     /// The one in use: `detected`, or a lower one asked for by `FREEWHEEL_KERNELS`.
     pub used: &'static str,

@@ -9,12 +9,16 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::Neon;
 pub(crate) use portable::Portable;
 
 /// Number of lanes.
@@ -22,7 +26,8 @@ pub(crate) const LANES: usize = 16;
 
 /// Sixteen f32 values.
 ///
-/// The values of `Avx2` and `Avx512` must exist only inside functions compiled for them, which `simd!` sees to.
+/// The values of `Avx2` and `Avx512` must exist only inside functions compiled for them, which `simd!` sees to; those of `Neon`
+/// may exist anywhere on aarch64.
 pub(crate) trait Lanes: Copy {
     /// All lanes `x`.
     fn splat(x: f32) -> Self;
@@ -185,6 +190,9 @@ macro_rules! simd {
                 // SAFETY: `isa::current` is AVX2 only where AVX2 and FMA were detected.
                 #[cfg(target_arch = "x86_64")]
                 $crate::isa::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                // All of this crate is compiled for NEON there.
+                #[cfg(target_arch = "aarch64")]
+                $crate::isa::Isa::Neon => body::<$crate::simd::Neon>($($arg),*),
                 _ => body::<$crate::simd::Portable>($($arg),*),
             }
         }
@@ -239,6 +247,24 @@ mod tests {
                     every_operation(&rotated(by), &rotated(by + other), &rotated(3 * other), &mut out);
                     out
                 });
+            }
+        }
+    }
+
+    simd! {
+        fn scaled<S>(x: &[f32; LANES], n: f32) -> [f32; LANES] {
+            S::load(x).ldexp(S::splat(n)).to_array()
+        }
+    }
+
+    #[test]
+    fn every_power_of_two_scales_and_rounds_once() {
+        let x: [f32; LANES] = std::array::from_fn(|i| (0.7 + 0.043_21 * i as f32) * [1.0, -1.0][i % 2]);
+        for n in -252..=254i32 {
+            // Exact in f64, so that the way back to f32 is the one rounding.
+            let want = x.map(|x| (f64::from(x) * 2f64.powi(n)) as f32);
+            for (isa, out) in crate::isa::forced::under_each(|| scaled(&x, n as f32)) {
+                assert_eq!(out.map(f32::to_bits), want.map(f32::to_bits), "{} {n}", isa.name());
             }
         }
     }
