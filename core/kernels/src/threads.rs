@@ -138,6 +138,7 @@ impl<T> SharedMut<T> {
     }
 
     /// Where value `at` is, or would be past the end.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn address(&self, at: usize) -> *const T {
         self.start.wrapping_add(at).cast_const()
     }
@@ -146,6 +147,7 @@ impl<T> SharedMut<T> {
     ///
     /// # Panics
     /// When it ends past the slice.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn block(&self, start: usize, rows: usize, stride: usize, width: usize) -> *mut T {
         let end = start + rows.saturating_sub(1) * stride + width;
         assert!(end <= self.len, "block {start}..{end} of {}", self.len);

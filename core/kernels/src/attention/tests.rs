@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::convert::round_to_bf16;
-use crate::isa::forced::{under_each, with};
+use crate::isa::forced::under_each;
 use crate::testing::*;
 use crate::{Precision, Threads};
 
@@ -115,7 +115,7 @@ fn assert_products_agree(what: &str, mut f: impl FnMut() -> Vec<f32>) -> Vec<f32
         #[cfg(target_arch = "x86_64")]
         {
             tiles::LEFT_OUT.set(true);
-            let want = with(*isa, &mut f).expect("it was there before");
+            let want = crate::isa::forced::with(*isa, &mut f).expect("it was there before");
             tiles::LEFT_OUT.set(false);
             assert_same_bits(got, &want, &what);
         }

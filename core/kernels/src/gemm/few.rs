@@ -61,6 +61,7 @@ simd! {
 
 simd! {
     /// The same for the first `rows` rows of a row of tiles.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn plain_tiles<S>(tiles: &[Line], rows: usize) -> bool {
         let mut sizes = Sizes::NONE;
         for tile in tiles.chunks_exact(LANES) {
@@ -166,6 +167,7 @@ simd! {
 }
 
 /// Panels of the weight that are gone through at a time: as many as there are registers for.
+#[cfg(target_arch = "x86_64")]
 pub(super) fn panels_at_once(rows: usize) -> usize {
     if rows <= 2 { 4 } else { 2 }
 }

@@ -29,6 +29,17 @@ mod tests;
 mod tile;
 #[cfg(target_arch = "x86_64")]
 mod tiles;
+/// Elsewhere nothing comes here: no instruction set has tiles.
+#[cfg(not(target_arch = "x86_64"))]
+mod tiles {
+    use super::{Gate, Group, Matrix, Output, Threads};
+
+    type Gated = (Gate, Option<Matrix>);
+
+    pub(super) fn mlp(_: &Threads, _: &[f32], _: &[Group], _: Gated, _: &[Group], _: &Output) {
+        unreachable!("this architecture has no tiles");
+    }
+}
 
 pub use pack::{PackedMatrix, Precision};
 pub use quant::{CodeBits, Quantisation, Weight};
@@ -198,11 +209,8 @@ impl GatedMlp<'_> {
         let fits = kept.as_ref().is_none_or(|kept| kept.len() >= 2 * m * width);
         assert!(fits, "gated mlp: kept is [m,2F]");
         let kept = kept.map(|kept| Matrix::new(kept, 2 * width));
-        #[cfg(target_arch = "x86_64")]
-        {
-            let out = Output::new(out, n, store);
-            tiles::mlp(threads, x, self.gate_up, (gate, kept), self.down, &out);
-        }
+        let out = Output::new(out, n, store);
+        tiles::mlp(threads, x, self.gate_up, (gate, kept), self.down, &out);
         true
     }
 }

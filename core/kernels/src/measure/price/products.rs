@@ -46,10 +46,17 @@ impl Turn {
     }
 }
 
-pub(super) fn product(setting: &Setting, kind: &Weights, bf16_would_do: bool) -> Price {
+pub(super) fn product(
+    setting: &Setting,
+    kind: &Weights,
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "only others try it"))]
+    bf16_would_do: bool,
+) -> Price {
     let &Setting { threads, rows, held_bytes, .. } = setting;
     let weights = kind.copies(kind.precision, 1, held_bytes);
+    #[cfg(target_arch = "x86_64")]
     let rounded = bf16_would_do.then(|| kind.copies(Precision::Bf16, 1, held_bytes / 2));
+    #[cfg(target_arch = "x86_64")]
     let bf16 = rounded.as_ref().or((kind.precision == Precision::Bf16).then_some(&weights));
     let x = values(rows * kind.k);
     let turn = Turn(Default::default());
@@ -57,9 +64,12 @@ pub(super) fn product(setting: &Setting, kind: &Weights, bf16_would_do: bool) ->
     let next = || &turn.next(weights, 1)[0];
     let room = || vec![0.0f32; rows * kind.n];
     let mut out = room();
-    let mut contest = Contest::of(move || matmul(threads, x, rows, next(), black_box(&mut out)));
+    let contest = Contest::of(move || matmul(threads, x, rows, next(), black_box(&mut out)));
     #[cfg(target_arch = "x86_64")]
-    if free::available() && kind.quantisation.is_none() {
+    let contest = contest.beside(|contest| {
+        if kind.quantisation.is_some() {
+            return;
+        }
         if let Some(bf16) = bf16 {
             let next = move || &turn.next(bf16, 1)[0];
             let columns = move |products: &mut free::Products, threads: &Threads, out: &mut [f32]| {
@@ -78,7 +88,7 @@ pub(super) fn product(setting: &Setting, kind: &Weights, bf16_would_do: bool) ->
             let mut out = room();
             contest.exact("f32, four sums", move || free::product_f32(x, next(), black_box(&mut out)));
         }
-    }
+    });
     contest.decide(setting.rounds)
 }
 
@@ -136,7 +146,7 @@ pub(super) fn experts_of_layer(
     let next = || routing.groups(turn.next(weights, experts));
     let room = |rows: usize| vec![0.0f32; rows * kind.n];
     let (mut each, mut out) = (room(slots), room(rows));
-    let mut contest = Contest::of(move || {
+    let contest = Contest::of(move || {
         grouped_matmul(threads, x, &next(), black_box(&mut each));
         if add {
             let single = Threads::single();
@@ -150,7 +160,10 @@ pub(super) fn experts_of_layer(
         }
     });
     #[cfg(target_arch = "x86_64")]
-    if free::available() && kind.quantisation.is_none() && kind.precision == Precision::Bf16 {
+    let contest = contest.beside(|contest| {
+        if kind.quantisation.is_some() || kind.precision != Precision::Bf16 {
+            return;
+        }
         let (mut products, mut out) = (free::Products::default(), room(if add { rows } else { slots }));
         contest.free(if add { "dot, added as done" } else { "dot" }, move || {
             let groups = next();
@@ -162,7 +175,7 @@ pub(super) fn experts_of_layer(
                 false => products.columns(threads, x, &groups, black_box(&mut out)),
             }
         });
-    }
+    });
     contest.decide(setting.rounds)
 }
 

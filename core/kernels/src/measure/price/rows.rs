@@ -2,10 +2,10 @@
 
 use super::{Contest, Price, Setting, values};
 use crate::attention::{AttentionMask, AttentionSeq, AttentionShape, KV_BLOCK, KvPages, attention};
-#[cfg(target_arch = "x86_64")]
-use crate::measure::free;
 use crate::norm::{NormScale, rms_norm};
-use crate::{Precision, Threads, router, softmax};
+use crate::{Precision, router, softmax};
+#[cfg(target_arch = "x86_64")]
+use crate::{Threads, measure::free};
 use bytemuck::cast;
 use half::bf16;
 use std::hint::black_box;
@@ -15,16 +15,16 @@ pub(super) fn choice(setting: &Setting, experts: usize, top_k: usize) -> Price {
     let logits = &logits;
     let room = || (vec![0u16; setting.rows * top_k], vec![0.0f32; setting.rows * top_k]);
     let (mut ids, mut weights) = room();
-    let mut contest = Contest::of(move || {
+    let contest = Contest::of(move || {
         router::softmax_top_k(logits, experts, top_k, true, &mut ids, black_box(&mut weights));
     });
     #[cfg(target_arch = "x86_64")]
-    if free::available() {
+    let contest = contest.beside(|contest| {
         let (mut ids, mut weights) = room();
         contest.exact("exp of the chosen", move || {
             free::softmax_top_k(logits, experts, top_k, &mut ids, black_box(&mut weights));
         });
-    }
+    });
     contest.decide(setting.rounds)
 }
 
@@ -32,11 +32,14 @@ pub(super) fn norm(setting: &Setting, width: usize, per_row: usize) -> Price {
     let (x, weight) = (values(setting.rows * per_row * width), values(width));
     let (x, weight) = (&x, &weight);
     let mut out = vec![0.0f32; x.len()];
-    let mut contest = Contest::of(move || {
+    let contest = Contest::of(move || {
         rms_norm(setting.threads, x, width, NormScale::Weight(weight), 1e-5, black_box(&mut out));
     });
     #[cfg(target_arch = "x86_64")]
-    if free::available() && width.is_multiple_of(16) {
+    let contest = contest.beside(|contest| {
+        if !width.is_multiple_of(16) {
+            return;
+        }
         let mut out = vec![0.0f32; x.len()];
         contest.exact("four sums", move || free::norm_f32(x, weight, 1e-5, black_box(&mut out)));
         let rounded = |x: &[f32]| {
@@ -46,7 +49,7 @@ pub(super) fn norm(setting: &Setting, width: usize, per_row: usize) -> Price {
         };
         let (x, weight, mut out) = (rounded(x), rounded(weight), vec![0u16; x.len()]);
         contest.free("bf16 rows", move || free::norm_bf16(&x, &weight, 1e-5, black_box(&mut out)));
-    }
+    });
     contest.decide(setting.rounds)
 }
 
@@ -77,18 +80,20 @@ pub(super) fn decode(
         Precision::F32 => KvPages::F32 { k: &k, v: &v },
         Precision::Bf16 => KvPages::Bf16 { k: &k_words, v: &v_words },
     };
-    let mut contest =
-        Contest::of(move || attention(threads, &shape, q, kept, seqs, black_box(&mut out), None));
+    let contest = Contest::of(move || attention(threads, &shape, q, kept, seqs, black_box(&mut out), None));
     #[cfg(target_arch = "x86_64")]
-    if free::available() && free::can_decode(&shape) {
+    let contest = contest.beside(|contest| {
+        if !free::can_decode(&shape) {
+            return;
+        }
         // Pages of the others are laid out as pages of f32 are, in both numbers.
         match precision {
-            Precision::F32 => decode_otherwise(&mut contest, setting, shape, (q, &k, &v), seqs),
+            Precision::F32 => decode_otherwise(contest, setting, shape, (q, &k, &v), seqs),
             Precision::Bf16 => {
-                decode_otherwise(&mut contest, setting, shape, (q, &k_rounded, &v_rounded), seqs);
+                decode_otherwise(contest, setting, shape, (q, &k_rounded, &v_rounded), seqs);
             }
         }
-    }
+    });
     contest.decide(setting.rounds)
 }
 
@@ -115,13 +120,13 @@ pub(super) fn log_prob(setting: &Setting, vocabulary: usize) -> Price {
     let &Setting { threads, rows, .. } = setting;
     let logits: Vec<f32> = values(rows * vocabulary).iter().map(|x| 10.0 * x).collect();
     let logits = &logits;
-    let mut contest = Contest::of(move || {
+    let contest = Contest::of(move || {
         threads.for_each(rows, &|row| {
             black_box(softmax::row_stats(&logits[row * vocabulary..][..vocabulary], 1.0));
         });
     });
     #[cfg(target_arch = "x86_64")]
-    if free::available() {
+    let contest = contest.beside(|contest| {
         contest.exact("several sums", move || {
             threads.for_each(rows, &|row| {
                 let logits = &logits[row * vocabulary..][..vocabulary];
@@ -132,6 +137,6 @@ pub(super) fn log_prob(setting: &Setting, vocabulary: usize) -> Price {
         contest.free("several sums, shared out", move || {
             black_box(free::row_stats(threads, logits, vocabulary, parts));
         });
-    }
+    });
     contest.decide(setting.rounds)
 }
