@@ -1,4 +1,5 @@
-//! Chores: `cargo xtask check` is the gate, `cargo xtask reference` regenerates what is generated.
+//! Chores: `cargo xtask check` is the gate, `cargo xtask reference` regenerates what is generated, `cargo xtask cross` compiles for
+//! the other architecture.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,6 +11,8 @@ use clap::Parser;
 enum Chore {
     /// Format, lints, tests, docs, generated files: everything that must hold.
     Check,
+    /// Compile for aarch64 Linux, where kernels are NEON; warnings fail.
+    Cross,
     /// Write docs/config-reference.md from the doc comments of the config structs.
     Reference {
         /// Only compare; fail if it is stale.
@@ -21,6 +24,7 @@ enum Chore {
 fn main() -> anyhow::Result<()> {
     match Chore::parse() {
         Chore::Check => check(),
+        Chore::Cross => cross(),
         Chore::Reference { check } => reference(check),
     }
 }
@@ -39,6 +43,19 @@ fn check() -> anyhow::Result<()> {
     cargo(&["test", "--workspace"], &[])?;
     cargo(&["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")])?;
     reference(true)
+}
+
+fn cross() -> anyhow::Result<()> {
+    const TARGET: &str = "aarch64-unknown-linux-gnu";
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let printed = Command::new(rustc).args(["--print", "target-libdir", "--target", TARGET]).output()?;
+    let libraries = String::from_utf8(printed.stdout).context("the path of std is no text")?;
+    if !Path::new(libraries.trim()).is_dir() {
+        bail!("no std for {TARGET}\nhint: `rustup target add {TARGET}`");
+    }
+    let hint = "hint: where a C dependency fails, a cross compiler is missing: Debian's gcc-aarch64-linux-gnu";
+    let args = ["check", "--workspace", "--all-targets", "--target", TARGET];
+    cargo(&args, &[("RUSTFLAGS", "-D warnings")]).context(hint)
 }
 
 fn cargo(args: &[&str], env: &[(&str, &str)]) -> anyhow::Result<()> {
